@@ -1,0 +1,4 @@
+"""A context memory for LLM inference.
+
+Layer: public surface.
+"""

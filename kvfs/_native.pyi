@@ -1,0 +1,209 @@
+"""Types and contracts of the native core (`native/`, C11, abi3).
+
+Layer: L1. All batch calls release the GIL. Address arrays are C-contiguous little-endian uint64
+buffers (numpy arrays in practice); the caller keeps the memory behind them alive until return.
+A length-n batch with mismatching array lengths raises ValueError before anything is touched.
+
+Status values (int32 per item): 0 done; 1 checksum mismatch; 2 short read (end of file);
+3 memory fault (SIGBUS/poison) while reading or writing the item; negative: -errno.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias, final
+
+class _SupportsBuffer(Protocol):
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+Buffer: TypeAlias = _SupportsBuffer | bytes | bytearray | memoryview
+
+RECORD_BYTES: int  # 64, see Index
+ENTRY_BYTES: int  # 128, see kvfs.engine.format.ENTRY
+ABI_VERSION: int
+
+# --- hashing -------------------------------------------------------------------------------
+def xxh3_64(data: Buffer, seed: int = 0) -> int: ...
+def xxh3_128(data: Buffer) -> bytes:
+    """XXH3-128 (unseeded), 16 bytes: low 64 bits little-endian, then high 64 bits little-endian."""
+
+def buffer_address(obj: Buffer, writable: bool = False) -> tuple[int, int]:
+    """(address, nbytes) of a C-contiguous buffer. The caller keeps `obj` alive."""
+
+# --- copying (GIL released, SIGBUS-guarded) ------------------------------------------------
+def copy_hash(
+    targets: Buffer, sources: Buffer, lengths: Buffer, digests: Buffer, statuses: Buffer,
+    pad_to: int = 1,
+) -> int:
+    """Copy n memory ranges with non-temporal stores and XXH3-128 in one pass over the source.
+
+    Each item is copied in L2-sized steps: a step is hashed and stored while it is in cache. After the item,
+    zero bytes are written up to the next multiple of `pad_to`. An sfence ends the batch. digests: n x 16.
+    Returns the number of items whose status is not 0.
+    """
+
+def copy_verify(
+    targets: Buffer, sources: Buffer, lengths: Buffer, digests: Buffer | None, statuses: Buffer,
+) -> int:
+    """Copy n memory ranges; when digests is given compare XXH3-128 in the same pass (status 1)."""
+
+def verify(sources: Buffer, lengths: Buffer, digests: Buffer, statuses: Buffer) -> int:
+    """Compare XXH3-128 of n memory ranges with `digests` (n x 16)."""
+
+def pwrite_hash(
+    fd: int, offsets: Buffer, sources: Buffer, lengths: Buffer, digests: Buffer, statuses: Buffer,
+    pad_to: int = 1,
+) -> int:
+    """Write n memory ranges to a file and hash them in one pass (steps of 1 MiB: hash, then pwrite).
+
+    Retries EINTR and short writes. After each item zero bytes are written up to the next multiple
+    of `pad_to` of the item's length. A failed item does not stop the others.
+    """
+
+def pread_verify(
+    fds: Buffer, offsets: Buffer, lengths: Buffer, targets: Buffer, digests: Buffer | None,
+    statuses: Buffer,
+) -> int:
+    """Read n ranges (fds: int32[n]) into memory and verify XXH3-128 in the same pass."""
+
+# --- summaries -----------------------------------------------------------------------------
+def sign_entries(entries: Buffer, seed: int) -> None:
+    """Fill the checksum (bytes 120..127) of each 128-byte entry in place: xxh3_64(bytes 0..119, seed)."""
+
+def scan_entries(
+    summary: Buffer, seed: int, entry_count: int, payload_limit: int,
+) -> tuple[bytes, bytes, int]:
+    """Collect the valid entries of a summary.
+
+    `summary` ends where entry 0 ends: entry i lies at len(summary) - (i + 1) * 128. `payload_limit` is the
+    payload offset (bytes from the segment's start) at which `summary` begins (0 for a sidecar).
+    entry_count >= 0: scan exactly that many. entry_count < 0 (no seal): scan until the position of
+    entry i, expressed as a segment offset, would fall below the high-water mark
+    (max offset + stored length rounded up to 4096) of the valid entries found so far.
+    Never stops at the first bad entry. All-zero and bad entries are skipped.
+    Returns (valid entries, n x 128 bytes in index order; their indices, uint32[n]; highest valid index + 1).
+    SIGBUS-guarded: an unreadable page counts as bad entries.
+    """
+
+def closure(keys: Buffer, parents: Buffer, dropped: Buffer) -> int:
+    """Close a set over descendants. keys, parents: (n, 32) uint8; dropped: uint8[n], in and out.
+
+    Sets dropped[j] for every j whose parent key (not all-zero) equals keys[i] of a dropped i,
+    transitively. Several rows may have the same key. Returns how many rows are dropped in the end. O(n).
+    """
+
+# --- index ---------------------------------------------------------------------------------
+@final
+class Index:
+    """Open-addressing hash table of 64-byte records in a memfd; single writer, lock-free readers.
+
+    Record (little-endian, kvfs.engine.index.RECORD): key u8[32] | device u16 | flags u16 | segment u32 |
+    generation u32 | page u32 (payload offset / 4096) | length u32 (stored bytes) | tokens u32 |
+    entry u32 (index in the segment's summary) | sequence u32 (per-bucket seqlock; 0 in results).
+    One record per (key, device). Linear probing, tombstones, no shifting: a reader that sees an odd or changed
+    sequence retries a bounded number of times, then reports a miss. Lookup prefers the copy whose
+    device has the lowest rank (`set_ranks`), and batches prefetch ahead.
+    The writer's methods are serialised by an internal mutex; readers need none.
+    """
+    def __init__(self, capacity: int, seed: int = 0) -> None:
+        """Make a table for at least `capacity` records (load factor <= 0.5) in a fresh sealed memfd."""
+    @staticmethod
+    def attach(fd: int) -> Index:
+        """Map another process's table read-only. Validates magic, version, size (ValueError)."""
+    @property
+    def fd(self) -> int: ...
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def is_superseded(self) -> bool: ...
+    @property
+    def is_writable(self) -> bool: ...
+    def set_ranks(self, ranks: Buffer) -> None:
+        """uint8 per device number (at most 256); lower is preferred by lookup."""
+    def insert(self, records: Buffer, replaced: Buffer | None = None) -> int:
+        """Insert or replace n records; returns how many were done (less than n: table full, grow).
+
+        `replaced` (n x 64 bytes) receives the record that each insertion replaced, zeroes if none.
+        """
+    def lookup(self, keys: Buffer, out: Buffer) -> int:
+        """Fill n records (all-zero = miss); returns the number of hits."""
+    def lookup_device(self, keys: Buffer, device: int, out: Buffer) -> int:
+        """Like lookup, only copies on one device."""
+    def match_prefix(self, keys: Buffer) -> int:
+        """How many leading keys are present."""
+    def remove(self, records: Buffer) -> int:
+        """Remove n records that match exactly in key, device, segment and generation; returns how many."""
+    def set_flags(self, records: Buffer, flags: int) -> int:
+        """OR flags into matching records (key, device, segment, generation)."""
+    def snapshot(self) -> bytes:
+        """All records, in table order, as n x 64 bytes."""
+    def grow(self, capacity: int) -> Index:
+        """Copy into a larger table and mark this one superseded (readers re-attach)."""
+    def close(self) -> None: ...
+
+@final
+class AccessRing:
+    """Single-producer single-consumer ring of 16-byte access events in a memfd.
+
+    Event: device u16 | phase u8 | flags u8 | segment u32 | entry u32 | tag u32. When full, new events are
+    counted as lost, never waited for.
+    """
+    def __init__(self, capacity: int) -> None: ...
+    @property
+    def fd(self) -> int: ...
+    @property
+    def lost(self) -> int: ...
+    def push(self, records: Buffer, phase: int = 0, tag: int = 0) -> None:
+        """Note the access of n index records (64 bytes each; misses are skipped)."""
+    def drain(self, limit: int = 65536) -> bytes: ...
+    def close(self) -> None: ...
+
+# --- views ---------------------------------------------------------------------------------
+@final
+class Mapping:
+    """A reserved address range into which extents are mapped read-only, one after the other.
+
+    Exposes the buffer protocol (read-only, C-contiguous bytes). A SIGBUS inside the range maps an anonymous zero page
+    there, sets `has_failed`, and lets the reader go on.
+    """
+    def __init__(self, nbytes: int, align: int = 4096) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def has_failed(self) -> bool: ...
+    @property
+    def faults(self) -> list[int]:
+        """Page offsets (bytes from the start) that faulted, at most 64 remembered."""
+    def map(self, positions: Buffer, fds: Buffer, offsets: Buffer, lengths: Buffer) -> None:
+        """mmap(MAP_SHARED|MAP_FIXED, PROT_READ) n extents: positions, offsets multiples of 4096;
+        lengths rounded up to 4096. fds: int32[n]. Neighbours contiguous in file and range are merged.
+        Raises OSError (ENOMEM when out of VMAs); the range stays reserved."""
+    def map_anonymous(self, position: int, nbytes: int) -> int:
+        """Back a part by private writable memory (copy fall-back); returns its address."""
+    def protect(self) -> None:
+        """Make the whole range read-only."""
+    def close(self) -> None:
+        """Unmap. BufferError while exports exist."""
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+@final
+class Arena:
+    """A read-write shared mapping of one file descriptor (a memfd slot or a segment file)."""
+    def __init__(self, fd: int, nbytes: int, populate: bool = False) -> None:
+        """MAP_SHARED read-write; populate uses MADV_POPULATE_WRITE (OSError when it fails)."""
+    @property
+    def address(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def close(self) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+def memfd(name: str, nbytes: int) -> int:
+    """A memfd of fixed size (F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL), close-on-exec."""
+
+def poison(address: int, nbytes: int) -> None:
+    """Test aid: make pages of a private anonymous or memfd mapping raise SIGBUS (UFFDIO_POISON); OSError if unsupported."""
+
+def cpu_features() -> Sequence[str]: ...

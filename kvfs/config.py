@@ -1,0 +1,122 @@
+"""Device URLs and the options of a pool.
+
+Layer: L0.
+
+A device URL is `scheme:location?option=value&option=value`, e.g. `dram:?size=4GiB`,
+`dir:/mnt/nvme/kv?size=500GiB&tier=2`. Options known to every scheme: size, segment, tier, name.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Final
+from urllib.parse import parse_qsl
+
+from kvfs.errors import UsageError
+from kvfs.units import GIB, MIB, is_power_of_two, parse_bytes
+
+SCHEMES: Final = ("dram", "dir")
+DEFAULT_TIER: Final = {"dram": 0, "dir": 2}
+SEGMENT_BYTES_MIN: Final = 16 * MIB
+SEGMENT_BYTES_MAX: Final = GIB
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceURL:
+    """A parsed device URL. Sizes in bytes; zero means not given."""
+
+    scheme: str
+    location: str
+    size_bytes: int = 0
+    segment_bytes: int = 0
+    tier: int = 0
+    name: str = ""
+    options: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        extra = "&".join(f"{key}={value}" for key, value in sorted(self.options.items()))
+        return f"{self.scheme}:{self.location}" + (f"?{extra}" if extra else "")
+
+
+def parse_device_url(text: str) -> DeviceURL:
+    """Parse one device URL.
+
+    Raises:
+        UsageError: Unknown scheme or option, or a value out of range; the message lists what is known.
+    """
+    scheme, separator, rest = text.partition(":")
+    if not separator or scheme not in SCHEMES:
+        known = ", ".join(f"{name}:" for name in SCHEMES)
+        raise UsageError(f"unknown device {text!r}: expected one of {known}")
+    location, _, query = rest.partition("?")
+    try:
+        options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
+    except ValueError as error:
+        raise UsageError(f"device options not understood: {text!r}: {error}") from error
+    unknown = set(options) - {"size", "segment", "tier", "name"}
+    if unknown:
+        raise UsageError(
+            f"unknown device option {sorted(unknown)[0]!r} in {text!r}: "
+            "expected size, segment, tier or name"
+        )
+    if scheme == "dir" and not location.startswith("/"):
+        raise UsageError(f"a dir: device needs an absolute path: {text!r}")
+    if scheme == "dram" and (location or "size" not in options):
+        raise UsageError(f"a dram: device is written 'dram:?size=4GiB', found {text!r}")
+    segment_bytes = parse_bytes(options.get("segment", "0"))
+    if segment_bytes and not (
+        is_power_of_two(segment_bytes) and SEGMENT_BYTES_MIN <= segment_bytes <= SEGMENT_BYTES_MAX
+    ):
+        raise UsageError("segment must be a power of two from 16MiB to 1GiB")
+    tier_text = options.get("tier", str(DEFAULT_TIER[scheme]))
+    if not tier_text.isdecimal() or int(tier_text) > 15:
+        raise UsageError(f"tier must be a number from 0 to 15, found {tier_text!r}")
+    name = options.get("name", "")
+    if name and not _NAME.match(name):
+        raise UsageError(f"device name {name!r}: use lower-case letters, digits, '.', '-', '_'")
+    return DeviceURL(
+        scheme=scheme,
+        location=location,
+        size_bytes=parse_bytes(options.get("size", "0")),
+        segment_bytes=segment_bytes,
+        tier=int(tier_text),
+        name=name,
+        options=options,
+    )
+
+
+def default_segment_bytes(capacity_bytes: int) -> int:
+    """Return the power of two near capacity / 256, from 16 MiB to 1 GiB."""
+    target = max(1, capacity_bytes // 256)
+    nearest = 1 << (target.bit_length() - 1)
+    if target - nearest > 2 * nearest - target:
+        nearest *= 2
+    return min(SEGMENT_BYTES_MAX, max(SEGMENT_BYTES_MIN, nearest))
+
+
+@dataclass(frozen=True, slots=True)
+class PoolOptions:
+    """How an open pool behaves; nothing here changes the medium.
+
+    Attributes:
+        async_delay_ms: Bound on how long an "async" block stays unpersisted.
+        pinned_share: Largest share of the persistent tiers that open files may pin, per namespace.
+        verify_reads: Verify a block's checksum on its first read or view per process and generation.
+        copy_to_dram: Keep an extra copy of async and sync blocks on volatile tiers.
+        second_chance_share: Largest share of an evicted segment that is kept because it was read.
+        device_failures_max: Write failures after which a device leaves service.
+    """
+
+    async_delay_ms: int = 50
+    pinned_share: float = 0.5
+    verify_reads: bool = True
+    copy_to_dram: bool = True
+    second_chance_share: float = 0.25
+    device_failures_max: int = 3
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.async_delay_ms <= 60_000:
+            raise UsageError(f"async_delay_ms must be 1 to 60000, found {self.async_delay_ms}")
+        for name in ("pinned_share", "second_chance_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise UsageError(f"{name} must be between 0 and 1, found {getattr(self, name)}")

@@ -1,0 +1,4 @@
+"""Backing stores behind one interface.
+
+Layer: L1.
+"""

@@ -1,0 +1,225 @@
+"""What the engine asks of a backing store.
+
+Layer: L1.
+
+- A device holds *segments*, each named by (slot, generation). A slot is a small number that indexes tables; a generation is
+  never used twice for the same slot, across crashes too, so a name is never reused.
+- A device does what it is told and keeps no policy: the engine decides what to create, persist and free, and when.
+- The engine calls a device from several threads; a device serialises its own book-keeping. Two threads never write
+  the same segment at the same time.
+- Verbs: `write` hands bytes to the device, `persist` makes them survive power loss. `create`, `adopt` and `free` change names;
+  a changed name survives only after `persist_names`.
+- After an OSError nothing is assumed of the bytes concerned (see "fsync failure", Rebello et al., ATC'20).
+"""
+
+import uuid
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+AddressArray = npt.NDArray[np.uint64]
+DigestArray = npt.NDArray[np.uint8]
+StatusArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """What a device is. Constant while it is open.
+
+    Attributes:
+        index: Number of the device in its pool, at most 255; never reused within a pool.
+        kind: URL scheme.
+        capacity_bytes: Hard bound for `used_bytes`.
+        slot_count: Slots are 0 .. slot_count - 1.
+        is_persistent: Persisted bytes survive a crash of process and machine.
+        write_atomic_bytes: Largest aligned write that a power cut never tears.
+    """
+
+    index: int
+    uuid: uuid.UUID
+    name: str
+    url: str
+    kind: str
+    tier: int
+    capacity_bytes: int
+    segment_bytes: int
+    slot_count: int
+    is_persistent: bool
+    write_atomic_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentName:
+    """A segment found on the medium. `payload_bytes` is the payload file's size."""
+
+    slot: int
+    generation: int
+    is_file: bool
+    payload_bytes: int
+
+
+@dataclass(slots=True, eq=False)
+class Segment:
+    """A handle of one segment.
+
+    Attributes:
+        is_file: File segment: payload in one file, summary in a sidecar.
+        nbytes: Size of the payload file or slot.
+        fd: Descriptor of the payload, valid until `Device.release`; what views map.
+        address: Where the payload is mapped read-write in this process, 0 if it is not.
+        state: The device's own.
+    """
+
+    device_index: int
+    slot: int
+    generation: int
+    is_file: bool
+    nbytes: int
+    fd: int
+    address: int
+    state: Any = None
+
+
+@dataclass(slots=True, eq=False)
+class Staging:
+    """A growing file that is not part of the log yet. `fd` serves reads."""
+
+    name: str
+    fd: int
+    nbytes: int
+    state: Any = None
+
+
+class Device(ABC):
+    """One backing store. Every method may raise OSError; the engine turns it into DeviceError."""
+
+    info: DeviceInfo
+
+    # --- superblock
+    @abstractmethod
+    def read_superblock(self) -> bytes | None:
+        """Return the newest superblock, or None on a device never formatted."""
+
+    @abstractmethod
+    def write_superblock(self, raw: bytes) -> None:
+        """Replace the superblock atomically. Durability: persist."""
+
+    # --- segments
+    @abstractmethod
+    def segments(self) -> list[SegmentName]:
+        """List the segments on the medium; unreadable names are left out."""
+
+    @abstractmethod
+    def create(self, slot: int, generation: int, tag: bytes) -> Segment:
+        """Make a log segment with its space reserved; contents read as zeros or as an earlier life of `tag`.
+
+        Args:
+            slot: A free slot.
+            generation: Never used with this slot before.
+            tag: Tenant. An arena hands bytes of a former life only to the same tag.
+
+        Raises:
+            NoSpaceError: The device is full, by its capacity or for real.
+        """
+
+    @abstractmethod
+    def attach(self, name: SegmentName) -> Segment:
+        """Open an existing segment for reading."""
+
+    @abstractmethod
+    def write_payloads(
+        self, segment: Segment, offsets: AddressArray, sources: AddressArray,
+        lengths: AddressArray, digests: DigestArray, statuses: StatusArray,
+    ) -> int:
+        """Write n payloads and hash them in one pass; zero-fill each up to the next 4 KiB.
+
+        Returns how many failed; see kvfs._native for statuses. Durability: flush.
+        """  # fmt: skip
+
+    @abstractmethod
+    def write_tail(self, segment: Segment, distance: int, data: bytes) -> None:
+        """Write summary bytes, starting `distance` bytes before the end of segment or sidecar. Durability: flush."""
+
+    @abstractmethod
+    def read_tail(self, segment: Segment, nbytes: int) -> bytes:
+        """Read the last `nbytes` of the summary; fewer if it is shorter (sidecar)."""
+
+    @abstractmethod
+    def next_data(self, segment: Segment, offset: int) -> int:
+        """Return the first offset at or after `offset` that may hold data, or `nbytes`."""
+
+    @abstractmethod
+    def persist(self, segment: Segment) -> None:
+        """Make all written to the segment survive a power cut. Durability: persist."""
+
+    @abstractmethod
+    def persist_names(self) -> None:
+        """Make all names created, adopted or freed survive a power cut. Durability: persist."""
+
+    @abstractmethod
+    def free(self, segment: Segment) -> None:
+        """Give the segment back. A directory unlinks it; existing maps stay valid. An arena may reuse the slot, so
+        the engine calls this only when no lease is left."""
+
+    @abstractmethod
+    def release(self, segment: Segment) -> None:
+        """Close the handle's descriptors; the segment stays."""
+
+    @abstractmethod
+    def read(self, segment: Segment, offset: int, nbytes: int, *, uncached: bool = False) -> bytes:
+        """Read payload bytes; with `uncached` past the page cache, from the medium itself."""
+
+    # --- staging
+    @abstractmethod
+    def create_staging(self, name: str) -> Staging:
+        """Make an empty staging file."""
+
+    @abstractmethod
+    def write_staging(self, staging: Staging, offset: int, data: bytes | memoryview) -> None:
+        """Write; grows `staging.nbytes`. Durability: flush.
+
+        Raises:
+            NoSpaceError: The device is full.
+        """
+
+    @abstractmethod
+    def resize_staging(self, staging: Staging, nbytes: int) -> None:
+        """Cut or extend with zeros."""
+
+    @abstractmethod
+    def persist_staging(self, staging: Staging) -> None:
+        """Make its bytes survive a power cut. (Its name may be reaped at the next open.)"""
+
+    @abstractmethod
+    def adopt(self, staging: Staging, slot: int, generation: int, sidecar: bytes) -> Segment:
+        """Turn a persisted staging file into a file segment with this sidecar, both persisted, names not yet."""
+
+    @abstractmethod
+    def drop_staging(self, staging: Staging) -> None:
+        """Delete it."""
+
+    @abstractmethod
+    def reap_staging(self) -> int:
+        """Delete all staging files and sidecars without a segment, left by an earlier owner; return how many."""
+
+    # --- the rest
+    @property
+    @abstractmethod
+    def used_bytes(self) -> int:
+        """Segments, file segments, sidecars and staging; what counts against the capacity."""
+
+    @property
+    @abstractmethod
+    def bytes_written(self) -> int:
+        """Payload and summary bytes handed to the medium since open."""
+
+    @abstractmethod
+    def destroy(self) -> None:
+        """Delete everything kvfs made on the device. The device is closed afterwards."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release every resource; idempotent."""

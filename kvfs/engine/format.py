@@ -1,0 +1,299 @@
+"""The on-media format, version 1: superblock, segment headers, summary entries.
+
+Layer: L2, pure.
+
+    log segment (one file, or one slot of an arena), `segment_bytes` long
+    0                                                                               segment_bytes
+    | payload, payload, ...  -->            free            <-- entry 2|entry 1|entry 0|seal|open|
+                                                             128 B each           4 KiB  4 KiB
+
+    file segment: the payload file holds one file's bytes and nothing else; a sidecar holds
+    | ... entry 1|entry 0|seal|open|   with the same distances from its end.
+
+    superblock: one 4 KiB header page, then the namespace table (MessagePack), zero-padded to 4 KiB.
+
+- All integers are little-endian. Unused bytes are zero.
+- Every checksum covers all bytes of its structure before it. Header and superblock checksums are XXH3-64 with seed 0; entry
+  checksums are seeded by `entry_seed`, so that an entry of another device, slot or generation is never valid.
+- Payloads start at multiples of 4 KiB; the bytes up to the next payload are zero.
+- The open header is persisted before the first payload; the seal header is written after a successful persist of all it
+  covers. An entry is valid if its checksum is; a payload is valid if its XXH3-128 is.
+
+FORMAT.md is rendered from the tables in this module.
+"""
+
+import uuid
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from kvfs import _native
+from kvfs.errors import CorruptionError, FormatVersionError
+from kvfs.units import PAGE, align_up
+
+FORMAT_VERSION: Final = 1
+SEGMENT_MAGIC: Final = b"KVFSSEG1"
+SUPERBLOCK_MAGIC: Final = b"KVFSSUP1"
+HEADER_BYTES: Final = PAGE
+HEADERS_BYTES: Final = 2 * HEADER_BYTES
+ENTRY_BYTES: Final = 128
+OPEN_POSITION: Final = HEADER_BYTES  # distance of the open header's start from the end
+SEAL_POSITION: Final = 2 * HEADER_BYTES
+SUPERBLOCK_BYTES_MAX: Final = 64 << 20
+
+
+class HeaderKind(IntEnum):
+    """What a segment header page says. Zero is never written."""
+
+    OPEN = 1
+    SEAL = 2
+
+
+class SegmentKind(IntEnum):
+    """How a segment holds its payloads. Zero is never written."""
+
+    LOG = 1
+    FILE = 2
+
+
+class Codec(IntEnum):
+    """How a payload is encoded."""
+
+    RAW = 0
+
+
+class EntryFlag(IntEnum):
+    """Bits of an entry's flags."""
+
+    PARTIAL = 1  # fewer tokens than a full block
+
+
+ENTRY: Final = np.dtype([
+    ("key", "u1", 32), ("parent", "u1", 32), ("offset", "<u8"), ("stored_bytes", "<u8"),
+    ("logical_bytes", "<u8"), ("token_count", "<u4"), ("codec", "u1"), ("flags", "u1"),
+    ("reserved", "<u2"), ("payload_xxh3", "u1", 16), ("reserved2", "<u8"), ("checksum", "<u8"),
+])  # fmt: skip
+HEADER: Final = np.dtype([
+    ("magic", "S8"), ("format_version", "<u4"), ("header_kind", "<u4"), ("pool_uuid", "u1", 16),
+    ("device_uuid", "u1", 16), ("slot", "<u4"), ("generation", "<u4"), ("namespace_id", "<u8"),
+    ("layout_digest", "u1", 16), ("segment_kind", "<u4"), ("entry_count", "<u4"),
+    ("segment_bytes", "<u8"), ("payload_bytes", "<u8"), ("created_ns", "<u8"),
+    ("entries_xxh3", "u1", 16), ("reserved", "u1", HEADER_BYTES - 144), ("checksum", "<u8"),
+])  # fmt: skip
+SUPERBLOCK: Final = np.dtype([
+    ("magic", "S8"), ("format_version", "<u4"), ("device_index", "<u4"), ("pool_uuid", "u1", 16),
+    ("device_uuid", "u1", 16), ("sequence", "<u8"), ("segment_bytes", "<u8"),
+    ("capacity_bytes", "<u8"), ("tier", "<u4"), ("generation_limit", "<u4"),
+    ("owner_epoch", "<u8"), ("owner_host", "u1", 16), ("owner_boot", "u1", 16),
+    ("owner_pid", "<u8"), ("heartbeat_ns", "<u8"), ("location", "<u8"),
+    ("table_bytes", "<u8"), ("table_xxh3", "u1", 16),
+    ("reserved", "u1", HEADER_BYTES - 184), ("checksum", "<u8"),
+])  # fmt: skip
+assert ENTRY.itemsize == ENTRY_BYTES == _native.ENTRY_BYTES
+assert HEADER.itemsize == HEADER_BYTES
+assert SUPERBLOCK.itemsize == HEADER_BYTES
+
+EntryArray = npt.NDArray[np.void]
+
+
+def entry_position(entry_index: int) -> int:
+    """Return the distance of an entry's start from the segment's (or sidecar's) end."""
+    return HEADERS_BYTES + (entry_index + 1) * ENTRY_BYTES
+
+
+def sidecar_bytes(entry_count: int) -> int:
+    """Return the size of a sidecar with that many entries."""
+    return HEADERS_BYTES + align_up(entry_count * ENTRY_BYTES, PAGE)
+
+
+def entry_seed(device_uuid: uuid.UUID, slot: int, generation: int) -> int:
+    """Return the seed that binds an entry to one life of one segment."""
+    identity = device_uuid.bytes + slot.to_bytes(4, "little") + generation.to_bytes(4, "little")
+    return _native.xxh3_64(identity)
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentHeader:
+    """An open or seal header, decoded. Sizes in bytes; `entries_xxh3` is zero in open headers."""
+
+    kind: HeaderKind
+    pool_uuid: uuid.UUID
+    device_uuid: uuid.UUID
+    slot: int
+    generation: int
+    namespace_id: int
+    layout_digest: bytes
+    segment_kind: SegmentKind
+    segment_bytes: int
+    created_ns: int
+    entry_count: int = 0
+    payload_bytes: int = 0
+    entries_xxh3: bytes = bytes(16)
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceRecord:
+    """A namespace as every device remembers it."""
+
+    namespace_id: int
+    name: str
+    layout_json: str
+
+
+@dataclass(frozen=True, slots=True)
+class Superblock:
+    """Identity, geometry and owner of one device.
+
+    Attributes:
+        sequence: Counts writes of this superblock.
+        generation_limit: Segment generations below it may have been used; the next owner starts here.
+        owner_epoch: Counts owners. `owner_pid` is zero after a clean close.
+        location: What tells this device from a copy of it (inode of the directory; 0 unknown).
+        capacity_bytes: Hard bound of all bytes on the device.
+    """
+
+    pool_uuid: uuid.UUID
+    device_uuid: uuid.UUID
+    device_index: int
+    tier: int
+    segment_bytes: int
+    capacity_bytes: int
+    sequence: int = 0
+    generation_limit: int = 1
+    owner_epoch: int = 0
+    owner_host: bytes = bytes(16)
+    owner_boot: bytes = bytes(16)
+    owner_pid: int = 0
+    heartbeat_ns: int = 0
+    location: int = 0
+    namespaces: tuple[NamespaceRecord, ...] = field(default=())
+
+
+def _uuid_bytes(value: uuid.UUID) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(value.bytes, np.uint8)
+
+
+def _signed_page(record: npt.NDArray[np.void]) -> bytes:
+    """Return the record with its checksum, the last 8 bytes, filled."""
+    raw = record.tobytes()
+    return raw[:-8] + _native.xxh3_64(raw[:-8]).to_bytes(8, "little")
+
+
+def _checked_page(raw: bytes, dtype: np.dtype[np.void], magic: bytes, where: str) -> Any:
+    """Verify length, magic, checksum and version, in this order, and return the record."""
+    if len(raw) < HEADER_BYTES:
+        raise CorruptionError(f"truncated: {where}: expected {HEADER_BYTES} bytes, found {len(raw)}")
+    page = bytes(raw[:HEADER_BYTES])
+    record = np.frombuffer(page, dtype)[0]
+    if page[:8] != magic:
+        raise CorruptionError(f"wrong magic: {where}: expected {magic!r}, found {page[:8]!r}")
+    expected, found = _native.xxh3_64(page[:-8]), int(record["checksum"])
+    if expected != found:
+        raise CorruptionError(
+            f"checksum mismatch: {where}: expected {expected:#018x}, found {found:#018x}"
+        )
+    version = int(record["format_version"])
+    if version != FORMAT_VERSION:
+        raise FormatVersionError(
+            f"format version {version}: {where}: this kvfs reads version {FORMAT_VERSION}; "
+            "use the release that wrote it"
+        )
+    return record
+
+
+def encode_header(header: SegmentHeader) -> bytes:
+    """Encode a segment header page, 4096 bytes."""
+    record = np.zeros(1, HEADER)
+    record["magic"] = SEGMENT_MAGIC
+    record["format_version"] = FORMAT_VERSION
+    record["header_kind"] = header.kind
+    record["pool_uuid"] = _uuid_bytes(header.pool_uuid)
+    record["device_uuid"] = _uuid_bytes(header.device_uuid)
+    record["layout_digest"] = np.frombuffer(header.layout_digest, np.uint8)
+    record["entries_xxh3"] = np.frombuffer(header.entries_xxh3, np.uint8)
+    for name in ("slot", "generation", "namespace_id", "segment_kind", "segment_bytes",
+                 "created_ns", "entry_count", "payload_bytes"):  # fmt: skip
+        record[name] = getattr(header, name)
+    return _signed_page(record)
+
+
+def decode_header(raw: bytes, kind: HeaderKind, where: str) -> SegmentHeader:
+    """Decode and verify a segment header page.
+
+    Raises:
+        CorruptionError: Truncated, wrong magic, checksum or kind.
+        FormatVersionError: Written by another format.
+    """
+    record = _checked_page(raw, HEADER, SEGMENT_MAGIC, where)
+    if int(record["header_kind"]) != kind or int(record["segment_kind"]) not in (1, 2):
+        raise CorruptionError(
+            f"wrong header kind: {where}: expected {int(kind)}, found {int(record['header_kind'])}"
+        )
+    return SegmentHeader(
+        kind=kind,
+        pool_uuid=uuid.UUID(bytes=record["pool_uuid"].tobytes()),
+        device_uuid=uuid.UUID(bytes=record["device_uuid"].tobytes()),
+        slot=int(record["slot"]),
+        generation=int(record["generation"]),
+        namespace_id=int(record["namespace_id"]),
+        layout_digest=record["layout_digest"].tobytes(),
+        segment_kind=SegmentKind(int(record["segment_kind"])),
+        segment_bytes=int(record["segment_bytes"]),
+        created_ns=int(record["created_ns"]),
+        entry_count=int(record["entry_count"]),
+        payload_bytes=int(record["payload_bytes"]),
+        entries_xxh3=record["entries_xxh3"].tobytes(),
+    )
+
+
+_SUPERBLOCK_INTEGERS: Final = (
+    "device_index", "tier", "segment_bytes", "capacity_bytes", "sequence", "generation_limit",
+    "owner_epoch", "owner_pid", "heartbeat_ns", "location",
+)  # fmt: skip
+
+
+def encode_superblock(superblock: Superblock) -> bytes:
+    """Encode a superblock: header page and namespace table, a multiple of 4096 bytes."""
+    table = msgspec.msgpack.encode(superblock.namespaces)
+    record = np.zeros(1, SUPERBLOCK)
+    record["magic"] = SUPERBLOCK_MAGIC
+    record["format_version"] = FORMAT_VERSION
+    record["pool_uuid"] = _uuid_bytes(superblock.pool_uuid)
+    record["device_uuid"] = _uuid_bytes(superblock.device_uuid)
+    record["owner_host"] = np.frombuffer(superblock.owner_host, np.uint8)
+    record["owner_boot"] = np.frombuffer(superblock.owner_boot, np.uint8)
+    for name in _SUPERBLOCK_INTEGERS:
+        record[name] = getattr(superblock, name)
+    record["table_bytes"] = len(table)
+    record["table_xxh3"] = np.frombuffer(_native.xxh3_128(table), np.uint8)
+    return _signed_page(record) + table.ljust(align_up(len(table), PAGE), b"\0")
+
+
+def decode_superblock(raw: bytes, where: str) -> Superblock:
+    """Decode and verify a superblock.
+
+    Raises:
+        CorruptionError: Header or namespace table damaged.
+        FormatVersionError: Written by another format.
+    """
+    record = _checked_page(raw, SUPERBLOCK, SUPERBLOCK_MAGIC, where)
+    length = int(record["table_bytes"])
+    table = raw[HEADER_BYTES : HEADER_BYTES + length]
+    if len(table) != length or _native.xxh3_128(table) != record["table_xxh3"].tobytes():
+        raise CorruptionError(f"namespace table checksum mismatch: {where}: {length} bytes")
+    try:
+        namespaces = msgspec.msgpack.decode(table, type=tuple[NamespaceRecord, ...])
+    except msgspec.MsgspecError as error:
+        raise CorruptionError(f"namespace table not understood: {where}: {error}") from error
+    return Superblock(
+        pool_uuid=uuid.UUID(bytes=record["pool_uuid"].tobytes()),
+        device_uuid=uuid.UUID(bytes=record["device_uuid"].tobytes()),
+        owner_host=record["owner_host"].tobytes(),
+        owner_boot=record["owner_boot"].tobytes(),
+        namespaces=namespaces,
+        **{name: int(record[name]) for name in _SUPERBLOCK_INTEGERS},
+    )
