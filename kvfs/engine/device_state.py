@@ -1,0 +1,179 @@
+"""One device as its owner sees it: superblock, segments, open logs.
+
+Layer: L3.
+
+- The engine's lock guards `segments`, `logs`, `full`, `claimed`; `open_lock`, taken before it, guards the superblock and lets one
+  thread at a time open a segment, so that the engine's lock is never held over a persist.
+- A generation is used only below `superblock.generation_limit`, which is persisted first; the next owner starts at the limit. So no
+  (slot, generation) is used twice, whatever crashes.
+"""
+
+import dataclasses
+import threading
+import uuid
+from collections.abc import Iterator
+from typing import Final
+
+from kvfs.clock import Clock
+from kvfs.devices.base import Device, DeviceInfo
+from kvfs.engine import format as fmt
+from kvfs.engine.format import NamespaceRecord, Superblock
+from kvfs.engine.log import SegmentLog
+from kvfs.engine.segment_table import SegmentState, SegmentStatus
+from kvfs.errors import NoSpaceError, UnavailableError
+
+GENERATIONS_RESERVED: Final = 4096
+_RESERVE_SEGMENTS_FROM: Final = 4  # devices with fewer segments keep none back for relocation
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NamespaceSpec:
+    """What the store needs to know of a namespace. Sizes in bytes; `digest` is the layout fingerprint."""
+
+    namespace_id: int
+    name: str
+    layout_json: str
+    digest: bytes
+    block_bytes: int
+    stride: int
+    is_durable: bool = False
+
+
+class DeviceState:
+    """A device with its tables. Methods need the engine's lock unless they say otherwise."""
+
+    def __init__(self, device: Device, superblock: Superblock, clock: Clock) -> None:
+        self.device = device
+        self.superblock = superblock
+        self.segments: dict[int, SegmentState] = {}
+        self.logs: dict[int, SegmentLog] = {}  # by namespace: takes appends
+        self.full: list[SegmentLog] = []  # to be sealed
+        self.claimed: set[int] = set()
+        self.open_lock = threading.Lock()
+        self.failures = 0
+        self.is_offline = False
+        self._clock = clock
+        self._next_generation = superblock.generation_limit
+        self._next_slot = 0
+
+    @property
+    def info(self) -> DeviceInfo:
+        """What the device is."""
+        return self.device.info
+
+    def update_superblock(self, **changes: object) -> None:
+        """Write the superblock with some fields changed. Durability: persist."""
+        updated = dataclasses.replace(
+            self.superblock,
+            sequence=self.superblock.sequence + 1,
+            heartbeat_ns=self._clock.wall_ns(),
+            **changes,  # type: ignore[arg-type]
+        )
+        self.device.write_superblock(fmt.encode_superblock(updated))
+        self.superblock = updated
+
+    def register(self, namespace: NamespaceSpec) -> None:
+        """Record the namespace's layout on the device before its first segment. REQUIRES: `open_lock`."""
+        record = NamespaceRecord(namespace.namespace_id, namespace.name, namespace.layout_json)
+        others = tuple(
+            known
+            for known in self.superblock.namespaces
+            if known.namespace_id != namespace.namespace_id
+        )
+        if len(others) == len(self.superblock.namespaces) or record not in (
+            self.superblock.namespaces
+        ):
+            self.update_superblock(namespaces=(*others, record))
+
+    def claim(self) -> tuple[int, int]:
+        """Return a free slot, reserved, and a generation this device never used. REQUIRES: both locks.
+
+        Raises:
+            NoSpaceError: All slots are taken.
+        """
+        if self._next_generation >= self.superblock.generation_limit:
+            limit = self._next_generation + GENERATIONS_RESERVED
+            self.update_superblock(generation_limit=limit)
+        for step in range(self.info.slot_count):
+            slot = (self._next_slot + step) % self.info.slot_count
+            if slot not in self.segments and slot not in self.claimed:
+                self._next_slot = slot + 1
+                self._next_generation += 1
+                self.claimed.add(slot)
+                return slot, self._next_generation - 1
+        raise NoSpaceError(f"no free segment: {self.info.name}: all {self.info.slot_count} in use")
+
+    def has_room_for_segment(self, *, keep_reserve: bool) -> bool:
+        """Say whether one more log segment fits; with `keep_reserve`, leaving one for relocation."""
+        segments = 2 if keep_reserve and self.has_reserve else 1
+        free = self.info.capacity_bytes - self.device.used_bytes
+        return free >= segments * self.info.segment_bytes
+
+    @property
+    def has_reserve(self) -> bool:
+        """Whether the device is large enough to keep a segment back for relocation."""
+        return self.info.capacity_bytes // self.info.segment_bytes >= _RESERVE_SEGMENTS_FROM
+
+    def open_segment(
+        self, namespace: NamespaceSpec, pool_uuid: uuid.UUID, slot: int, generation: int
+    ) -> SegmentLog:
+        """Create a log segment on a claimed slot; persist its open header and name. REQUIRES: `open_lock` only.
+
+        Raises:
+            NoSpaceError: The device is full for real.
+            DeviceError: A write failed; the segment is given back.
+        """
+        self.register(namespace)
+        handle = self.device.create(slot, generation, namespace.namespace_id.to_bytes(8, "little"))
+        state = SegmentState(
+            handle, namespace.namespace_id, SegmentStatus.OPEN, self._clock.monotonic_ns()
+        )
+        header = self.header_for(namespace, pool_uuid, slot, generation, handle.nbytes)
+        log = SegmentLog(self.device, state, header)
+        try:
+            log.start()
+        except BaseException:
+            self.device.free(handle)
+            raise
+        return log
+
+    def header_for(
+        self, namespace: NamespaceSpec, pool_uuid: uuid.UUID, slot: int, generation: int,
+        nbytes: int, kind: fmt.SegmentKind = fmt.SegmentKind.LOG,
+    ) -> fmt.SegmentHeader:
+        """Build the open header of a segment of `nbytes` payload file or slot."""
+        return fmt.SegmentHeader(
+            kind=fmt.HeaderKind.OPEN,
+            pool_uuid=pool_uuid,
+            device_uuid=self.info.uuid,
+            slot=slot,
+            generation=generation,
+            namespace_id=namespace.namespace_id,
+            layout_digest=namespace.digest,
+            segment_kind=kind,
+            segment_bytes=nbytes,
+            created_ns=self._clock.wall_ns(),
+        )  # fmt: skip
+
+    def state_of(self, slot: int, generation: int) -> SegmentState | None:
+        """Return the segment if it still lives in this generation. Needs no lock."""
+        state = self.segments.get(slot)
+        return state if state is not None and state.handle.generation == generation else None
+
+    def discard(self, state: SegmentState) -> None:
+        """Give a segment back whose blocks have left the index; waits for leases by DRAINING."""
+        state.status = SegmentStatus.DRAINING
+        if state.leases == 0:
+            self.device.free(state.handle)
+            del self.segments[state.handle.slot]
+
+    def unsynced_logs(self) -> Iterator[SegmentLog]:
+        """Yield the logs with entries that no persist has covered."""
+        for log in [*self.full, *self.logs.values()]:
+            if log.state.persisted_count < log.state.entry_count:
+                yield log
+
+    def require_online(self) -> None:
+        """Raise UnavailableError if the device left service."""
+        if self.is_offline:
+            raise UnavailableError(f"device is out of service after failures: {self.info.name}")

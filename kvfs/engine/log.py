@@ -1,0 +1,309 @@
+"""Writing and reading segments: the log.
+
+Layer: L2 (does I/O through a device).
+
+- Payloads grow upwards from offset 0, entries downwards from the headers. An entry is written after its payload was; one
+  persist covers both.
+- A page of entries is only ever rewritten with the same bytes plus new ones, so a torn write cannot lose an entry
+  that was persisted before.
+- After any failed write or persist the segment is poisoned: never written again, never sealed.
+
+Concurrency: `SegmentLog.lock` admits one appender; `persist_lock` one persister; lock order is lock, then persist_lock. Persisters
+that arrive while another runs find their entries covered by the next round (group commit).
+"""
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvfs import _native
+from kvfs.devices.base import AddressArray, Device, Segment, SegmentName
+from kvfs.engine import format as fmt
+from kvfs.engine.format import ENTRY, ENTRY_BYTES, HEADERS_BYTES, EntryArray, SegmentHeader
+from kvfs.engine.segment_table import SegmentState, SegmentStatus, page_round
+from kvfs.errors import CorruptionError, DeviceError, FormatVersionError, PoisonedError
+from kvfs.units import PAGE, align_up
+
+_ENTRIES_PER_PAGE = PAGE // ENTRY_BYTES
+_TAIL_FIRST_READ = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Blocks to append, n of each: keys and parents (n, 32); lengths in bytes; addresses readable until return."""
+
+    keys: npt.NDArray[np.uint8]
+    parents: npt.NDArray[np.uint8]
+    addresses: AddressArray
+    lengths: AddressArray
+    tokens: npt.NDArray[np.uint32]
+    flags: npt.NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def take(self, selection: slice | npt.NDArray[np.integer]) -> "Batch":
+        """Return a part of the batch."""
+        return Batch(*(np.ascontiguousarray(getattr(self, name)[selection]) for name in
+                       ("keys", "parents", "addresses", "lengths", "tokens", "flags")))  # fmt: skip
+
+
+class SegmentLog:
+    """The writer of one open segment."""
+
+    def __init__(self, device: Device, state: SegmentState, header: SegmentHeader) -> None:
+        self.device = device
+        self.state = state
+        self.lock = threading.Lock()
+        self.persist_lock = threading.Lock()
+        self._header = header
+        self._seed = fmt.entry_seed(header.device_uuid, header.slot, header.generation)
+
+    def start(self) -> None:
+        """Write and persist the open header and the segment's name. Durability: persist."""
+        with self._poisoning("write"):
+            self.device.write_tail(
+                self.state.handle, fmt.OPEN_POSITION, fmt.encode_header(self._header)
+            )
+        with self._poisoning("persist"):
+            self.device.persist(self.state.handle)
+            self.device.persist_names()
+
+    def fitting(self, lengths: AddressArray) -> int:
+        """Return how many leading payloads of these lengths the segment has room for."""
+        state = self.state
+        ends = state.payload_end + np.cumsum(page_round(lengths))
+        counts = state.entry_count + 1 + np.arange(len(lengths))
+        limits = state.handle.nbytes - HEADERS_BYTES - page_round(counts * ENTRY_BYTES)
+        misfits = np.flatnonzero(ends > limits)
+        return int(misfits[0]) if len(misfits) else len(lengths)
+
+    def append(self, batch: Batch) -> npt.NDArray[np.int64]:
+        """Write payloads and entries; return the entries' indices. REQUIRES: `lock`, and that they fit.
+
+        Durability: flush. The entries are valid for this process at once.
+
+        Raises:
+            DeviceError: A write failed; the segment is poisoned and none of the batch is in it.
+        """
+        state = self.state
+        if state.is_poisoned or state.status is not SegmentStatus.OPEN:
+            raise PoisonedError(f"segment takes no writes: {self.where}")
+        entries = np.zeros(len(batch), ENTRY)
+        padded = page_round(batch.lengths)
+        offsets = (state.payload_end + np.cumsum(padded) - padded).astype(np.uint64)
+        digests = np.zeros((len(batch), 16), np.uint8)
+        statuses = np.zeros(len(batch), np.int32)
+        with self._poisoning("write"):
+            failed = self.device.write_payloads(
+                state.handle, offsets, batch.addresses, batch.lengths, digests, statuses
+            )
+            if failed:
+                status = int(statuses[np.flatnonzero(statuses)[0]])
+                raise OSError(-status if status < 0 else 5, f"payload write failed ({status})")
+        entries["key"], entries["parent"] = batch.keys, batch.parents
+        entries["offset"], entries["stored_bytes"] = offsets, batch.lengths
+        entries["logical_bytes"], entries["token_count"] = batch.lengths, batch.tokens
+        entries["flags"], entries["payload_xxh3"] = batch.flags, digests
+        _native.sign_entries(entries, self._seed)
+        first = state.entry_count
+        count = first + len(batch)
+        state.reserve(count)
+        state.entries[first:count] = entries
+        with self._poisoning("write"):
+            self._write_entries(first, count)
+        state.payload_end += int(padded.sum())
+        state.entry_count = count
+        return np.arange(first, count)
+
+    def persist(self, *, wanted: int | None = None) -> None:
+        """Make the first `wanted` entries (all so far) survive a crash. Durability: persist.
+
+        Raises:
+            DeviceError: The persist failed; the segment is poisoned.
+            PoisonedError: It was poisoned before and some of them are not persisted.
+        """
+        if wanted is None:
+            wanted = self.state.entry_count
+        with self.persist_lock:
+            state = self.state
+            if state.persisted_count >= wanted:
+                return
+            if state.is_poisoned:
+                raise PoisonedError(f"an earlier write or persist failed: {self.where}")
+            covered = state.entry_count
+            with self._poisoning("persist"):
+                self.device.persist(state.handle)
+            state.persisted_count = covered
+
+    def seal(self) -> None:
+        """Persist all, then write and persist the seal header. REQUIRES: `lock`. Durability: persist.
+
+        A segment taken over from an earlier owner gets no seal header: this owner cannot vouch for its payloads, so they stay
+        subject to verification.
+        """
+        self.persist()
+        state = self.state
+        if state.needs_verify:
+            state.status = SegmentStatus.SEALED
+            return
+        raw = seal_header(self._header, state.entries[: state.entry_count], state.payload_end)
+        with self.persist_lock, self._poisoning("seal"):
+            self.device.write_tail(state.handle, fmt.SEAL_POSITION, raw)
+            self.device.persist(state.handle)
+        state.status = SegmentStatus.SEALED
+
+    @property
+    def where(self) -> str:
+        """Name the segment for messages."""
+        return segment_where(self.device, self.state.handle)
+
+    def _write_entries(self, first: int, count: int) -> None:
+        """Write the summary pages that hold entries [first, count), whole."""
+        page_first = first // _ENTRIES_PER_PAGE * _ENTRIES_PER_PAGE
+        raw = self.state.entries[page_first:count][::-1].tobytes()
+        start = align_up(count * ENTRY_BYTES, PAGE)
+        raw = raw.rjust(start - page_first * ENTRY_BYTES, b"\0")
+        self.device.write_tail(self.state.handle, HEADERS_BYTES + start, raw)
+
+    def _poisoning(self, operation: str) -> "_Poisoning":
+        return _Poisoning(self, operation)
+
+
+class _Poisoning:
+    """Turns an OSError into DeviceError and marks the segment."""
+
+    def __init__(self, log: SegmentLog, operation: str) -> None:
+        self._log = log
+        self._operation = operation
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            return
+        self._log.state.is_poisoned = True
+        if isinstance(error, OSError):
+            raise DeviceError(
+                f"{self._operation} failed: {self._log.where}: {error.strerror or error}; "
+                "the segment is poisoned, its persisted blocks stay readable"
+            ) from error
+
+
+def seal_header(header: SegmentHeader, entries: EntryArray, payload_end: int) -> bytes:
+    """Encode the seal header over these entries."""
+    return fmt.encode_header(
+        SegmentHeader(
+            kind=fmt.HeaderKind.SEAL,
+            pool_uuid=header.pool_uuid,
+            device_uuid=header.device_uuid,
+            slot=header.slot,
+            generation=header.generation,
+            namespace_id=header.namespace_id,
+            layout_digest=header.layout_digest,
+            segment_kind=header.segment_kind,
+            segment_bytes=header.segment_bytes,
+            created_ns=header.created_ns,
+            entry_count=len(entries),
+            payload_bytes=payload_end,
+            entries_xxh3=_native.xxh3_128(np.ascontiguousarray(entries)),
+        )
+    )
+
+
+def file_sidecar(header: SegmentHeader, entries: EntryArray) -> bytes:
+    """Encode the sidecar of a file segment: entries, seal, open header. `entries` are unsigned."""
+    seed = fmt.entry_seed(header.device_uuid, header.slot, header.generation)
+    signed = np.ascontiguousarray(entries)
+    _native.sign_entries(signed, seed)
+    end = int((signed["offset"] + signed["stored_bytes"]).max()) if len(signed) else 0
+    table = signed[::-1].tobytes().rjust(align_up(len(signed) * ENTRY_BYTES, PAGE), b"\0")
+    return table + seal_header(header, signed, end) + fmt.encode_header(header)
+
+
+def segment_where(device: Device, segment: Segment | SegmentName) -> str:
+    """Name a segment for messages, e.g. 'ssd0 segment 118 generation 7'."""
+    return f"{device.info.name} segment {segment.slot} generation {segment.generation}"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedSegment:
+    """A segment as read from the medium. `is_sealed`: the seal header holds and covers the entries."""
+
+    header: SegmentHeader
+    is_sealed: bool
+    indices: npt.NDArray[np.uint32]
+    entries: EntryArray
+    entry_count: int
+
+
+def load_segment(device: Device, handle: Segment) -> LoadedSegment:
+    """Read headers and entries of a segment.
+
+    With a seal header that holds, exactly its entries are read. Without one, entries are scanned down to the payload's
+    high-water mark, never stopping at a bad one.
+
+    Raises:
+        CorruptionError: The open header does not hold: the segment never held a persisted payload, or is damaged.
+        FormatVersionError: Written by another format.
+    """
+    where = segment_where(device, handle)
+    tail = device.read_tail(handle, _TAIL_FIRST_READ)
+    header = fmt.decode_header(tail[-fmt.OPEN_POSITION :], fmt.HeaderKind.OPEN, f"{where} open")
+    if (header.slot, header.generation) != (handle.slot, handle.generation):
+        raise CorruptionError(
+            f"segment is somebody else's: {where}: header says "
+            f"segment {header.slot} generation {header.generation}"
+        )
+    seed = fmt.entry_seed(device.info.uuid, handle.slot, handle.generation)
+    sealed = _load_sealed(device, handle, header, tail, seed)
+    return sealed or _scan_unsealed(device, handle, header, tail, seed)
+
+
+def _load_sealed(
+    device: Device, handle: Segment, header: SegmentHeader, tail: bytes, seed: int
+) -> LoadedSegment | None:
+    where = f"{segment_where(device, handle)} seal"
+    page = tail[-fmt.SEAL_POSITION : -fmt.OPEN_POSITION]
+    try:
+        seal = fmt.decode_header(page, fmt.HeaderKind.SEAL, where)
+    except FormatVersionError:
+        raise
+    except CorruptionError:
+        return None
+    if (seal.slot, seal.generation) != (header.slot, header.generation):
+        return None
+    needed = HEADERS_BYTES + seal.entry_count * ENTRY_BYTES
+    if len(tail) < needed:
+        tail = device.read_tail(handle, needed)
+    if len(tail) < needed:
+        return None
+    summary = tail[len(tail) - needed : -HEADERS_BYTES]
+    raw, indices, _ = _native.scan_entries(summary, seed, seal.entry_count, 0)
+    entries = np.frombuffer(raw, ENTRY)
+    ordered = entries if len(entries) == seal.entry_count else entries[:0]
+    if _native.xxh3_128(ordered) != seal.entries_xxh3:
+        return None
+    return LoadedSegment(
+        header, True, np.frombuffer(indices, np.uint32), entries, seal.entry_count
+    )
+
+
+def _scan_unsealed(
+    device: Device, handle: Segment, header: SegmentHeader, tail: bytes, seed: int
+) -> LoadedSegment:
+    """Scan entries in growing tails until nothing below can be an entry."""
+    limit = 0 if handle.is_file else handle.nbytes
+    while True:
+        start = max(0, limit - len(tail))
+        raw, indices, count = _native.scan_entries(tail[:-HEADERS_BYTES], seed, -1, start)
+        entries = np.frombuffer(raw, ENTRY)
+        ends = entries["offset"] + page_round(entries["stored_bytes"]).astype(np.uint64)
+        high_water = int(ends.max()) if len(entries) else 0
+        if start <= high_water or device.next_data(handle, high_water) >= start:
+            break
+        tail = device.read_tail(handle, min(limit, 4 * len(tail)))
+    return LoadedSegment(header, False, np.frombuffer(indices, np.uint32), entries, count)

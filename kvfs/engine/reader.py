@@ -1,0 +1,304 @@
+"""The reading side: lookups, batch copies, verification, leases.
+
+Layer: L3.
+
+- A block that cannot be read back is dropped from the index and counted; the caller sees a miss. Another copy is tried first.
+- Payloads of segments without a seal header (and of poisoned ones) are verified from the medium, past the page cache,
+  before they are first served; others at the first read of this process (`PoolOptions.verify_reads`).
+- Reads hold a lease on the segments they touch, so that no slot is recycled under a copy.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from kvfs import _native
+from kvfs.devices.base import AddressArray
+from kvfs.engine.index import RECORD, RecordArray
+from kvfs.engine.segment_table import SegmentState, SegmentStatus, group_by_segment, is_verified
+from kvfs.engine.state import EngineState
+from kvfs.keys import KeyArray
+from kvfs.units import PAGE
+
+_ATTEMPTS = 3  # copies of one block tried before it is a miss
+_SCRATCH_BYTES = 8 << 20
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """Segments that must not be recycled. `records` says where the bytes are; misses have length 0."""
+
+    records: RecordArray
+    segments: list[SegmentState] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The records of a batch that lie in one segment."""
+
+    segment: SegmentState
+    device: int
+    positions: npt.NDArray[np.intp]
+
+
+class Reader:
+    """Reads blocks of a pool."""
+
+    def __init__(self, state: EngineState) -> None:
+        self._state = state
+
+    def lookup(self, namespace_id: int, keys: KeyArray) -> RecordArray:
+        """Return where the fastest copy of each block is; length 0 for a miss."""
+        records = self._state.index(namespace_id).lookup(keys)
+        hits = int(np.count_nonzero(records["length"]))
+        counters = self._state.counters
+        counters.lookups_hit += hits
+        counters.lookups_missed += len(keys) - hits
+        return records
+
+    def lease(self, namespace_id: int, keys: KeyArray, *, verify: bool = True) -> Lease:
+        """Look up blocks and hold their segments until `release`.
+
+        With `verify`, blocks that do not hold what their entry says are dropped and reported as misses.
+        """
+        index = self._state.index(namespace_id)
+        with self._state.lock:
+            lease = Lease(index.lookup(keys))
+            self._hold(lease)
+        self._state.touch(lease.records)
+        if verify:
+            bad = ~self.verified(lease.records)
+            lease.records[bad & (lease.records["length"] > 0)] = np.zeros(1, RECORD)[0]
+        return lease
+
+    def release(self, lease: Lease) -> None:
+        """Let go of a lease; idempotent."""
+        with self._state.lock:
+            for segment in lease.segments:
+                segment.leases -= 1
+                if segment.leases == 0 and segment.status is SegmentStatus.DRAINING:
+                    self._state.device(segment.handle.device_index).discard(segment)
+            lease.segments.clear()
+
+    def read_into(
+        self, namespace_id: int, keys: KeyArray, addresses: AddressArray, lengths: AddressArray
+    ) -> Mask:
+        """Copy whole blocks to memory, verifying checksums in the same pass.
+
+        Args:
+            namespace_id: Where.
+            keys: (n, 32) uint8.
+            addresses: Where block i goes; room for `lengths[i]` bytes.
+            lengths: Bytes of room; a block that is longer is a miss.
+
+        Returns:
+            Which blocks were copied. The memory of a failed one holds unspecified bytes.
+        """
+        done = np.zeros(len(keys), np.bool_)
+        for _ in range(_ATTEMPTS):
+            todo = np.flatnonzero(~done)
+            if not len(todo):
+                break
+            part = keys if len(todo) == len(keys) else np.ascontiguousarray(keys[todo])
+            lease = self.lease(namespace_id, part, verify=False)
+            try:
+                self._require_medium(lease.records)
+                records = lease.records
+                usable = (records["length"] > 0) & (records["length"] <= lengths[todo])
+                if not usable.any():
+                    break
+                records["length"][~usable] = 0
+                good = self._copy(records, addresses[todo])
+            finally:
+                self.release(lease)
+            done[todo[good]] = True
+            if good[usable].all():
+                break
+        counters = self._state.counters
+        counters.blocks_read += int(done.sum())
+        return done
+
+    def read_ranges(
+        self, lease: Lease, positions: npt.NDArray[np.integer], offsets: AddressArray,
+        lengths: AddressArray, addresses: AddressArray,
+    ) -> Mask:
+        """Copy parts of leased, verified blocks: for each i, `lengths[i]` bytes from `offsets[i]` of record `positions[i]`.
+
+        A part that cannot be read is False, and its block dropped.
+        """  # fmt: skip
+        records = lease.records[positions]
+        starts = records["page"].astype(np.uint64) * np.uint64(PAGE) + offsets
+        statuses = self._transfer(records, starts, lengths, addresses, None)
+        bad = statuses != 0
+        if bad.any():
+            self._drop_bad(records[bad], statuses[bad])
+        self._state.counters.bytes_read += int(lengths[~bad].sum())
+        return ~bad
+
+    def verified(self, records: RecordArray) -> Mask:
+        """Verify the payloads that were not verified yet; drop bad ones. Misses are False.
+
+        A lease must hold the segments, or the records be fresh.
+        """
+        good = records["length"] > 0
+        unknown = good & ~is_verified(records)
+        if not self._state.options.verify_reads:
+            unknown &= self._needing_medium(records)
+        todo = np.flatnonzero(unknown)
+        for part in self._parts(records[todo]):
+            chosen = todo[part.positions]
+            subset = np.ascontiguousarray(records[chosen])
+            statuses = self._verify_part(part, subset)
+            good[chosen] = statuses == 0
+            self._settle(subset, statuses)
+        return good
+
+    # --- internals
+
+    def _hold(self, lease: Lease) -> None:
+        for part in self._parts(lease.records):
+            part.segment.leases += 1
+            lease.segments.append(part.segment)
+
+    def _parts(self, records: RecordArray) -> list[_Part]:
+        parts = []
+        for device, slot, generation, positions in group_by_segment(records):
+            segment = self._state.segment_of(device, slot, generation)
+            if segment is None:
+                records["length"][positions] = 0  # gone since the lookup
+            else:
+                parts.append(_Part(segment, device, positions))
+        return parts
+
+    def _needing_medium(self, records: RecordArray) -> Mask:
+        """Which records lie in segments whose payloads no seal header vouches for."""
+        mask = np.zeros(len(records), np.bool_)
+        for part in self._parts(records):
+            mask[part.positions] = part.segment.needs_verify
+        return mask
+
+    def _require_medium(self, records: RecordArray) -> None:
+        """Verify from the medium what must be, before a copy that verifies only what it copies."""
+        risky = self._needing_medium(records) & ~is_verified(records)
+        if risky.any():
+            chosen = np.flatnonzero(risky)
+            good = self.verified(np.ascontiguousarray(records[chosen]))
+            records["length"][chosen[~good]] = 0
+
+    def _copy(self, records: RecordArray, addresses: AddressArray) -> Mask:
+        starts = records["page"].astype(np.uint64) * np.uint64(PAGE)
+        digests = self._digests(records)
+        lengths = records["length"].astype(np.uint64)
+        statuses = self._transfer(records, starts, lengths, addresses, digests)
+        hits = np.flatnonzero(records["length"])
+        self._settle(np.ascontiguousarray(records[hits]), statuses[hits])
+        good = (statuses == 0) & (records["length"] > 0)
+        self._state.counters.bytes_read += int(lengths[good].sum())
+        return good
+
+    def _digests(self, records: RecordArray) -> npt.NDArray[np.uint8]:
+        digests = np.zeros((len(records), 16), np.uint8)
+        for part in self._parts(records):
+            entries = records["entry"][part.positions]
+            digests[part.positions] = part.segment.entries["payload_xxh3"][entries]
+        return digests
+
+    def _transfer(
+        self, records: RecordArray, starts: AddressArray, lengths: AddressArray,
+        addresses: AddressArray, digests: npt.NDArray[np.uint8] | None,
+    ) -> npt.NDArray[np.int32]:
+        """Copy, from maps where there are, else with pread; one native call for each of the two."""  # fmt: skip
+        sources = np.zeros(len(records), np.uint64)
+        fds = np.full(len(records), -1, np.int32)
+        for part in self._parts(records):
+            handle = part.segment.handle
+            if handle.address:
+                sources[part.positions] = np.uint64(handle.address) + starts[part.positions]
+            else:
+                fds[part.positions] = handle.fd
+        statuses = np.zeros(len(records), np.int32)
+        for chosen, mapped in ((np.flatnonzero(sources), True), (np.flatnonzero(fds >= 0), False)):
+            if not len(chosen):
+                continue
+            whole = len(chosen) == len(records)
+            pick = (lambda a: a) if whole else (lambda a, c=chosen: np.ascontiguousarray(a[c]))
+            result = np.zeros(len(chosen), np.int32)
+            wanted = None if digests is None else pick(digests)
+            if mapped:
+                _native.copy_verify(pick(addresses), pick(sources), pick(lengths), wanted, result)
+            else:
+                _native.pread_verify(
+                    pick(fds), pick(starts), pick(lengths), pick(addresses), wanted, result
+                )
+            statuses[chosen] = result
+        return statuses
+
+    def _verify_part(self, part: _Part, records: RecordArray) -> npt.NDArray[np.int32]:
+        """Verify records of one segment, from the medium if it needs that."""
+        segment = part.segment
+        statuses = np.zeros(len(records), np.int32)
+        starts = records["page"].astype(np.uint64) * np.uint64(PAGE)
+        lengths = records["length"].astype(np.uint64)
+        digests = np.ascontiguousarray(segment.entries["payload_xxh3"][records["entry"]])
+        if segment.needs_verify:
+            device = self._state.device(part.device).device
+            for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+                try:
+                    raw = device.read(segment.handle, int(start), int(length), uncached=True)
+                    statuses[i] = _native.xxh3_128(raw) != digests[i].tobytes()
+                except OSError as error:
+                    statuses[i] = -(error.errno or 5)
+        elif segment.handle.address:
+            sources = np.uint64(segment.handle.address) + starts
+            _native.verify(sources, lengths, digests, statuses)
+        else:
+            self._verify_file(segment.handle.fd, starts, lengths, digests, statuses)
+        return statuses
+
+    def _verify_file(
+        self, fd: int, starts: AddressArray, lengths: AddressArray,
+        digests: npt.NDArray[np.uint8], statuses: npt.NDArray[np.int32],
+    ) -> None:
+        """Verify by reading into scratch memory, some megabytes at a time."""  # fmt: skip
+        size = max(_SCRATCH_BYTES, int(lengths.max()))
+        scratch = np.empty(size, np.uint8)
+        base = scratch.ctypes.data
+        ends = np.cumsum(lengths)
+        first = 0
+        while first < len(lengths):
+            before = int(ends[first - 1]) if first else 0
+            last = max(first + 1, int(np.searchsorted(ends, before + size, side="right")))
+            part = slice(first, last)
+            targets = np.uint64(base) + ends[part] - lengths[part] - np.uint64(before)
+            fds = np.full(last - first, fd, np.int32)
+            _native.pread_verify(
+                fds, starts[part], lengths[part], targets, digests[part], statuses[part]
+            )
+            first = last
+
+    def _settle(self, records: RecordArray, statuses: npt.NDArray[np.int32]) -> None:
+        """Mark good records verified, drop bad ones. All lie in one namespace."""
+        hits = records["length"] > 0
+        good = hits & (statuses == 0)
+        fresh = good & ~is_verified(records)
+        if fresh.any():
+            namespace_id = _namespace_of(records)
+            with self._state.lock:
+                self._state.index(namespace_id).mark_verified(records[fresh])
+            self._state.counters.blocks_verified += int(fresh.sum())
+        bad = hits & (statuses != 0)
+        if bad.any():
+            self._drop_bad(records[bad], statuses[bad])
+
+    def _drop_bad(self, records: RecordArray, statuses: npt.NDArray[np.int32]) -> None:
+        counters = self._state.counters
+        mismatches = int(np.count_nonzero(statuses == 1))
+        counters.checksum_errors += mismatches
+        counters.media_errors += len(statuses) - mismatches
+        self._state.forget(_namespace_of(records), np.ascontiguousarray(records))
+
+
+def _namespace_of(records: RecordArray) -> int:
+    return int.from_bytes(records["key"][0][:8].tobytes(), "little")

@@ -1,0 +1,157 @@
+"""The state that writer, reader and evictor of one pool share.
+
+Layer: L3.
+
+- `lock` guards the tables of all devices, the writing side of all indexes, pins and counters. It is held for book-keeping only,
+  never while payload bytes move.
+- Publishing and forgetting go through `publish` and `forget`, which keep index and segment tables in step.
+"""
+
+import dataclasses
+import threading
+import uuid
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvfs.clock import Clock
+from kvfs.config import PoolOptions
+from kvfs.engine.device_state import DeviceState, NamespaceSpec
+from kvfs.engine.index import VERIFIED, BlockIndex, RecordArray
+from kvfs.engine.segment_table import SegmentState, group_by_segment, page_round
+from kvfs.errors import NotFoundError
+from kvfs.keys import KeyArray
+from kvfs.metrics import Counters
+
+
+class Names(Protocol):
+    """What eviction must know of the catalog."""
+
+    def reachable_keys(self, namespace_id: int) -> Iterable[KeyArray]:
+        """Yield the keys that a name of the namespace reaches."""
+
+    def forget_files(self, context_ids: list[int]) -> list[KeyArray]:
+        """Remove the names of files that lost a block; return all keys of each file removed. Durability: flush."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class EngineState:
+    """Everything an open pool knows. Fields are guarded by `lock` unless constant."""
+
+    pool_uuid: uuid.UUID
+    devices: list[DeviceState]
+    names: Names
+    options: PoolOptions
+    clock: Clock
+    lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
+    counters: Counters = dataclasses.field(default_factory=Counters)
+    indexes: dict[int, BlockIndex] = dataclasses.field(default_factory=dict)
+    namespaces: dict[int, NamespaceSpec] = dataclasses.field(default_factory=dict)
+    pins: dict[bytes, int] = dataclasses.field(default_factory=dict)
+    pinned_bytes: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        by_index = {device.info.index: device for device in self.devices}
+        self._by_index = by_index
+
+    _by_index: dict[int, DeviceState] = dataclasses.field(init=False)
+
+    def device(self, index: int) -> DeviceState:
+        """Return the device with this number."""
+        return self._by_index[index]
+
+    def ranks(self) -> list[int]:
+        """Return the tier of each device number, for the index."""
+        ranks = [255] * (max(self._by_index) + 1)
+        for index, device in self._by_index.items():
+            ranks[index] = device.info.tier
+        return ranks
+
+    def add_namespace(self, namespace: NamespaceSpec) -> None:
+        """Make a namespace known; replacing a spec keeps its blocks."""
+        with self.lock:
+            self.namespaces[namespace.namespace_id] = namespace
+            if namespace.namespace_id not in self.indexes:
+                self.indexes[namespace.namespace_id] = BlockIndex(self.ranks())
+
+    def index(self, namespace_id: int) -> BlockIndex:
+        """Return the index of a namespace."""
+        try:
+            return self.indexes[namespace_id]
+        except KeyError:
+            raise NotFoundError(f"no such namespace: {namespace_id:#018x}") from None
+
+    def tiers(self, *, persistent: bool) -> list[DeviceState]:
+        """Return the devices in service of one durability, fastest tier first."""
+        chosen = [
+            device
+            for device in self.devices
+            if device.info.is_persistent == persistent and not device.is_offline
+        ]
+        return sorted(chosen, key=lambda device: (device.info.tier, device.info.index))
+
+    def segment_of(self, device: int, slot: int, generation: int) -> SegmentState | None:
+        """Return the segment that records of this place mean, or None if it is gone."""
+        return self._by_index[device].state_of(slot, generation)
+
+    def publish(
+        self, segment: SegmentState, indices: npt.NDArray[np.integer], *, verified: bool
+    ) -> RecordArray:
+        """Make entries of a segment findable. Older copies on the same device become dead."""
+        records = segment.records(indices)
+        if verified:
+            records["flags"] = VERIFIED
+        with self.lock:
+            segment.mark_live(indices)
+            self.mark_dead(self.indexes[segment.namespace_id].insert(records))
+            segment.last_access_ns = self.clock.monotonic_ns()
+        return records
+
+    def forget(self, namespace_id: int, records: RecordArray) -> int:
+        """Remove exactly these copies from index and tables; return how many were there."""
+        hits = records[records["length"] > 0]
+        with self.lock:
+            removed = self.index(namespace_id).remove(hits)
+            self.mark_dead(hits)
+        return removed
+
+    def mark_dead(self, records: RecordArray) -> None:
+        """Count the entries that these records name as dead. REQUIRES: `lock`; not in the index."""
+        for device, slot, generation, positions in group_by_segment(records):
+            segment = self.segment_of(device, slot, generation)
+            if segment is not None:
+                segment.mark_dead(records["entry"][positions].astype(np.int64))
+
+    def touch(self, records: RecordArray) -> None:
+        """Note that these copies were read."""
+        now = self.clock.monotonic_ns()
+        for device, slot, generation, positions in group_by_segment(records):
+            segment = self.segment_of(device, slot, generation)
+            if segment is not None:
+                segment.last_access_ns = now
+                segment.touched[records["entry"][positions]] = True
+
+    def pin(self, namespace_id: int, keys: KeyArray, nbytes: int) -> None:
+        """Forbid the eviction of these keys. REQUIRES: `lock`."""
+        for key in keys:
+            raw = key.tobytes()
+            self.pins[raw] = self.pins.get(raw, 0) + 1
+        self.pinned_bytes[namespace_id] = self.pinned_bytes.get(namespace_id, 0) + nbytes
+
+    def unpin(self, namespace_id: int, keys: KeyArray, nbytes: int) -> None:
+        """Undo one pin of these keys."""
+        with self.lock:
+            for key in keys:
+                raw = key.tobytes()
+                count = self.pins[raw] - 1
+                if count:
+                    self.pins[raw] = count
+                else:
+                    del self.pins[raw]
+            self.pinned_bytes[namespace_id] -= nbytes
+
+    def resident_bytes(self, records: RecordArray) -> int:
+        """Return the space these copies take, in bytes."""
+        return int(page_round(records["length"]).sum())

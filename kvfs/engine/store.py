@@ -1,0 +1,305 @@
+"""The block store: one door to writer, reader, evictor and recovery.
+
+Layer: L3.
+
+- Blocks go in whole and come out whole or not at all; a miss is never an error.
+- Everything here is synchronous and thread-safe; payload bytes move without the GIL and without the engine's lock.
+- Nothing here knows names: contexts and files are the pool's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvfs.buffers import Addresses
+from kvfs.devices.base import Staging
+from kvfs.engine.device_state import DeviceState, NamespaceSpec
+from kvfs.engine.evictor import Evictor
+from kvfs.engine.format import ENTRY, EntryFlag
+from kvfs.engine.index import RecordArray
+from kvfs.engine.log import Batch
+from kvfs.engine.reader import Lease, Mask, Reader
+from kvfs.engine.recovery import RecoveryReport, load_devices
+from kvfs.engine.segment_table import SegmentStatus
+from kvfs.engine.state import EngineState
+from kvfs.engine.writer import Durability, PutResult, Writer
+from kvfs.errors import BusyError, ClosedError, DeviceError, NoSpaceError, UsageError
+from kvfs.keys import KEY_BYTES, KeyArray
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStatistics:
+    """One device in figures. Sizes in bytes; errors counted since open."""
+
+    index: int
+    name: str
+    kind: str
+    tier: int
+    url: str
+    is_persistent: bool
+    state: str
+    capacity_bytes: int
+    used_bytes: int
+    live_bytes: int
+    segment_bytes: int
+    segment_count: int
+    block_count: int
+    bytes_written: int
+    failures: int
+
+
+class Store:
+    """The blocks of one pool."""
+
+    def __init__(self, state: EngineState) -> None:
+        self.state = state
+        self.reader = Reader(state)
+        self._evictor = Evictor(state, self.reader)
+        self._writer = Writer(state, self._evictor.make_room)
+        self._evictor.bind(self._writer)
+        self._is_closed = False
+
+    def load(self) -> RecoveryReport:
+        """Read what is on the devices. REQUIRES: all namespaces were added; called once, before anything else."""
+        return load_devices(self.state)
+
+    # --- blocks
+
+    def put(
+        self, namespace_id: int, keys: KeyArray, addresses: Addresses, lengths: Addresses, *,
+        parents: KeyArray | None = None, tokens: Sequence[int] | None = None,
+        durability: Durability = Durability.ASYNC,
+    ) -> PutResult:
+        """Store blocks that are not there yet; see Namespace.put for the contract.
+
+        Args:
+            namespace_id: Where.
+            keys: (n, 32) uint8, in log order.
+            addresses: Where the payloads lie; read until return.
+            lengths: Bytes per payload; less than the layout's block_bytes marks a partial block.
+            parents: (n, 32) uint8, zeros for none.
+            tokens: Tokens per block; the layout's when missing and the block is full.
+            durability: See Durability.
+        """  # fmt: skip
+        self._require_open()
+        namespace = self._namespace(namespace_id)
+        count = len(keys)
+        if parents is None:
+            parents = np.zeros((count, KEY_BYTES), np.uint8)
+        if len(parents) != count or len(addresses) != count or len(lengths) != count:
+            raise UsageError(f"{count} keys need as many parents and buffers")
+        if count and (int(lengths.max()) > namespace.stride or int(lengths.min()) < 1):
+            raise UsageError(
+                f"block size out of range: namespace {namespace.name}: expected 1 to "
+                f"{namespace.stride} bytes, found {int(lengths.min())} to {int(lengths.max())}"
+            )
+        partial = lengths < namespace.block_bytes
+        batch = Batch(
+            keys=keys,
+            parents=parents,
+            addresses=addresses,
+            lengths=lengths,
+            tokens=np.asarray(tokens if tokens is not None else np.zeros(count), np.uint32),
+            flags=np.where(partial, EntryFlag.PARTIAL, 0).astype(np.uint8),
+        )
+        return self._writer.put(namespace, batch, durability, self.reader.verified)
+
+    def lookup(self, namespace_id: int, keys: KeyArray) -> RecordArray:
+        """Return the fastest copy of each block; length 0 for a miss."""
+        return self.reader.lookup(namespace_id, keys)
+
+    def match_prefix(self, namespace_id: int, keys: KeyArray) -> int:
+        """Return how many leading keys are resident."""
+        return self.state.index(namespace_id).match_prefix(keys)
+
+    def read_into(
+        self, namespace_id: int, keys: KeyArray, addresses: Addresses, lengths: Addresses
+    ) -> Mask:
+        """Copy whole blocks to memory, verified; returns which were."""
+        self._require_open()
+        return self.reader.read_into(namespace_id, keys, addresses, lengths)
+
+    def lease(self, namespace_id: int, keys: KeyArray) -> Lease:
+        """Hold blocks for reading in place; give back with `release`."""
+        self._require_open()
+        return self.reader.lease(namespace_id, keys)
+
+    def release(self, lease: Lease) -> None:
+        """End a lease; idempotent."""
+        self.reader.release(lease)
+
+    def pin(self, namespace_id: int, keys: KeyArray) -> int:
+        """Forbid the eviction of blocks until `unpin`; return the bytes pinned, to be given back to it.
+
+        Raises:
+            BusyError: The namespace would pin more than its share of the persistent tiers.
+        """
+        namespace = self._namespace(namespace_id)
+        nbytes = namespace.stride * len(keys)
+        tiers = self.state.tiers(persistent=True) or self.state.tiers(persistent=False)
+        limit = self.state.options.pinned_share * sum(t.info.capacity_bytes for t in tiers)
+        with self.state.lock:
+            if self.state.pinned_bytes.get(namespace_id, 0) + nbytes > limit:
+                raise BusyError(
+                    f"too much is pinned: namespace {namespace.name}: at most {int(limit)} bytes "
+                    "may be held open; close some contexts"
+                )
+            self.state.pin(namespace_id, keys, nbytes)
+        return nbytes
+
+    def unpin(self, namespace_id: int, keys: KeyArray, nbytes: int) -> None:
+        """Undo one `pin` of these keys."""
+        self.state.unpin(namespace_id, keys, nbytes)
+
+    def drop(self, namespace_id: int, keys: KeyArray) -> int:
+        """Drop blocks on all devices; return the copies dropped. Leaves no tombstone."""
+        self._require_open()
+        return self._evictor.drop(namespace_id, keys)
+
+    def flush(self) -> None:
+        """Persist everything put so far. Durability: persist.
+
+        Raises:
+            DeviceError: A persist failed; what it would have covered is dropped.
+        """
+        self._writer.flush()
+
+    @property
+    def has_unsynced(self) -> bool:
+        """Whether a flush would have something to do."""
+        with self.state.lock:
+            return any(
+                device.full or any(True for _ in device.unsynced_logs())
+                for device in self.state.devices
+            )
+
+    # --- files
+
+    def create_staging(self, name: str, namespace_id: int) -> tuple[int, Staging]:
+        """Make a staging file on the tier that will hold it; return (device index, staging)."""
+        self._require_open()
+        self._namespace(namespace_id)
+        tiers = self.state.tiers(persistent=True) or self.state.tiers(persistent=False)
+        if not tiers:
+            raise NoSpaceError("no device in service takes files; see 'pool status'")
+        device = tiers[0]
+        return device.info.index, device.device.create_staging(name)
+
+    def write_staging(
+        self, device_index: int, staging: Staging, offset: int, data: bytes | memoryview
+    ) -> None:
+        """Write to a staging file; evicts when the device is full. Durability: flush."""
+        device = self.state.device(device_index)
+        try:
+            device.device.write_staging(staging, offset, data)
+        except NoSpaceError:
+            if not self._evictor.make_room(device, max(len(data), device.info.segment_bytes)):
+                raise
+            device.device.write_staging(staging, offset, data)
+
+    def staging_device(self, device_index: int) -> DeviceState:
+        """Return the device of a staging file."""
+        return self.state.device(device_index)
+
+    def adopt(
+        self, device_index: int, staging: Staging, namespace_id: int, keys: KeyArray,
+        lengths: Addresses, digests: npt.NDArray[np.uint8],
+    ) -> RecordArray:
+        """Turn a persisted staging file into a file segment of consecutive blocks. Durability: persist.
+
+        Args:
+            device_index: Where the staging file is.
+            staging: The file; it is gone as staging on return.
+            namespace_id: Where the blocks go.
+            keys: (n, 32) uint8.
+            lengths: Bytes of each block; all but the last equal to the namespace's stride.
+            digests: (n, 16) uint8, XXH3-128 of each block.
+        """  # fmt: skip
+        self._require_open()
+        namespace = self._namespace(namespace_id)
+        entries = np.zeros(len(keys), ENTRY)
+        entries["key"], entries["payload_xxh3"] = keys, digests
+        entries["offset"] = np.cumsum(lengths) - lengths
+        entries["stored_bytes"] = entries["logical_bytes"] = lengths
+        entries["flags"] = np.where(lengths < namespace.block_bytes, EntryFlag.PARTIAL, 0)
+        return self._writer.adopt(self.state.device(device_index), namespace, staging, entries)
+
+    # --- the rest
+
+    def destroy_namespace(self, namespace_id: int) -> None:
+        """Free all segments of a namespace. The catalog forgot it before, durably."""
+        with self.state.lock:
+            for device in self.state.devices:
+                device.logs.pop(namespace_id, None)
+                device.full = [log for log in device.full if log.state.namespace_id != namespace_id]
+                for segment in list(device.segments.values()):
+                    if segment.namespace_id == namespace_id:
+                        device.discard(segment)
+            self.state.namespaces.pop(namespace_id, None)
+            index = self.state.indexes.pop(namespace_id, None)
+        if index is not None:
+            index.close()
+
+    def device_statistics(self) -> list[DeviceStatistics]:
+        """Return a snapshot of every device."""
+        with self.state.lock:
+            return [_device_statistics(device) for device in self.state.devices]
+
+    def close(self) -> None:
+        """Flush, note the clean end in the superblocks, close the devices; idempotent.
+
+        Raises:
+            DeviceError: The flush failed; everything was closed all the same.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        failure: Exception | None = None
+        try:
+            self.flush()
+        except Exception as error:  # noqa: BLE001 - raised again below, after the devices are closed
+            failure = error
+        for device in self.state.devices:
+            try:
+                device.update_superblock(owner_pid=0)
+            except OSError as error:
+                failure = failure or DeviceError(f"close failed: {device.info.name}: {error}")
+            device.device.close()
+        for index in self.state.indexes.values():
+            index.close()
+        if failure is not None:
+            raise failure
+
+    def _namespace(self, namespace_id: int) -> NamespaceSpec:
+        self.state.index(namespace_id)
+        return self.state.namespaces[namespace_id]
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise ClosedError("the pool is closed")
+
+
+def _device_statistics(device: DeviceState) -> DeviceStatistics:
+    info = device.info
+    segments = list(device.segments.values())
+    states = {SegmentStatus.OPEN, SegmentStatus.SEALED}
+    poisoned = any(segment.is_poisoned for segment in segments)
+    return DeviceStatistics(
+        index=info.index,
+        name=info.name,
+        kind=info.kind,
+        tier=info.tier,
+        url=info.url,
+        is_persistent=info.is_persistent,
+        state="offline" if device.is_offline else "degraded" if poisoned else "online",
+        capacity_bytes=info.capacity_bytes,
+        used_bytes=device.device.used_bytes,
+        live_bytes=sum(segment.live_bytes for segment in segments),
+        segment_bytes=info.segment_bytes,
+        segment_count=sum(segment.status in states for segment in segments),
+        block_count=sum(segment.live_count for segment in segments),
+        bytes_written=device.device.bytes_written,
+        failures=device.failures,
+    )

@@ -1,0 +1,366 @@
+"""The writing side: put, group commit, sealing, adoption.
+
+Layer: L3.
+
+- A payload is written and hashed in one pass, its entry after it, then both are published; readers of this process see the block
+  at once, a crash may take it until the next persist.
+- `sync` blocks are persisted before `put` returns; `async` ones by `flush`, which the pool calls within its bounded delay.
+- A full segment is set aside and sealed by `flush`; nothing waits for a seal.
+- After a failed write the batch is tried once more on a fresh segment; what the failed segment held unpersisted is dropped.
+
+Locks: the log's lock, then the state's lock.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+
+from kvfs.devices.base import Staging
+from kvfs.engine import format as fmt
+from kvfs.engine.device_state import DeviceState, NamespaceSpec
+from kvfs.engine.index import RECORD, RecordArray
+from kvfs.engine.log import Batch, SegmentLog, file_sidecar
+from kvfs.engine.segment_table import (
+    SegmentState,
+    SegmentStatus,
+    group_by_segment,
+)
+from kvfs.engine.state import EngineState
+from kvfs.errors import DeviceError, NoSpaceError, PoisonedError, UsageError
+
+_ROOM_ATTEMPTS = 16
+
+
+class Durability(Enum):
+    """What `put` promises on return: memory only; persisted within a bounded delay; persisted."""
+
+    NONE = "none"
+    ASYNC = "async"
+    SYNC = "sync"
+
+
+@dataclass(frozen=True, slots=True)
+class PutResult:
+    """What a put did. Byte counts are stored bytes, without padding."""
+
+    blocks_stored: int
+    blocks_deduplicated: int
+    bytes_stored: int
+    bytes_deduplicated: int
+
+
+class Writer:
+    """Appends to the logs of a pool."""
+
+    def __init__(self, state: EngineState, make_room: Callable[[DeviceState, int], bool]) -> None:
+        """Bind to a pool.
+
+        Args:
+            state: The pool.
+            make_room: Evicts on a device until about that many bytes are free; False if nothing can go.
+        """
+        self._state = state
+        self._make_room = make_room
+
+    def put(self, namespace: NamespaceSpec, batch: Batch, durability: Durability,
+            trusted: Callable[[RecordArray], npt.NDArray[np.bool_]]) -> PutResult:
+        """Store the blocks of a batch that are not there yet.
+
+        Args:
+            namespace: Where.
+            batch: The blocks; keys may repeat.
+            durability: See Durability.
+            trusted: Says which records hold verified payloads; the others are dropped by it.
+        """  # fmt: skip
+        unique = _first_of_each(batch.keys)
+        wanted = batch if len(unique) == len(batch) else batch.take(unique)
+        persistent = self._state.tiers(persistent=True)
+        if durability is Durability.SYNC and not persistent:
+            raise UsageError("durability 'sync' needs a persistent device; this pool has none")
+        volatile = self._state.tiers(persistent=False)
+        if durability is Durability.NONE:
+            homes = (volatile or persistent) and [*volatile, *persistent]
+        else:
+            homes = persistent or volatile
+        present = self._present(namespace, wanted, homes, trusted)
+        fresh = np.flatnonzero(present["length"] == 0)
+        missing = wanted.take(fresh)
+        written = self._store(namespace, missing, homes) if len(missing) else present[:0]
+        extra = volatile if self._state.options.copy_to_dram and homes is persistent else []
+        if len(missing) and extra:
+            self._store_extra(namespace, missing, extra)
+        if durability is Durability.SYNC:
+            self.persist_holding(np.concatenate([written, present[present["length"] > 0]]))
+        return self._account(batch, missing)
+
+    def append(self, device: DeviceState, namespace: NamespaceSpec, batch: Batch, *,
+               keep_reserve: bool = True, publish: bool = True) -> RecordArray:
+        """Append blocks to the device's log of a namespace; return their records.
+
+        Durability: flush.
+
+        Raises:
+            NoSpaceError: Nothing more can be evicted.
+            DeviceError: Writes failed on two segments in a row.
+        """  # fmt: skip
+        made: list[RecordArray] = []
+        done = failures = 0
+        while done < len(batch):
+            log = self._log_with_room(device, namespace, batch.lengths[done:], keep_reserve)
+            with log.lock:
+                fits = log.fitting(batch.lengths[done:])
+                if not fits or log.state.status is not SegmentStatus.OPEN:
+                    continue
+                part = batch.take(slice(done, done + fits))
+                try:
+                    indices = log.append(part)
+                except (DeviceError, PoisonedError):
+                    self._retire_poisoned(device, log)
+                    failures += 1
+                    if failures > 1:
+                        raise
+                    continue
+                if publish:
+                    made.append(self._state.publish(log.state, indices, verified=True))
+                else:
+                    made.append(log.state.records(indices))
+            done += fits
+        return np.concatenate(made) if made else np.zeros(0, RECORD)
+
+    def flush(self) -> None:
+        """Persist all that was appended, and seal full segments. Durability: persist.
+
+        Raises:
+            DeviceError: A persist failed on some device; the others were flushed.
+        """
+        failure: DeviceError | PoisonedError | None = None
+        for device in self._state.devices:
+            with self._state.lock:
+                full, logs = list(device.full), list(device.unsynced_logs())
+            for log in logs:
+                failure = self._guarded(device, log, log.persist) or failure
+            for log in full:
+                with log.lock:
+                    failure = self._guarded(device, log, log.seal) or failure
+                with self._state.lock:
+                    if log in device.full:
+                        device.full.remove(log)
+        if failure is not None:
+            raise failure
+
+    def adopt(self, device: DeviceState, namespace: NamespaceSpec, staging: Staging,
+              entries: fmt.EntryArray) -> RecordArray:
+        """Turn a staging file into a file segment with these entries. Durability: persist.
+
+        The names are persisted too: on return the blocks survive a crash, and are reaped by the next owner unless the
+        catalog names them.
+        """  # fmt: skip
+        state = self._state
+        nbytes = staging.nbytes
+        slot = -1
+        try:
+            with device.open_lock:
+                device.require_online()
+                device.register(namespace)
+                with state.lock:
+                    slot, generation = device.claim()
+            header = device.header_for(namespace, state.pool_uuid, slot, generation, nbytes,
+                                       fmt.SegmentKind.FILE)  # fmt: skip
+            sidecar = file_sidecar(header, entries)
+            handle = device.device.adopt(staging, slot, generation, sidecar)
+            device.device.persist_names()
+            segment = SegmentState(
+                handle, namespace.namespace_id, SegmentStatus.SEALED, state.clock.monotonic_ns()
+            )
+            segment.load(np.arange(len(entries), dtype=np.uint32), entries, len(entries))
+            segment.persisted_count = len(entries)
+            with state.lock:
+                device.segments[slot] = segment
+                records = state.publish(segment, np.arange(len(entries)), verified=True)
+                state.counters.blocks_put += len(entries)
+                state.counters.bytes_put += nbytes
+        except OSError as error:
+            self._count_failure(device)
+            raise DeviceError(f"adoption failed: {device.info.name}: {error}") from error
+        finally:
+            device.claimed.discard(slot)
+        return records
+
+    # --- internals
+
+    def _present(self, namespace: NamespaceSpec, batch: Batch, homes: list[DeviceState],
+                 trusted: Callable[[RecordArray], npt.NDArray[np.bool_]]) -> RecordArray:
+        """Return for each block a verified copy on one of the homes, or a zero record."""  # fmt: skip
+        index = self._state.index(namespace.namespace_id)
+        found = np.zeros(len(batch), RECORD)
+        for device in homes:
+            missing = np.flatnonzero(found["length"] == 0)
+            if not len(missing):
+                break
+            records = index.lookup(np.ascontiguousarray(batch.keys[missing]), device.info.index)
+            records["length"][~trusted(records)] = 0
+            found[missing] = records
+        return found
+
+    def _store(self, namespace: NamespaceSpec, batch: Batch,
+               homes: list[DeviceState]) -> RecordArray:
+        """Append to the first home that takes the batch."""  # fmt: skip
+        failure: NoSpaceError | DeviceError | PoisonedError | None = None
+        for device in homes:
+            try:
+                return self.append(device, namespace, batch)
+            except (NoSpaceError, DeviceError, PoisonedError) as error:
+                failure = error
+        if failure is None:
+            raise NoSpaceError("no device in service takes new blocks; see 'pool status'")
+        with self._state.lock:
+            self._state.counters.puts_refused += 1
+        raise failure
+
+    def _store_extra(self, namespace: NamespaceSpec, batch: Batch,
+                     devices: list[DeviceState]) -> None:
+        """Add a copy on a volatile tier; a full or failing one is no reason to fail."""  # fmt: skip
+        index = self._state.index(namespace.namespace_id)
+        for device in devices:
+            there = index.lookup(batch.keys, device.info.index)["length"] > 0
+            part = batch.take(np.flatnonzero(~there))
+            try:
+                self.append(device, namespace, part)
+            except (NoSpaceError, DeviceError, PoisonedError):
+                continue
+            return
+
+    def _log_with_room(self, device: DeviceState, namespace: NamespaceSpec,
+                       lengths: npt.NDArray[np.uint64], keep_reserve: bool) -> SegmentLog:
+        """Return the open log if the first payload fits, else a new one."""  # fmt: skip
+        state = self._state
+        if int(lengths[0]) > device.info.segment_bytes // 2:
+            raise UsageError(
+                f"block of {int(lengths[0])} bytes on {device.info.name} with segments of "
+                f"{device.info.segment_bytes}: a segment must hold at least two blocks"
+            )
+        for _ in range(_ROOM_ATTEMPTS):
+            with device.open_lock:
+                with state.lock:
+                    device.require_online()
+                    log = device.logs.get(namespace.namespace_id)
+                    if log is not None and log.fitting(lengths[:1]) and not log.state.is_poisoned:
+                        return log
+                    if log is not None:
+                        device.full.append(device.logs.pop(namespace.namespace_id))
+                    has_room = device.has_room_for_segment(keep_reserve=keep_reserve)
+                log = self._open_log(device, namespace) if has_room else None
+            if log is not None:
+                return log
+            if not self._make_room(device, device.info.segment_bytes):
+                break
+        raise NoSpaceError(
+            f"nothing can be evicted: {device.info.name}: "
+            f"{device.device.used_bytes} of {device.info.capacity_bytes} bytes used; "
+            "close or unpin contexts, or add a device"
+        )
+
+    def _open_log(self, device: DeviceState, namespace: NamespaceSpec) -> SegmentLog | None:
+        """Open a segment; None if the device turned out to be full. REQUIRES: `open_lock` only."""
+        state = self._state
+        slot = -1
+        try:
+            with state.lock:
+                slot, generation = device.claim()
+            log = device.open_segment(namespace, state.pool_uuid, slot, generation)
+            with state.lock:
+                device.segments[slot] = log.state
+                device.logs[namespace.namespace_id] = log
+        except NoSpaceError:
+            return None
+        except (DeviceError, OSError) as error:
+            self._count_failure(device)
+            raise DeviceError(f"no segment could be opened: {device.info.name}: {error}") from error
+        finally:
+            device.claimed.discard(slot)
+        return log
+
+    def persist_holding(self, records: RecordArray) -> None:
+        """Persist the open segments that hold these copies."""
+        for device_index, slot, _, positions in group_by_segment(records):
+            device = self._state.device(device_index)
+            if not device.info.is_persistent:
+                continue
+            wanted = int(records["entry"][positions].max()) + 1
+            with self._state.lock:
+                log = next((log for log in [*device.full, *device.logs.values()]
+                            if log.state.handle.slot == slot), None)  # fmt: skip
+            if log is None:
+                continue  # sealed meanwhile, so persisted
+            failure = self._guarded(device, log, lambda log=log: log.persist(wanted=wanted))
+            if failure is not None:
+                raise failure
+
+    def _guarded(self, device: DeviceState, log: SegmentLog,
+                 operation: Callable[[], None]) -> DeviceError | PoisonedError | None:
+        """Run a persist or seal; on failure drop what is not persisted and return the error."""  # fmt: skip
+        try:
+            operation()
+        except (DeviceError, PoisonedError) as error:
+            self._retire_poisoned(device, log)
+            return error
+        return None
+
+    def _retire_poisoned(self, device: DeviceState, log: SegmentLog) -> None:
+        """Take a poisoned segment out of use: no more writes, nothing unpersisted in the index."""
+        state = self._state
+        segment = log.state
+        with state.lock:
+            if segment.status is not SegmentStatus.OPEN:
+                return
+            if device.logs.get(segment.namespace_id) is log:
+                del device.logs[segment.namespace_id]
+            if log in device.full:
+                device.full.remove(log)
+            lost = np.arange(segment.persisted_count, segment.entry_count)
+            lost = lost[segment.live[lost]]
+            state.forget(segment.namespace_id, segment.records(lost))
+            segment.status = SegmentStatus.SEALED  # as a place: full, evictable, never written again
+            segment.needs_verify = True
+            state.counters.segments_poisoned += 1
+            self._unverify(segment)
+            self._count_failure(device)
+
+    def _unverify(self, segment: SegmentState) -> None:
+        """Make readers verify again, from the medium. REQUIRES: the state's lock."""
+        records = segment.records(segment.live_indices())
+        if len(records):
+            self._state.index(segment.namespace_id).insert(records)
+
+    def _count_failure(self, device: DeviceState) -> None:
+        with self._state.lock:
+            self._state.counters.write_errors += 1
+            device.failures += 1
+            if device.failures >= self._state.options.device_failures_max:
+                device.is_offline = True
+
+    def _account(self, batch: Batch, missing: Batch) -> PutResult:
+        stored, offered = int(missing.lengths.sum()), int(batch.lengths.sum())
+        result = PutResult(
+            len(missing), len(batch) - len(missing), stored, offered - stored
+        )
+        with self._state.lock:
+            counters = self._state.counters
+            counters.blocks_put += result.blocks_stored
+            counters.bytes_put += stored
+            counters.blocks_deduplicated += result.blocks_deduplicated
+            counters.bytes_deduplicated += result.bytes_deduplicated
+        return result
+
+
+def _first_of_each(keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
+    """Return the position of the first occurrence of each key, in order."""
+    if len(keys) < 2:
+        return np.arange(len(keys))
+    _, first = np.unique(keys.view("V32").ravel(), return_index=True)
+    return np.sort(first)
+
+
