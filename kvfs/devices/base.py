@@ -2,23 +2,32 @@
 
 Layer: L1.
 
-- A device holds *segments*, each named by (slot, generation). A slot is a small number that indexes tables; a generation is
-  never used twice for the same slot, across crashes too, so a name is never reused.
-- A device does what it is told and keeps no policy: the engine decides what to create, persist and free, and when.
-- The engine calls a device from several threads; a device serialises its own book-keeping. Two threads never write
-  the same segment at the same time.
-- Verbs: `write` hands bytes to the device, `persist` makes them survive power loss. `create`, `adopt` and `free` change names;
-  a changed name survives only after `persist_names`.
-- After an OSError nothing is assumed of the bytes concerned (see "fsync failure", Rebello et al., ATC'20).
+- A device holds *segments*, each named by (slot, generation). A slot is a small number that indexes
+  tables; a generation is never used twice for the same slot, across crashes too, so a name is never
+  reused.
+- A device does what it is told and keeps no policy: the engine decides what to create, persist and
+  free, and when.
+- The engine calls a device from several threads; a device serialises its own book-keeping. Two
+  threads never write the same segment, or the same staging file, at the same time.
+- Verbs: `write` hands bytes to the device, `persist` makes them survive power loss. `create`,
+  `adopt` and `free` change names; a changed name survives only after `persist_names`.
+- After an OSError nothing is assumed of the bytes concerned (see "fsync failure", Rebello et al.,
+  ATC'20).
+- After `close` every method but `release` and `close` raises ClosedError.
 """
 
 import uuid
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+
+from kvfs.units import PAGE
+
+SLOTS_SPARE: Final = 64
+SLOT_COUNT_MAX: Final = 1 << 24
 
 AddressArray = npt.NDArray[np.uint64]
 DigestArray = npt.NDArray[np.uint8]
@@ -33,8 +42,9 @@ class DeviceInfo:
         index: Number of the device in its pool, at most 255; never reused within a pool.
         kind: URL scheme.
         capacity_bytes: Hard bound for `used_bytes`.
-        slot_count: Slots are 0 .. slot_count - 1.
-        is_persistent: Persisted bytes survive a crash of process and machine.
+        slot_count: Slots are 0 .. slot_count - 1; see `slot_count_of`.
+        is_persistent: Persisted bytes survive a crash of process and machine (as far as the medium
+            below does: a directory on tmpfs survives the process only).
         write_atomic_bytes: Largest aligned write that a power cut never tears.
     """
 
@@ -49,6 +59,15 @@ class DeviceInfo:
     slot_count: int
     is_persistent: bool
     write_atomic_bytes: int
+
+
+def slot_count_of(capacity_bytes: int, segment_bytes: int) -> int:
+    """Return how many slots a device has: enough that its capacity runs out first.
+
+    A file smaller than a quarter of a segment goes into the log, so that no more than four segments
+    share the space of one; 64 are spare for segments on their way in or out. At most 2**24.
+    """
+    return min(SLOT_COUNT_MAX, 4 * -(-capacity_bytes // segment_bytes) + SLOTS_SPARE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +87,7 @@ class Segment:
     Attributes:
         is_file: File segment: payload in one file, summary in a sidecar.
         nbytes: Size of the payload file or slot.
-        fd: Descriptor of the payload, valid until `Device.release`; what views map.
+        fd: Descriptor of the payload, valid until `Device.release` or `free`; what views map.
         address: Where the payload is mapped read-write in this process, 0 if it is not.
         state: The device's own.
     """
@@ -85,12 +104,27 @@ class Segment:
 
 @dataclass(slots=True, eq=False)
 class Staging:
-    """A growing file that is not part of the log yet. `fd` serves reads."""
+    """A growing file that is not part of the log yet. `fd` serves reads; `adopt` hands it on."""
 
     name: str
     fd: int
     nbytes: int
     state: Any = None
+
+
+def check_payloads(segment: Segment, offsets: AddressArray, lengths: AddressArray) -> None:
+    """Assert what `Device.write_payloads` requires; a stray offset would overwrite a neighbour."""
+    assert not segment.is_file, "file segments are made by adopt and never written"
+    assert not (offsets % PAGE).any(), "payloads start at multiples of 4 KiB"
+    limit = np.uint64(segment.nbytes)
+    assert (offsets <= limit).all(), "payload starts beyond the segment"
+    assert (lengths <= limit - offsets).all(), "payload ends beyond the segment"
+
+
+def padded_bytes(lengths: AddressArray, statuses: StatusArray) -> int:
+    """Return the bytes that a batch handed to the medium: each payload done, with its padding."""
+    done = lengths[statuses == 0].astype(np.int64)
+    return int((-(-done // PAGE) * PAGE).sum())
 
 
 class Device(ABC):
@@ -114,7 +148,9 @@ class Device(ABC):
 
     @abstractmethod
     def create(self, slot: int, generation: int, tag: bytes) -> Segment:
-        """Make a log segment with its space reserved; contents read as zeros or as an earlier life of `tag`.
+        """Make a log segment with its space reserved; a failure leaves nothing.
+
+        Its contents read as zeros, or, on an arena, as an earlier life of the same tag.
 
         Args:
             slot: A free slot.
@@ -123,25 +159,35 @@ class Device(ABC):
 
         Raises:
             NoSpaceError: The device is full, by its capacity or for real.
+            FileExistsError: The name is in use.
         """
 
     @abstractmethod
     def attach(self, name: SegmentName) -> Segment:
-        """Open an existing segment for reading."""
+        """Open an existing segment for reading (and `free`)."""
 
     @abstractmethod
     def write_payloads(
-        self, segment: Segment, offsets: AddressArray, sources: AddressArray,
-        lengths: AddressArray, digests: DigestArray, statuses: StatusArray,
+        self,
+        segment: Segment,
+        offsets: AddressArray,
+        sources: AddressArray,
+        lengths: AddressArray,
+        digests: DigestArray,
+        statuses: StatusArray,
     ) -> int:
         """Write n payloads and hash them in one pass; zero-fill each up to the next 4 KiB.
 
+        REQUIRES: a log segment; offsets are multiples of 4 KiB; each padded payload ends inside.
         Returns how many failed; see kvfs._native for statuses. Durability: flush.
         """  # fmt: skip
 
     @abstractmethod
     def write_tail(self, segment: Segment, distance: int, data: bytes) -> None:
-        """Write summary bytes, starting `distance` bytes before the end of segment or sidecar. Durability: flush."""
+        """Write summary bytes, from `distance` bytes before the end of segment or sidecar.
+
+        REQUIRES: the bytes end at or before that end. Durability: flush.
+        """
 
     @abstractmethod
     def read_tail(self, segment: Segment, nbytes: int) -> bytes:
@@ -161,21 +207,32 @@ class Device(ABC):
 
     @abstractmethod
     def free(self, segment: Segment) -> None:
-        """Give the segment back. A directory unlinks it; existing maps stay valid. An arena may reuse the slot, so
-        the engine calls this only when no lease is left."""
+        """Give the segment back and close the handle; a half-made or half-freed one is fine.
+
+        A directory unlinks it; existing maps stay valid. An arena may reuse the memory, so the
+        engine calls this only when no lease is left.
+        """
 
     @abstractmethod
     def release(self, segment: Segment) -> None:
-        """Close the handle's descriptors; the segment stays."""
+        """Close the handle's descriptors; the segment stays. Idempotent; fine after `free`."""
 
     @abstractmethod
     def read(self, segment: Segment, offset: int, nbytes: int, *, uncached: bool = False) -> bytes:
-        """Read payload bytes; with `uncached` past the page cache, from the medium itself."""
+        """Read payload bytes, fewer at the end of the payload.
+
+        With `uncached` past the page cache, from the medium itself.
+        """
 
     # --- staging
     @abstractmethod
     def create_staging(self, name: str) -> Staging:
-        """Make an empty staging file."""
+        """Make an empty staging file.
+
+        Raises:
+            UsageError: The name is not letters, digits, '.', '-', '_'.
+            FileExistsError: The name is in use.
+        """
 
     @abstractmethod
     def write_staging(self, staging: Staging, offset: int, data: bytes | memoryview) -> None:
@@ -187,34 +244,53 @@ class Device(ABC):
 
     @abstractmethod
     def resize_staging(self, staging: Staging, nbytes: int) -> None:
-        """Cut or extend with zeros."""
+        """Cut or extend with zeros.
+
+        Raises:
+            NoSpaceError: The device is full.
+        """
 
     @abstractmethod
     def persist_staging(self, staging: Staging) -> None:
-        """Make its bytes survive a power cut. (Its name may be reaped at the next open.)"""
+        """Make its bytes survive a power cut; its name may be reaped at the next open."""
 
     @abstractmethod
     def adopt(self, staging: Staging, slot: int, generation: int, sidecar: bytes) -> Segment:
-        """Turn a persisted staging file into a file segment with this sidecar, both persisted, names not yet."""
+        """Turn a staging file into a file segment with this sidecar; consumes the staging handle.
+
+        Payload and sidecar are persisted on return, the names only by `persist_names`. A failure
+        leaves the staging file as it was. `staging.fd` becomes the segment's.
+
+        Raises:
+            NoSpaceError: There is no room for the sidecar.
+        """
 
     @abstractmethod
     def drop_staging(self, staging: Staging) -> None:
-        """Delete it."""
+        """Delete it. Idempotent; nothing after `adopt`."""
 
     @abstractmethod
     def reap_staging(self) -> int:
-        """Delete all staging files and sidecars without a segment, left by an earlier owner; return how many."""
+        """Delete staging files and sidecars without a payload; return how many.
+
+        They were left by an earlier owner: called at open, before anything is staged. A payload
+        without a sidecar stays listed by `segments`, for the engine to free.
+        """
 
     # --- the rest
     @property
     @abstractmethod
     def used_bytes(self) -> int:
-        """Segments, file segments, sidecars and staging; what counts against the capacity."""
+        """What counts against the capacity.
+
+        Log segments at full size; file segments, sidecars and staging files each rounded up to
+        4 KiB.
+        """
 
     @property
     @abstractmethod
     def bytes_written(self) -> int:
-        """Payload and summary bytes handed to the medium since open."""
+        """Payload (with its padding), staging and summary bytes handed to the medium since open."""
 
     @abstractmethod
     def destroy(self) -> None:

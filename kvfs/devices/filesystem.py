@@ -2,16 +2,48 @@
 
 Layer: L1.
 
-This is the seam at which tests record, reorder, drop and tear writes: everything that a directory device does to its medium goes
-through here. Paths are relative to the root.
+This is the seam at which tests record, reorder, drop and tear writes: everything that a directory
+device does to its medium goes through here. Paths are relative to the root; "." is the root.
 """
 
-import os
+import re
 from abc import ABC, abstractmethod
+from typing import Final
 
-from kvfs import _native
 from kvfs.devices.base import AddressArray, DigestArray, StatusArray
-from kvfs.units import PAGE
+from kvfs.errors import UsageError
+from kvfs.units import MIB
+
+SUPERBLOCK: Final = "kvfs.superblock"
+SUPERBLOCK_NEW: Final = "kvfs.superblock.new"
+LOCK: Final = "kvfs.lock"
+SEGMENTS: Final = "segments"
+STAGING: Final = "staging"
+READ_BYTES_MAX: Final = 64 * MIB
+SEGMENT_FILE: Final = re.compile(r"([0-9a-f]{8})-([0-9a-f]{8})\.(seg|file|sum)\Z")
+STAGING_FILE: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,126}\Z")
+
+
+def is_own_name(path: str) -> bool:
+    """Say whether kvfs makes files of this name; all others below the root are left alone."""
+    folder, _, name = path.rpartition("/")
+    patterns = {SEGMENTS: SEGMENT_FILE, STAGING: STAGING_FILE}
+    if folder in patterns:
+        return patterns[folder].match(name) is not None
+    return path in (SUPERBLOCK, SUPERBLOCK_NEW, LOCK)
+
+
+def check_staging_name(name: str) -> None:
+    """Refuse names that could leave the staging directory.
+
+    Raises:
+        UsageError: The name is not made of letters, digits, '.', '-', '_'.
+    """
+    if not STAGING_FILE.match(name):
+        raise UsageError(
+            f"staging name not usable: {name!r}: expected up to 127 letters, digits, '.', '-' or "
+            "'_', not starting with '.'"
+        )
 
 
 class File(ABC):
@@ -27,8 +59,8 @@ class File(ABC):
     def write_hashed(
         self, offsets: AddressArray, sources: AddressArray, lengths: AddressArray,
         digests: DigestArray, statuses: StatusArray,
-    ) -> int:
-        """Write and hash n memory ranges, zero-filled up to 4 KiB; see `_native.pwrite_hash`."""  # fmt: skip
+    ) -> int:  # fmt: skip
+        """Write and hash n memory ranges, zero-filled to 4 KiB; see `_native.pwrite_hash`."""
 
     @abstractmethod
     def resize(self, nbytes: int) -> None:
@@ -52,11 +84,15 @@ class FileSystem(ABC):
 
     @abstractmethod
     def list(self, path: str) -> list[tuple[str, int]]:
-        """Names and sizes of the regular files in a directory."""
+        """Return names and sizes of the regular files in a directory, by name."""
 
     @abstractmethod
     def create(self, path: str, nbytes: int = 0) -> File:
-        """Make a new file with its space reserved. FileExistsError; ENOSPC leaves no file."""
+        """Make a new file, open for writing, with its space reserved; a failure leaves no file.
+
+        Raises:
+            FileExistsError: The name is in use.
+        """
 
     @abstractmethod
     def open(self, path: str, *, writable: bool = False) -> File:
@@ -64,11 +100,11 @@ class FileSystem(ABC):
 
     @abstractmethod
     def read(self, path: str) -> bytes | None:
-        """Return a whole small file, or None if there is none."""
+        """Return a whole small file, at most `READ_BYTES_MAX`, or None if there is none."""
 
     @abstractmethod
     def read_uncached(self, path: str, offset: int, nbytes: int) -> bytes:
-        """Read from the medium, past the page cache where the filesystem can (O_DIRECT)."""
+        """Read from the medium, past the page cache where it can; fewer bytes at the end."""
 
     @abstractmethod
     def rename(self, source: str, target: str) -> None:
@@ -76,7 +112,7 @@ class FileSystem(ABC):
 
     @abstractmethod
     def unlink(self, path: str) -> None:
-        """Remove a name."""
+        """Remove a name; FileNotFoundError if there is none. Open files and maps live on."""
 
     @abstractmethod
     def sync_directory(self, path: str) -> None:
@@ -84,7 +120,7 @@ class FileSystem(ABC):
 
     @abstractmethod
     def remove_tree(self) -> None:
-        """Delete all that was made below the root; the root itself stays."""
+        """Delete all that kvfs made below the root (see `is_own_name`); the root itself stays."""
 
     @abstractmethod
     def location(self) -> int:
@@ -92,40 +128,4 @@ class FileSystem(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Release locks and descriptors."""
-
-
-class OSFile(File):
-    """A file of the operating system."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Write all of `data`, resuming short writes."""
-        view = memoryview(data).cast("B")
-        while len(view):
-            done = os.pwrite(self.fd, view, offset)
-            offset += done
-            view = view[done:]
-
-    def write_hashed(
-        self, offsets: AddressArray, sources: AddressArray, lengths: AddressArray,
-        digests: DigestArray, statuses: StatusArray,
-    ) -> int:
-        """Write and hash in native code, without the GIL."""
-        return _native.pwrite_hash(self.fd, offsets, sources, lengths, digests, statuses, PAGE)  # fmt: skip
-
-    def resize(self, nbytes: int) -> None:
-        """ftruncate."""
-        os.ftruncate(self.fd, nbytes)
-
-    def sync(self) -> None:
-        """fdatasync."""
-        os.fdatasync(self.fd)
-
-    def close(self) -> None:
-        """Close once."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        """Release locks and descriptors; idempotent."""

@@ -1,0 +1,470 @@
+"""A device made of a directory: one file for each segment.
+
+Layer: L1.
+
+    kvfs.superblock                       replaced by temp, fsync, rename, fsync of the directory
+    segments/SSSSSSSS-GGGGGGGG.seg        log segment, exactly `segment_bytes`, space reserved
+    segments/SSSSSSSS-GGGGGGGG.file .sum  file segment: one file's bytes, and its sidecar
+    staging/NAME                          growing files, reaped at the next open
+    (S slot, G generation, eight hexadecimal digits each)
+
+- A name is never reused, so whoever still maps a freed segment keeps valid bytes.
+- A sidecar is written and persisted before its payload gets its name: a `.file` whose name has
+  survived has a `.sum` unless the crash took that name alone; then no header holds and the engine
+  frees it. A `.sum` alone is reaped.
+- The capacity counts sizes, not blocks: sparse files and unwritten reservations at their full size.
+  The superblock is not counted.
+- `write_atomic_bytes` is 512. Filesystems write whole 4 KiB pages, but the block layer promises no
+  more than one logical sector across a power cut; NVMe drives that promise 4 KiB (AWUPF) are many,
+  not all. The format needs no more than a sector: an entry (128 B) never straddles two, and a torn
+  header page fails its checksum before anything depends on it.
+- Everything done to the medium goes through FileSystem; reads of cached payloads use descriptors.
+
+Concurrency: the ledger has its own lock, `_lock` guards the set of open handles and the counter; no
+lock is held during I/O.
+"""
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+from uuid import UUID
+
+from kvfs.devices.base import (
+    AddressArray,
+    Device,
+    DeviceInfo,
+    DigestArray,
+    Segment,
+    SegmentName,
+    Staging,
+    StatusArray,
+    check_payloads,
+    padded_bytes,
+    slot_count_of,
+)
+from kvfs.devices.filesystem import (
+    SEGMENT_FILE,
+    SEGMENTS,
+    STAGING,
+    SUPERBLOCK,
+    SUPERBLOCK_NEW,
+    File,
+    FileSystem,
+    check_staging_name,
+    is_own_name,
+)
+from kvfs.devices.ledger import Ledger
+from kvfs.devices.osfs import pread_all
+from kvfs.errors import ClosedError, NoSpaceError
+from kvfs.units import format_bytes
+
+WRITE_ATOMIC_BYTES: Final = 512
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """What the device knows of an open segment or staging file. Paths are the ledger's keys."""
+
+    file: File
+    path: str
+    sidecar_path: str = ""
+    is_sidecar_dirty: bool = False
+
+
+class DirectoryDevice(Device):
+    """One directory below a FileSystem, which it owns and closes."""
+
+    def __init__(
+        self,
+        files: FileSystem,
+        *,
+        index: int,
+        uuid: UUID,
+        capacity_bytes: int,
+        segment_bytes: int,
+        name: str,
+        tier: int = 2,
+        url: str = "dir:",
+    ) -> None:
+        """Make the directories that are missing and count what is there."""
+        self.info = DeviceInfo(
+            index=index,
+            uuid=uuid,
+            name=name,
+            url=url,
+            kind="dir",
+            tier=tier,
+            capacity_bytes=capacity_bytes,
+            segment_bytes=segment_bytes,
+            slot_count=slot_count_of(capacity_bytes, segment_bytes),
+            is_persistent=True,
+            write_atomic_bytes=WRITE_ATOMIC_BYTES,
+        )
+        self._files = files
+        self._ledger = Ledger(name, capacity_bytes)
+        self._lock = threading.Lock()
+        self._open: set[_Open] = set()
+        self._bytes_written = 0
+        self._is_closed = False
+        for folder in (SEGMENTS, STAGING):
+            files.make_directory(folder)
+            for path, nbytes in self._scan(folder):
+                self._ledger.put(path, nbytes)
+        files.sync_directory(".")
+
+    # --- superblock
+    def read_superblock(self) -> bytes | None:
+        """Return the newest superblock, or None on a device never formatted."""
+        self._check_open()
+        return self._files.read(SUPERBLOCK)
+
+    def write_superblock(self, raw: bytes) -> None:
+        """Replace the superblock atomically. Durability: persist."""
+        self._check_open()
+        with contextlib.suppress(FileNotFoundError):
+            self._files.unlink(SUPERBLOCK_NEW)  # left by a crash
+        self._write_new(SUPERBLOCK_NEW, raw)
+        self._files.rename(SUPERBLOCK_NEW, SUPERBLOCK)
+        self._files.sync_directory(".")
+
+    # --- segments
+    def segments(self) -> list[SegmentName]:
+        """List the segments on the medium; unreadable names are left out."""
+        self._check_open()
+        found = []
+        for path, nbytes in self._scan(SEGMENTS):
+            match = SEGMENT_FILE.match(path.rpartition("/")[2])
+            assert match is not None
+            slot, generation, kind = int(match[1], 16), int(match[2], 16), match[3]
+            if kind != "sum" and slot < self.info.slot_count:
+                found.append(SegmentName(slot, generation, kind == "file", nbytes))
+        return found
+
+    def create(self, slot: int, generation: int, tag: bytes) -> Segment:
+        """Make a log segment, zeroed and with its space reserved; a failure leaves nothing."""
+        self._check_open()
+        assert 0 <= slot < self.info.slot_count
+        del tag  # a directory never hands out bytes of a former life
+        path = f"{_stem(slot, generation)}.seg"
+        file = self._create(path, self.info.segment_bytes)
+        return self._handle(slot, generation, self._opened(_Open(file, path)))
+
+    def attach(self, name: SegmentName) -> Segment:
+        """Open an existing segment for reading (and `free`)."""
+        self._check_open()
+        stem = _stem(name.slot, name.generation)
+        path = f"{stem}.file" if name.is_file else f"{stem}.seg"
+        state = _Open(self._files.open(path), path, f"{stem}.sum" if name.is_file else "")
+        return self._handle(name.slot, name.generation, self._opened(state))
+
+    def write_payloads(
+        self, segment: Segment, offsets: AddressArray, sources: AddressArray,
+        lengths: AddressArray, digests: DigestArray, statuses: StatusArray,
+    ) -> int:  # fmt: skip
+        """Write n payloads and hash them in one pass; zero-fill each up to the next 4 KiB."""
+        state = self._state(segment)
+        check_payloads(segment, offsets, lengths)
+        failed = state.file.write_hashed(offsets, sources, lengths, digests, statuses)
+        self._count_written(padded_bytes(lengths, statuses))
+        return failed
+
+    def write_tail(self, segment: Segment, distance: int, data: bytes) -> None:
+        """Write summary bytes, from `distance` bytes before the end of segment or sidecar."""
+        state = self._state(segment)
+        assert len(data) <= distance, "summary bytes end beyond the segment"
+        if segment.is_file:
+            with self._sidecar(state, writable=True) as (file, nbytes):
+                assert distance <= nbytes, "summary bytes start before the sidecar"
+                state.is_sidecar_dirty = True
+                file.write(nbytes - distance, data)
+        else:
+            assert distance <= segment.nbytes, "summary bytes start before the segment"
+            state.file.write(segment.nbytes - distance, data)
+        self._count_written(len(data))
+
+    def read_tail(self, segment: Segment, nbytes: int) -> bytes:
+        """Read the last `nbytes` of the summary; fewer if it is shorter, none without a sidecar."""
+        state = self._state(segment)
+        if not segment.is_file:
+            return _pread_tail(segment.fd, segment.nbytes, nbytes)
+        try:
+            with self._sidecar(state) as (file, size):
+                return _pread_tail(file.fd, size, nbytes)
+        except FileNotFoundError:
+            return b""
+
+    def next_data(self, segment: Segment, offset: int) -> int:
+        """Return the first offset at or after `offset` that may hold data, or `nbytes`."""
+        self._state(segment)
+        try:
+            return min(os.lseek(segment.fd, offset, os.SEEK_DATA), segment.nbytes)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole from here on
+                return segment.nbytes
+            raise
+
+    def persist(self, segment: Segment) -> None:
+        """Make all written to the segment survive a power cut. Durability: persist."""
+        state = self._state(segment)
+        state.file.sync()
+        if state.is_sidecar_dirty:
+            with self._sidecar(state, writable=True) as (file, _):
+                file.sync()
+            state.is_sidecar_dirty = False
+
+    def persist_names(self) -> None:
+        """Make all names created, adopted or freed survive a power cut. Durability: persist.
+
+        An adopted name leaves one directory for another: the target is persisted first, so that
+        the file is never in neither.
+        """
+        self._check_open()
+        for folder in (SEGMENTS, STAGING):
+            self._files.sync_directory(folder)
+
+    def free(self, segment: Segment) -> None:
+        """Unlink the segment and close the handle; maps of it stay valid.
+
+        The payload goes first: a sidecar alone is reaped at the next open.
+        """
+        self._check_open()
+        state: _Open = segment.state
+        self._unlink(state.path)
+        if state.sidecar_path:
+            self._unlink(state.sidecar_path)
+        self.release(segment)
+
+    def release(self, segment: Segment) -> None:
+        """Close the handle's descriptors; the segment stays. Idempotent; fine after `free`."""
+        self._done(segment.state)
+        segment.fd = -1
+
+    def read(self, segment: Segment, offset: int, nbytes: int, *, uncached: bool = False) -> bytes:
+        """Read payload bytes, fewer at the end; uncached ones from the medium itself."""
+        state = self._state(segment)
+        if uncached:
+            return self._files.read_uncached(state.path, offset, nbytes)
+        return pread_all(segment.fd, offset, nbytes)
+
+    # --- staging
+    def create_staging(self, name: str) -> Staging:
+        """Make an empty staging file."""
+        self._check_open()
+        check_staging_name(name)
+        path = f"{STAGING}/{name}"
+        state = self._opened(_Open(self._create(path, 0), path))
+        return Staging(name=name, fd=state.file.fd, nbytes=0, state=state)
+
+    def write_staging(self, staging: Staging, offset: int, data: bytes | memoryview) -> None:
+        """Write; grows `staging.nbytes`. Durability: flush.
+
+        A failed write is cut off again, so that size and accounting stay what they were.
+        """
+        state = self._state(staging)
+        path, nbytes = state.path, memoryview(data).nbytes
+        end = max(staging.nbytes, offset + nbytes)
+        with self._ledger.resizing(path, staging, state.file, end), self._as_no_space(path):
+            state.file.write(offset, data)
+        self._count_written(nbytes)
+
+    def resize_staging(self, staging: Staging, nbytes: int) -> None:
+        """Cut or extend with zeros (sparse, and counted in full)."""
+        state = self._state(staging)
+        path = state.path
+        with self._ledger.resizing(path, staging, state.file, nbytes), self._as_no_space(path):
+            state.file.resize(nbytes)
+
+    def persist_staging(self, staging: Staging) -> None:
+        """Make its bytes survive a power cut; its name may be reaped at the next open."""
+        self._state(staging).file.sync()
+
+    def adopt(self, staging: Staging, slot: int, generation: int, sidecar: bytes) -> Segment:
+        """Turn a staging file into a file segment; the sidecar is persisted before the rename."""
+        state = self._state(staging)
+        assert 0 <= slot < self.info.slot_count
+        stem = _stem(slot, generation)
+        payload_path, sidecar_path = f"{stem}.file", f"{stem}.sum"
+        state.file.sync()
+        self._ledger.add(sidecar_path, len(sidecar))
+        try:
+            self._write_new(sidecar_path, sidecar)
+        except BaseException:
+            self._ledger.drop(sidecar_path)
+            raise
+        try:
+            self._files.rename(state.path, payload_path)
+        except BaseException:
+            self._unlink(sidecar_path)
+            raise
+        self._ledger.move(state.path, payload_path)
+        state.path, state.sidecar_path = payload_path, sidecar_path
+        staging.state, staging.fd = None, -1
+        self._count_written(len(sidecar))
+        return self._handle(slot, generation, state)
+
+    def drop_staging(self, staging: Staging) -> None:
+        """Delete it. Idempotent; nothing after `adopt`."""
+        self._check_open()
+        state: _Open | None = staging.state
+        if state is not None:
+            self._unlink(state.path)
+            self._done(state)
+            staging.state, staging.fd = None, -1
+
+    def reap_staging(self) -> int:
+        """Delete staging files and sidecars without a payload; return how many."""
+        self._check_open()
+        with self._lock:
+            held = {state.path for state in self._open}
+        dead = [path for path, _ in self._scan(STAGING) if path not in held]
+        present = {path for path, _ in self._scan(SEGMENTS)}
+        dead += [path for path in present
+                 if path.endswith(".sum") and f"{path[:-4]}.file" not in present]  # fmt: skip
+        for path in dead:
+            self._unlink(path)
+        return len(dead)
+
+    # --- the rest
+    @property
+    def used_bytes(self) -> int:
+        """What counts against the capacity; sizes rounded up to 4 KiB."""
+        return self._ledger.used_bytes
+
+    @property
+    def bytes_written(self) -> int:
+        """Payload, staging and summary bytes handed to the filesystem since open."""
+        return self._bytes_written
+
+    def destroy(self) -> None:
+        """Delete everything kvfs made in the directory, the superblock first, and close.
+
+        A crash half-way leaves a directory that is not formatted, never half a device.
+        """
+        self._check_open()
+        with contextlib.suppress(FileNotFoundError):
+            self._files.unlink(SUPERBLOCK)
+        self._files.sync_directory(".")
+        self._close_handles()
+        self._files.remove_tree()
+        self._files.close()
+
+    def close(self) -> None:
+        """Close all descriptors and the filesystem; idempotent."""
+        if not self._is_closed:
+            self._close_handles()
+            self._files.close()
+
+    # --- inside
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ClosedError(f"device is closed: {self.info.name}")
+
+    def _state(self, handle: Segment | Staging) -> _Open:
+        self._check_open()
+        state: _Open | None = handle.state
+        if state is None or state.file.fd < 0:
+            raise ClosedError(f"handle is closed: {self.info.name}: {handle}")
+        return state
+
+    def _opened(self, state: _Open) -> _Open:
+        with self._lock:
+            self._open.add(state)
+        return state
+
+    def _done(self, state: _Open) -> None:
+        with self._lock:
+            self._open.discard(state)
+        state.file.close()
+
+    def _close_handles(self) -> None:
+        self._is_closed = True
+        for state in list(self._open):
+            self._done(state)
+
+    def _handle(self, slot: int, generation: int, state: _Open) -> Segment:
+        return Segment(
+            device_index=self.info.index,
+            slot=slot,
+            generation=generation,
+            is_file=bool(state.sidecar_path),
+            nbytes=os.fstat(state.file.fd).st_size,
+            fd=state.file.fd,
+            address=0,
+            state=state,
+        )
+
+    def _scan(self, folder: str) -> list[tuple[str, int]]:
+        """Return the paths and sizes of kvfs's own files in a directory."""
+        found = [(f"{folder}/{name}", nbytes) for name, nbytes in self._files.list(folder)]
+        return [(path, nbytes) for path, nbytes in found if is_own_name(path)]
+
+    def _create(self, path: str, nbytes: int) -> File:
+        """Take the space, then make the file; a failure leaves neither."""
+        self._ledger.add(path, nbytes)
+        try:
+            with self._as_no_space(path):
+                return self._files.create(path, nbytes)
+        except BaseException:
+            self._ledger.drop(path)
+            raise
+
+    def _write_new(self, path: str, raw: bytes) -> None:
+        """Make, fill and persist a small file; a failure leaves none."""
+        with self._as_no_space(path):
+            file = self._files.create(path, len(raw))
+            try:
+                file.write(0, raw)
+                file.sync()
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    self._files.unlink(path)
+                raise
+            finally:
+                file.close()
+
+    def _unlink(self, path: str) -> None:
+        """Remove a name that may be gone already, and give its space back."""
+        with contextlib.suppress(FileNotFoundError):
+            self._files.unlink(path)
+        self._ledger.drop(path)
+
+    @contextlib.contextmanager
+    def _sidecar(self, state: _Open, *, writable: bool = False) -> Iterator[tuple[File, int]]:
+        """Open the sidecar for one operation; kept open they would double the descriptors."""
+        file = self._files.open(state.sidecar_path, writable=writable)
+        try:
+            yield file, os.fstat(file.fd).st_size
+        finally:
+            file.close()
+
+    @contextlib.contextmanager
+    def _as_no_space(self, path: str) -> Iterator[None]:
+        """Turn the filesystem's own 'full' into NoSpaceError."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise NoSpaceError(
+                f"filesystem is full: {self.info.name}: {path}: {error.strerror}, with "
+                f"{format_bytes(self.used_bytes)} of {format_bytes(self.info.capacity_bytes)} "
+                "used by kvfs; make room, or give the device a smaller size"
+            ) from error
+
+    def _count_written(self, nbytes: int) -> None:
+        with self._lock:
+            self._bytes_written += nbytes
+
+
+def _stem(slot: int, generation: int) -> str:
+    return f"{SEGMENTS}/{slot:08x}-{generation:08x}"
+
+
+def _pread_tail(fd: int, size: int, nbytes: int) -> bytes:
+    start = max(0, size - nbytes)
+    return pread_all(fd, start, size - start)

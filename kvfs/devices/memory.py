@@ -1,0 +1,487 @@
+"""A device made of memory: an arena of memfds, populated once.
+
+Layer: L1.
+
+- The arena is a set of *frames*, each one sealed memfd of `segment_bytes`, mapped and populated
+  when it is made (a fresh memfd page costs twelve times a warm one). A log segment borrows a frame
+  from `create` to `free`; which slot it was created for does not matter.
+- A frame is recycled within one tag. For another tag it is destroyed and a fresh, zeroed one made,
+  so that bytes of a former life cannot reach another tenant through a shared descriptor.
+- File segments and staging files are memfds of their own size. They count against the capacity,
+  and free frames are given up for them: frames and files together never exceed the capacity.
+- Nothing survives the process: superblock and sidecars are plain bytes, persisting does nothing.
+
+Concurrency: `_lock` guards frames, ledger and the tables of segments and staging files. A frame is
+made (and populated) outside the lock.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+import numpy as np
+
+from kvfs import _native
+from kvfs.devices.base import (
+    AddressArray,
+    Device,
+    DeviceInfo,
+    DigestArray,
+    Segment,
+    SegmentName,
+    Staging,
+    StatusArray,
+    check_payloads,
+    padded_bytes,
+    slot_count_of,
+)
+from kvfs.devices.filesystem import STAGING, check_staging_name
+from kvfs.devices.ledger import Ledger
+from kvfs.devices.osfs import OSFile, pread_all
+from kvfs.errors import ClosedError, NoSpaceError
+from kvfs.units import PAGE, format_bytes
+
+Progress = Callable[[int, int], None]
+
+_SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+_MEMINFO: Final = Path("/proc/meminfo")
+_CGROUP_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
+
+
+def available_bytes() -> int:
+    """Return how much memory a new arena may take: MemAvailable, or the control group's limit."""
+    fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    with contextlib.suppress(OSError, ValueError):
+        available = min(available, int(_CGROUP_LIMIT.read_text()))
+    return available
+
+
+@dataclass(slots=True, eq=False)
+class _Frame:
+    """One memfd of a segment's size. `tag`: whose bytes it holds; None if it is still zero."""
+
+    file: OSFile
+    arena: _native.Arena
+    tag: bytes | None = None
+
+    def close(self) -> None:
+        self.arena.close()
+        self.file.close()
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """What the device knows of a segment or staging file. `key`: its name in the ledger.
+
+    Log segments have a frame, file segments a sidecar.
+    """
+
+    file: OSFile
+    key: str
+    frame: _Frame | None = None
+    sidecar: bytearray | None = None
+
+
+class MemoryDevice(Device):
+    """Volatile memory of this process; the memfds can be handed to others."""
+
+    def __init__(
+        self,
+        *,
+        index: int,
+        uuid: UUID,
+        capacity_bytes: int,
+        segment_bytes: int,
+        name: str,
+        tier: int = 0,
+        url: str = "dram:",
+        progress: Progress | None = None,
+    ) -> None:
+        """Take the memory, all of it, now.
+
+        Args:
+            index: See DeviceInfo, as for the rest.
+            uuid: Identity.
+            capacity_bytes: Bound of frames, files and sidecars together.
+            segment_bytes: Size of a frame.
+            name: Name for messages.
+            tier: Tier.
+            url: Where it came from.
+            progress: Called with (frames done, frames in all) after each frame.
+
+        Raises:
+            NoSpaceError: The machine has not that much memory; the message says how much it has.
+        """
+        self.info = DeviceInfo(
+            index=index,
+            uuid=uuid,
+            name=name,
+            url=url,
+            kind="dram",
+            tier=tier,
+            capacity_bytes=capacity_bytes,
+            segment_bytes=segment_bytes,
+            slot_count=slot_count_of(capacity_bytes, segment_bytes),
+            is_persistent=False,
+            write_atomic_bytes=PAGE,
+        )
+        available = available_bytes()
+        if capacity_bytes > available:
+            raise NoSpaceError(
+                f"not enough memory: {name}: {format_bytes(capacity_bytes)} asked for, "
+                f"{format_bytes(available)} available; give the device a smaller size"
+            )
+        self._ledger = Ledger(name, capacity_bytes)
+        self._lock = threading.Lock()
+        self._superblock: bytes | None = None
+        self._segments: dict[tuple[int, int], _Open] = {}
+        self._staging: set[_Open] = set()
+        self._free_frames: list[_Frame] = []
+        self._frame_count = 0
+        self._bytes_written = 0
+        self._is_closed = False
+        self._populate(progress)
+
+    def _populate(self, progress: Progress | None) -> None:
+        total = self.info.capacity_bytes // self.info.segment_bytes
+        try:
+            for done in range(total):
+                self._free_frames.append(self._make_frame())
+                self._frame_count += 1
+                if progress is not None:
+                    progress(done + 1, total)
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_frame(self) -> _Frame:
+        """Make a zeroed, populated frame.
+
+        Raises:
+            NoSpaceError: The kernel has no memory left for it.
+        """
+        nbytes = self.info.segment_bytes
+        file = OSFile(-1)
+        try:
+            file.fd = _native.memfd(f"kvfs-{self.info.name}", nbytes)
+            return _Frame(file, _native.Arena(file.fd, nbytes, populate=True))
+        except OSError as error:
+            file.close()
+            if error.errno not in (errno.ENOMEM, errno.ENOSPC, errno.EFAULT):
+                raise
+            raise NoSpaceError(
+                f"memory could not be populated: {self.info.name}: {error.strerror}; "
+                "give the device a smaller size"
+            ) from error
+
+    # --- superblock
+    def read_superblock(self) -> bytes | None:
+        """Return the newest superblock, or None on a device never formatted."""
+        self._check_open()
+        return self._superblock
+
+    def write_superblock(self, raw: bytes) -> None:
+        """Replace the superblock, in memory."""
+        self._check_open()
+        self._superblock = bytes(raw)
+
+    # --- segments
+    def segments(self) -> list[SegmentName]:
+        """List the segments made since open."""
+        self._check_open()
+        with self._lock:
+            return [
+                SegmentName(slot, generation, state.frame is None, os.fstat(state.file.fd).st_size)
+                for (slot, generation), state in sorted(self._segments.items(), key=lambda i: i[0])
+            ]
+
+    def create(self, slot: int, generation: int, tag: bytes) -> Segment:
+        """Make a log segment in a frame that is zero, or held bytes of the same tag."""
+        self._check_open()
+        assert 0 <= slot < self.info.slot_count
+        key = _key(slot, generation)
+        with self._lock:
+            self._ledger.add(key, self.info.segment_bytes)
+            frame = self._borrow_frame(tag)
+        if frame is None:
+            try:
+                frame = self._make_frame()
+            except BaseException:
+                with self._lock:
+                    self._ledger.drop(key)
+                    self._frame_count -= 1
+                raise
+        frame.tag = tag
+        state = _Open(frame.file, key, frame=frame)
+        with self._lock:
+            if self._is_closed:
+                frame.close()
+                self._check_open()
+            self._segments[slot, generation] = state
+        return self._handle(slot, generation, state)
+
+    def attach(self, name: SegmentName) -> Segment:
+        """Return another handle of a segment made since open."""
+        self._check_open()
+        with self._lock:
+            state = self._segments.get((name.slot, name.generation))
+        if state is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), _key(*_pair(name)))
+        return self._handle(name.slot, name.generation, state)
+
+    def write_payloads(
+        self, segment: Segment, offsets: AddressArray, sources: AddressArray,
+        lengths: AddressArray, digests: DigestArray, statuses: StatusArray,
+    ) -> int:  # fmt: skip
+        """Copy n payloads with non-temporal stores and hash them in one pass."""
+        self._state(segment)
+        check_payloads(segment, offsets, lengths)
+        targets = offsets + np.uint64(segment.address)
+        failed = _native.copy_hash(targets, sources, lengths, digests, statuses, PAGE)
+        self._count_written(padded_bytes(lengths, statuses))
+        return failed
+
+    def write_tail(self, segment: Segment, distance: int, data: bytes) -> None:
+        """Write summary bytes, from `distance` bytes before the end of segment or sidecar."""
+        state = self._state(segment)
+        assert len(data) <= distance, "summary bytes end beyond the segment"
+        size = segment.nbytes if state.sidecar is None else len(state.sidecar)
+        assert distance <= size, "summary bytes start before the segment"
+        if state.sidecar is None:
+            state.file.write(size - distance, data)
+        else:
+            state.sidecar[size - distance : size - distance + len(data)] = data
+        self._count_written(len(data))
+
+    def read_tail(self, segment: Segment, nbytes: int) -> bytes:
+        """Read the last `nbytes` of the summary; fewer if it is shorter."""
+        state = self._state(segment)
+        if state.sidecar is not None:
+            return bytes(state.sidecar[max(0, len(state.sidecar) - nbytes) :])
+        start = max(0, segment.nbytes - nbytes)
+        return pread_all(segment.fd, start, segment.nbytes - start)
+
+    def next_data(self, segment: Segment, offset: int) -> int:
+        """Return `offset`: a populated frame has no holes."""
+        self._state(segment)
+        return min(offset, segment.nbytes)
+
+    def persist(self, segment: Segment) -> None:
+        """Do nothing; a volatile device has nothing to promise."""
+        self._state(segment)
+
+    def persist_names(self) -> None:
+        """Do nothing."""
+        self._check_open()
+
+    def free(self, segment: Segment) -> None:
+        """Give the frame back for its tag, or delete the file; no lease may be left."""
+        self._check_open()
+        with self._lock:
+            state = self._segments.pop(_pair(segment), None)
+            if state is not None:
+                self._ledger.drop(state.key)
+                self._ledger.drop(_sidecar_key(state.key))
+                if state.frame is not None:
+                    self._free_frames.append(state.frame)
+                else:
+                    state.file.close()
+        self.release(segment)
+
+    def release(self, segment: Segment) -> None:
+        """Forget the handle; the segment and its memory stay. Idempotent; fine after `free`."""
+        segment.fd = -1
+        segment.address = 0
+
+    def read(self, segment: Segment, offset: int, nbytes: int, *, uncached: bool = False) -> bytes:
+        """Read payload bytes, fewer at the end; `uncached` makes no difference to memory."""
+        self._state(segment)
+        del uncached
+        return pread_all(segment.fd, offset, nbytes)
+
+    # --- staging
+    def create_staging(self, name: str) -> Staging:
+        """Make an empty staging memfd."""
+        self._check_open()
+        check_staging_name(name)
+        key = f"{STAGING}/{name}"
+        self._ledger.add(key, 0)
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        try:
+            state = _Open(OSFile(os.memfd_create(f"kvfs-{self.info.name}-staging", flags)), key)
+        except BaseException:
+            self._ledger.drop(key)
+            raise
+        with self._lock:
+            self._staging.add(state)
+        return Staging(name=name, fd=state.file.fd, nbytes=0, state=state)
+
+    def write_staging(self, staging: Staging, offset: int, data: bytes | memoryview) -> None:
+        """Write; grows `staging.nbytes`, and gives up free frames for it."""
+        state = self._state(staging)
+        nbytes = memoryview(data).nbytes
+        with self._resizing(staging, state, max(staging.nbytes, offset + nbytes)):
+            state.file.write(offset, data)
+        self._count_written(nbytes)
+
+    def resize_staging(self, staging: Staging, nbytes: int) -> None:
+        """Cut or extend with zeros."""
+        state = self._state(staging)
+        with self._resizing(staging, state, nbytes):
+            state.file.resize(nbytes)
+
+    def persist_staging(self, staging: Staging) -> None:
+        """Do nothing."""
+        self._state(staging)
+
+    def adopt(self, staging: Staging, slot: int, generation: int, sidecar: bytes) -> Segment:
+        """Turn the memfd into a file segment, sealed against every write.
+
+        Raises:
+            OSError: EBUSY if somebody has it mapped for writing; it stays a staging file.
+        """
+        state = self._state(staging)
+        assert 0 <= slot < self.info.slot_count
+        key = _key(slot, generation)
+        self._ledger.add(_sidecar_key(key), len(sidecar))
+        try:
+            with self._lock:
+                self._trim_frames()
+            fcntl.fcntl(state.file.fd, fcntl.F_ADD_SEALS, _SEALS)
+        except BaseException:
+            self._ledger.drop(_sidecar_key(key))
+            raise
+        with self._lock:
+            self._ledger.move(state.key, key)
+            state.key, state.sidecar = key, bytearray(sidecar)
+            self._staging.discard(state)
+            self._segments[slot, generation] = state
+        staging.state, staging.fd = None, -1
+        self._count_written(len(sidecar))
+        return self._handle(slot, generation, state)
+
+    def drop_staging(self, staging: Staging) -> None:
+        """Delete it. Idempotent; nothing after `adopt`."""
+        self._check_open()
+        state: _Open | None = staging.state
+        if state is not None:
+            with self._lock:
+                self._staging.discard(state)
+            state.file.close()
+            self._ledger.drop(state.key)
+            staging.state, staging.fd = None, -1
+
+    def reap_staging(self) -> int:
+        """Return 0: nothing of an earlier owner is left."""
+        self._check_open()
+        return 0
+
+    # --- the rest
+    @property
+    def used_bytes(self) -> int:
+        """What counts against the capacity: frames in use, files and sidecars; not free frames."""
+        return self._ledger.used_bytes
+
+    @property
+    def bytes_written(self) -> int:
+        """Payload, staging and summary bytes copied since open."""
+        return self._bytes_written
+
+    def destroy(self) -> None:
+        """Give all memory back and close."""
+        self._check_open()
+        self.close()
+
+    def close(self) -> None:
+        """Give all memory back; idempotent. Maps made elsewhere stay valid."""
+        with self._lock:
+            self._is_closed = True
+            for state in (*self._staging, *self._segments.values()):
+                if state.frame is not None:
+                    state.frame.close()
+                else:
+                    state.file.close()
+            for frame in self._free_frames:
+                frame.close()
+            self._free_frames, self._segments, self._staging = [], {}, set()
+            self._superblock = None
+
+    # --- inside
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ClosedError(f"device is closed: {self.info.name}")
+
+    def _state(self, handle: Segment | Staging) -> _Open:
+        self._check_open()
+        state: _Open | None = handle.state
+        if state is None or handle.fd < 0:
+            raise ClosedError(f"handle is closed: {self.info.name}: {handle}")
+        return state
+
+    def _handle(self, slot: int, generation: int, state: _Open) -> Segment:
+        return Segment(
+            device_index=self.info.index,
+            slot=slot,
+            generation=generation,
+            is_file=state.frame is None,
+            nbytes=os.fstat(state.file.fd).st_size,
+            fd=state.file.fd,
+            address=state.frame.arena.address if state.frame is not None else 0,
+            state=state,
+        )
+
+    def _borrow_frame(self, tag: bytes) -> _Frame | None:
+        """Return a free frame of this tag or a zero one, or None: make one. REQUIRES: `_lock`.
+
+        Frames of other tags are destroyed only when there is nothing else, the oldest first.
+        """
+        for wanted in (tag, None):
+            for index in reversed(range(len(self._free_frames))):
+                if self._free_frames[index].tag == wanted:
+                    return self._free_frames.pop(index)
+        if self._free_frames:
+            self._free_frames.pop(0).close()
+        else:
+            self._frame_count += 1
+        return None
+
+    def _trim_frames(self) -> None:
+        """Give up free frames until frames and files fit the capacity. REQUIRES: `_lock`."""
+        segment_bytes = self.info.segment_bytes
+        while self._free_frames:
+            free_bytes = len(self._free_frames) * segment_bytes
+            if self._ledger.used_bytes + free_bytes <= self.info.capacity_bytes:
+                break
+            self._free_frames.pop(0).close()
+            self._frame_count -= 1
+
+    @contextlib.contextmanager
+    def _resizing(self, staging: Staging, state: _Open, nbytes: int) -> Iterator[None]:
+        with self._ledger.resizing(state.key, staging, state.file, nbytes):
+            with self._lock:
+                self._trim_frames()
+            yield
+
+    def _count_written(self, nbytes: int) -> None:
+        with self._lock:
+            self._bytes_written += nbytes
+
+
+def _pair(segment: Segment | SegmentName) -> tuple[int, int]:
+    return segment.slot, segment.generation
+
+
+def _key(slot: int, generation: int) -> str:
+    return f"{slot:08x}-{generation:08x}"
+
+
+def _sidecar_key(key: str) -> str:
+    return f"{key}.sum"

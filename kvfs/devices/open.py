@@ -1,0 +1,142 @@
+"""From a device URL to an open device.
+
+Layer: L1. Called by whoever opens a pool; the only place of the device layer that changes a setting
+of the process (the soft limit of descriptors, raised to the hard one).
+"""
+
+import os
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+from uuid import UUID
+
+from kvfs.config import DeviceURL
+from kvfs.devices.base import Device
+from kvfs.devices.directory import DirectoryDevice
+from kvfs.devices.memory import MemoryDevice, Progress
+from kvfs.devices.osfs import OSFileSystem, nearest_existing
+from kvfs.errors import UsageError
+from kvfs.units import PAGE, format_bytes
+
+_FREE_SHARE_PERCENT: Final = 80
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRequest:
+    """What a constructor is told. `create`: make a missing directory."""
+
+    url: DeviceURL
+    index: int
+    uuid: UUID
+    capacity_bytes: int
+    segment_bytes: int
+    name: str
+    create: bool
+    progress: Progress | None
+
+
+def _open_directory(request: DeviceRequest) -> Device:
+    files = OSFileSystem(request.url.location, create=request.create)
+    try:
+        return DirectoryDevice(
+            files,
+            index=request.index,
+            uuid=request.uuid,
+            capacity_bytes=request.capacity_bytes,
+            segment_bytes=request.segment_bytes,
+            name=request.name,
+            tier=request.url.tier,
+            url=str(request.url),
+        )
+    except BaseException:
+        files.close()
+        raise
+
+
+def _open_memory(request: DeviceRequest) -> Device:
+    return MemoryDevice(
+        index=request.index,
+        uuid=request.uuid,
+        capacity_bytes=request.capacity_bytes,
+        segment_bytes=request.segment_bytes,
+        name=request.name,
+        tier=request.url.tier,
+        url=str(request.url),
+        progress=request.progress,
+    )
+
+
+SCHEMES: Final[dict[str, Callable[[DeviceRequest], Device]]] = {
+    "dram": _open_memory,
+    "dir": _open_directory,
+}
+
+
+def open_device(
+    url: DeviceURL,
+    *,
+    index: int,
+    uuid: UUID,
+    capacity_bytes: int,
+    segment_bytes: int,
+    name: str,
+    create: bool = True,
+    progress: Progress | None = None,
+) -> Device:
+    """Open a device; on return this process owns it until `close`.
+
+    Args:
+        url: Which.
+        index: Its number in the pool.
+        uuid: Its identity.
+        capacity_bytes: Hard bound of what it may hold, see `capacity_of`.
+        segment_bytes: Size of a log segment.
+        name: Name for messages.
+        create: Make the directory if it is missing. A pool that was formatted before passes False,
+            so that a filesystem that is not mounted is noticed.
+        progress: Called with (done, total) while memory is populated.
+
+    Raises:
+        UsageError: No room for one segment.
+        NotFoundError: The directory is missing.
+        RefusedError: The directory lies on a network or FUSE filesystem.
+        BusyError: Another process has the directory open.
+        NoSpaceError: There is not that much memory.
+    """
+    if capacity_bytes < segment_bytes:
+        raise UsageError(
+            f"device too small: {url}: expected at least one segment of "
+            f"{format_bytes(segment_bytes)}, found {format_bytes(capacity_bytes)}; "
+            "give a larger size or a smaller segment"
+        )
+    raise_descriptor_limit()
+    return SCHEMES[url.scheme](
+        DeviceRequest(
+            url=url,
+            index=index,
+            uuid=uuid,
+            capacity_bytes=capacity_bytes,
+            segment_bytes=segment_bytes,
+            name=name,
+            create=create,
+            progress=progress,
+        )
+    )
+
+
+def capacity_of(url: DeviceURL) -> int:
+    """Return the size a new device gets: as given, else 80 % of the directory's free space."""
+    if url.size_bytes:
+        return url.size_bytes
+    if url.scheme != "dir":
+        raise UsageError(f"device size missing: {url}: expected an option such as size=4GiB")
+    free = os.statvfs(nearest_existing(url.location))
+    return free.f_bavail * free.f_frsize * _FREE_SHARE_PERCENT // 100 // PAGE * PAGE
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of descriptors to the hard one; every open segment holds one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,375 @@
+"""A directory of this machine as a FileSystem.
+
+Layer: L1.
+
+- One process at a time: an exclusive flock on `kvfs.lock` is held from open to close.
+- Network and FUSE filesystems are refused: their locks, fsync and mmap do not hold what a device
+  promises, and a device below kvfs's own mount would wait for itself.
+- Space is reserved by posix_fallocate. Where the filesystem cannot (ZFS), glibc writes a byte into
+  every block instead: slower, and on a copy-on-write filesystem no guarantee.
+- Uncached reads use O_DIRECT; where that is refused, the clean page cache of the range is dropped
+  first (POSIX_FADV_DONTNEED), which leaves dirty pages in place.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import struct
+from typing import Final
+
+from kvfs import _native
+from kvfs.devices.base import AddressArray, DigestArray, StatusArray
+from kvfs.devices.filesystem import (
+    LOCK,
+    READ_BYTES_MAX,
+    SEGMENTS,
+    STAGING,
+    SUPERBLOCK,
+    SUPERBLOCK_NEW,
+    File,
+    FileSystem,
+    is_own_name,
+)
+from kvfs.errors import BusyError, CorruptionError, NotFoundError, RefusedError
+from kvfs.units import PAGE, align_up, format_bytes
+
+# f_type of statfs(2), from linux/magic.h and the filesystems' own sources.
+REMOTE_FILESYSTEMS: Final = {
+    0x6969: "NFS", 0x517B: "SMB", 0xFF534D42: "CIFS", 0xFE534D42: "SMB2", 0x65735546: "FUSE",
+    0x01021997: "9p", 0x00C36400: "Ceph", 0x5346414F: "AFS", 0x6B414653: "AFS",
+    0x73757245: "Coda", 0x0BD00BD0: "Lustre", 0x01161970: "GFS2", 0x7461636F: "OCFS2",
+    0x47504653: "GPFS", 0x786F4256: "VirtualBox shared folder", 0xAAD7AAEA: "PanFS",
+    0x19830326: "BeeGFS",
+}  # fmt: skip
+_STABLE_FSID: Final = {0xEF53, 0x9123683E}  # ext4, btrfs: made from the filesystem's uuid
+_FS_IOC_GETVERSION: Final = 0x80087601
+_LOCK_ATTEMPTS: Final = 8
+_MODE_FILE: Final = 0o600
+_MODE_DIRECTORY: Final = 0o700
+
+
+def filesystem_type(fd: int) -> int:
+    """Return f_type of the filesystem that holds an open file (64-bit Linux)."""
+    buffer = ctypes.create_string_buffer(256)
+    if ctypes.CDLL(None, use_errno=True).fstatfs(fd, buffer) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"fstatfs: {os.strerror(code)}")
+    return int.from_bytes(buffer.raw[:8], "little") & 0xFFFFFFFF
+
+
+def refuse_remote(f_type: int, root: str) -> None:
+    """Refuse filesystems whose promises do not hold.
+
+    Raises:
+        RefusedError: Network, cluster or FUSE filesystem.
+    """
+    name = REMOTE_FILESYSTEMS.get(f_type)
+    if name is not None:
+        raise RefusedError(
+            f"not a local filesystem: {root}: found {name}, whose locks, fsync and mmap do not "
+            "hold what a device promises; use a directory on ext4, XFS, btrfs or tmpfs"
+        )
+
+
+def nearest_existing(path: str) -> str:
+    """Return the path itself or its nearest ancestor that exists."""
+    path = os.path.abspath(path)
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def pread_all(fd: int, offset: int, nbytes: int) -> bytes:
+    """Read `nbytes`, resuming short reads; fewer at the end of the file."""
+    first = os.pread(fd, nbytes, offset)
+    if len(first) == nbytes or not first:
+        return first
+    parts = [first]
+    done = len(first)
+    while done < nbytes:
+        part = os.pread(fd, nbytes - done, offset + done)
+        if not part:
+            break
+        parts.append(part)
+        done += len(part)
+    return b"".join(parts)
+
+
+class OSFile(File):
+    """A file of the operating system."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Write all of `data`, resuming short writes."""
+        view = memoryview(data).cast("B")
+        while len(view):
+            done = os.pwrite(self.fd, view, offset)
+            offset += done
+            view = view[done:]
+
+    def write_hashed(
+        self, offsets: AddressArray, sources: AddressArray, lengths: AddressArray,
+        digests: DigestArray, statuses: StatusArray,
+    ) -> int:  # fmt: skip
+        """Write and hash in native code, without the GIL."""
+        return _native.pwrite_hash(self.fd, offsets, sources, lengths, digests, statuses, PAGE)
+
+    def resize(self, nbytes: int) -> None:
+        """Call ftruncate."""
+        os.ftruncate(self.fd, nbytes)
+
+    def sync(self) -> None:
+        """Call fdatasync."""
+        os.fdatasync(self.fd)
+
+    def close(self) -> None:
+        """Close once."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class OSFileSystem(FileSystem):
+    """Files below one directory, owned by this process until `close`."""
+
+    def __init__(self, root: str, *, create: bool = True) -> None:
+        """Open and lock a directory.
+
+        Args:
+            root: Absolute path.
+            create: Make the directory if it is missing.
+
+        Raises:
+            NotFoundError: The directory is missing, or is none.
+            RefusedError: It lies on a network, cluster or FUSE filesystem.
+            BusyError: Another process, or another device of this one, has it open.
+        """
+        self.root = root
+        self._lock_fd = -1
+        self._root_fd = -1
+        if create and not os.path.isdir(root):
+            above = os.open(nearest_existing(root), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                refuse_remote(filesystem_type(above), root)
+            finally:
+                os.close(above)
+            os.makedirs(root, mode=_MODE_DIRECTORY, exist_ok=True)
+        try:
+            self._root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise NotFoundError(
+                f"device directory missing: {root}: {error.strerror}; mount its filesystem, or "
+                "remove the device from the pool"
+            ) from error
+        try:
+            refuse_remote(filesystem_type(self._root_fd), root)
+            self._lock_fd = self._take_lock()
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_lock(self) -> int:
+        """Lock `kvfs.lock`, and be sure that the file locked is the one that has the name."""
+        for _ in range(_LOCK_ATTEMPTS):
+            fd = self._open(LOCK, os.O_RDWR | os.O_CREAT)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                named = os.stat(LOCK, dir_fd=self._root_fd)
+                if named.st_ino == os.fstat(fd).st_ino:
+                    os.ftruncate(fd, 0)
+                    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                    return fd
+            except FileNotFoundError:
+                pass
+            except BlockingIOError as error:
+                holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+                os.close(fd)
+                raise BusyError(
+                    f"device is in use: {self.root}/{LOCK}: held by pid {holder}; "
+                    "close that pool, or connect to its owner"
+                ) from error
+            os.close(fd)
+        raise BusyError(f"device lock keeps changing: {self.root}/{LOCK}; try again")
+
+    def _open(self, path: str, flags: int) -> int:
+        flags |= os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open(path, flags, _MODE_FILE, dir_fd=self._root_fd)
+
+    def make_directory(self, path: str) -> None:
+        """Make a directory and its parents; existing ones are fine."""
+        parts = path.split("/")
+        for count in range(1, len(parts) + 1):
+            try:
+                os.mkdir("/".join(parts[:count]), _MODE_DIRECTORY, dir_fd=self._root_fd)
+            except FileExistsError:
+                continue
+
+    def list(self, path: str) -> list[tuple[str, int]]:
+        """Return names and sizes of the regular files in a directory, by name."""
+        found = []
+        fd = self._open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with os.scandir(fd) as entries:
+                for entry in entries:
+                    try:
+                        status = entry.stat(follow_symlinks=False)
+                    except FileNotFoundError:
+                        continue  # unlinked by another thread since it was listed
+                    if stat.S_ISREG(status.st_mode):
+                        found.append((entry.name, status.st_size))
+        finally:
+            os.close(fd)
+        return sorted(found)
+
+    def create(self, path: str, nbytes: int = 0) -> OSFile:
+        """Make a new file with its space reserved; a failure leaves no file."""
+        file = OSFile(self._open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+        try:
+            if nbytes:
+                os.posix_fallocate(file.fd, 0, nbytes)
+        except BaseException:
+            file.close()
+            self.unlink(path)
+            raise
+        return file
+
+    def open(self, path: str, *, writable: bool = False) -> OSFile:
+        """Open an existing file."""
+        return OSFile(self._open(path, os.O_RDWR if writable else os.O_RDONLY))
+
+    def read(self, path: str) -> bytes | None:
+        """Return a whole small file, or None if there is none.
+
+        Raises:
+            CorruptionError: It is larger than kvfs would ever write.
+        """
+        try:
+            fd = self._open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        try:
+            nbytes = os.fstat(fd).st_size
+            if nbytes > READ_BYTES_MAX:
+                raise CorruptionError(
+                    f"file too large: {self.root}/{path}: expected at most "
+                    f"{format_bytes(READ_BYTES_MAX)}, found {format_bytes(nbytes)}"
+                )
+            return pread_all(fd, 0, nbytes)
+        finally:
+            os.close(fd)
+
+    def read_uncached(self, path: str, offset: int, nbytes: int) -> bytes:
+        """Read from the medium, past the page cache where the filesystem can (O_DIRECT)."""
+        for flags, read in ((os.O_DIRECT, _read_direct), (0, _read_dropped)):
+            try:
+                fd = self._open(path, os.O_RDONLY | flags)
+            except OSError as error:
+                if flags and _is_refusal(error):
+                    continue
+                raise
+            try:
+                return read(fd, offset, nbytes)
+            except OSError as error:
+                if not (flags and _is_refusal(error)):
+                    raise
+            finally:
+                os.close(fd)
+        raise AssertionError("the last way either returns or raises")
+
+    def rename(self, source: str, target: str) -> None:
+        """Rename over whatever is there."""
+        os.rename(source, target, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd)
+
+    def unlink(self, path: str) -> None:
+        """Remove a name."""
+        os.unlink(path, dir_fd=self._root_fd)
+
+    def sync_directory(self, path: str) -> None:
+        """Make the names in a directory survive."""
+        fd = self._open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def remove_tree(self) -> None:
+        """Delete kvfs's own files and, where nothing else is in them, its directories.
+
+        The lock goes last, while it is held.
+        """
+        for folder in (SEGMENTS, STAGING):
+            try:
+                names = [f"{folder}/{name}" for name, _ in self.list(folder)]
+            except FileNotFoundError:
+                continue
+            for path in filter(is_own_name, names):
+                self.unlink(path)
+            try:
+                os.rmdir(folder, dir_fd=self._root_fd)
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:
+                    raise
+        for path in (SUPERBLOCK, SUPERBLOCK_NEW, LOCK):
+            with contextlib.suppress(FileNotFoundError):
+                self.unlink(path)
+        self.sync_directory(".")
+
+    def location(self) -> int:
+        """Return a number that a copy of the directory would not have; 0 if unknown.
+
+        Made from the inode's number and generation and, where it is stable, the filesystem's id. A
+        copy of the whole block device is not told from the original.
+        """
+        status = os.fstat(self._root_fd)
+        generation = 0
+        try:
+            raw = fcntl.ioctl(self._root_fd, _FS_IOC_GETVERSION, bytes(8))
+            generation = int.from_bytes(raw[:4], "little")
+        except OSError:
+            pass  # tmpfs and others have none
+        is_stable = filesystem_type(self._root_fd) in _STABLE_FSID
+        fsid = os.fstatvfs(self._root_fd).f_fsid if is_stable else 0
+        mask = (1 << 64) - 1
+        return _native.xxh3_64(struct.pack("<QQQ", status.st_ino, generation, fsid & mask)) or 1
+
+    def close(self) -> None:
+        """Release the lock and the directory; idempotent."""
+        for fd in (self._lock_fd, self._root_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._lock_fd = self._root_fd = -1
+
+
+def _is_refusal(error: OSError) -> bool:
+    return error.errno in (errno.EINVAL, errno.EOPNOTSUPP)
+
+
+def _read_direct(fd: int, offset: int, nbytes: int) -> bytes:
+    """Read with O_DIRECT through a page-aligned buffer."""
+    start = offset // PAGE * PAGE
+    length = align_up(offset + nbytes, PAGE) - start
+    if nbytes == 0:
+        return b""
+    with mmap.mmap(-1, length) as buffer:
+        done = 0
+        with memoryview(buffer) as view:
+            while done < length:
+                with view[done:] as rest:
+                    count = os.preadv(fd, [rest], start + done)
+                done += count
+                if count == 0 or done % PAGE:
+                    break  # the end of the file
+        end = min(done, offset - start + nbytes)
+        return bytes(buffer[offset - start : end])
+
+
+def _read_dropped(fd: int, offset: int, nbytes: int) -> bytes:
+    """Drop the clean page cache of the range, then read."""
+    os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+    return pread_all(fd, offset, nbytes)
