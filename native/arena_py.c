@@ -1,0 +1,172 @@
+/* kvfs._native.Arena: a read-write shared mapping of one descriptor as a Python type. */
+#include "pyutil.h"
+
+#include <errno.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
+typedef struct {
+    PyObject_HEAD
+    bool is_open;
+    unsigned exports;
+    void *address;
+    size_t nbytes;
+} Arena;
+
+static bool need_open(const Arena *self)
+{
+    if (!self->is_open)
+        PyErr_SetString(PyExc_ValueError, "arena is closed");
+    return self->is_open;
+}
+
+/* A file shorter than the mapping would turn an access into a SIGBUS; devices have no size. */
+static bool check_size(int fd, uint64_t nbytes)
+{
+    struct stat stat;
+    if (fstat(fd, &stat) != 0) {
+        kvfs_raise(-errno);
+        return false;
+    }
+    if (!S_ISREG(stat.st_mode) || (uint64_t)stat.st_size >= nbytes)
+        return true;
+    PyErr_Format(PyExc_ValueError, "nbytes: expected at most the size of the file, %lld, found %llu",
+                 (long long)stat.st_size, (unsigned long long)nbytes);
+    return false;
+}
+
+/* Map and populate; returns 0 or -errno. */
+static int map_arena(Arena *self, int fd, size_t nbytes, bool is_populated)
+{
+    void *mapped = mmap(NULL, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (mapped == MAP_FAILED)
+        return -errno;
+    if (is_populated && madvise(mapped, nbytes, MADV_POPULATE_WRITE) != 0) {
+        int status = -errno;
+        (void)munmap(mapped, nbytes);
+        return status;
+    }
+    self->address = mapped;
+    self->nbytes = nbytes;
+    return 0;
+}
+
+static PyObject *arena_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"fd", "nbytes", "populate", NULL};
+    PyObject *nbytes_object;
+    uint64_t nbytes;
+    int fd, is_populated = 0, status;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iO|p", names, &fd, &nbytes_object,
+                                     &is_populated) ||
+        !kvfs_parse_u64(nbytes_object, "nbytes", 1, (uint64_t)PY_SSIZE_T_MAX, &nbytes) ||
+        !check_size(fd, nbytes))
+        return NULL;
+    Arena *self = (Arena *)kvfs_alloc(type);
+    if (self == NULL)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = map_arena(self, fd, nbytes, is_populated != 0);
+    Py_END_ALLOW_THREADS
+    self->is_open = status == 0;
+    if (status == 0)
+        return (PyObject *)self;
+    Py_DECREF(self);
+    return kvfs_raise(status);
+}
+
+static void unmap(Arena *self)
+{
+    if (self->is_open)
+        (void)munmap(self->address, self->nbytes);
+    self->is_open = false;
+}
+
+static void arena_dealloc(PyObject *object)
+{
+    unmap((Arena *)object);
+    kvfs_free(object);
+}
+
+static PyObject *arena_close(PyObject *object, PyObject *args)
+{
+    Arena *self = (Arena *)object;
+    (void)args;
+    if (self->is_open && self->exports > 0)
+        return PyErr_Format(PyExc_BufferError, "arena is in use: %u exports", self->exports);
+    unmap(self);
+    Py_RETURN_NONE;
+}
+
+static PyObject *get_address(PyObject *object, void *closure)
+{
+    const Arena *self = (Arena *)object;
+    (void)closure;
+    return need_open(self) ? PyLong_FromVoidPtr(self->address) : NULL;
+}
+
+static PyObject *get_nbytes(PyObject *object, void *closure)
+{
+    const Arena *self = (Arena *)object;
+    (void)closure;
+    return need_open(self) ? PyLong_FromSize_t(self->nbytes) : NULL;
+}
+
+static int arena_get_buffer(PyObject *object, Py_buffer *view, int flags)
+{
+    Arena *self = (Arena *)object;
+    if (!need_open(self) ||
+        PyBuffer_FillInfo(view, object, self->address, (Py_ssize_t)self->nbytes, 0, flags) != 0)
+        return -1;
+    self->exports++;
+    return 0;
+}
+
+static void arena_release_buffer(PyObject *object, Py_buffer *view)
+{
+    Arena *self = (Arena *)object;
+    (void)view;
+    self->exports--;
+}
+
+static PyMethodDef methods[] = {
+    {"close", arena_close, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef getters[] = {
+    {"address", get_address, NULL, NULL, NULL},
+    {"nbytes", get_nbytes, NULL, NULL, NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_new, (void *)arena_new},
+    {Py_tp_dealloc, (void *)arena_dealloc},
+    {Py_tp_methods, methods},
+    {Py_tp_getset, getters},
+    {Py_bf_getbuffer, (void *)arena_get_buffer},
+    {Py_bf_releasebuffer, (void *)arena_release_buffer},
+    {0, NULL},
+};
+
+static PyType_Spec spec = {
+    .name = "kvfs._native.Arena",
+    .basicsize = sizeof(Arena),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = slots,
+};
+
+bool kvfs_add_arena(PyObject *module)
+{
+    PyObject *type = PyType_FromModuleAndSpec(module, &spec, NULL);
+    if (type == NULL)
+        return false;
+    int status = PyModule_AddType(module, (PyTypeObject *)type);
+    Py_DECREF(type);
+    return status == 0;
+}

@@ -1,0 +1,131 @@
+/* One slot of the table: eight 64-bit words under a sequence lock. Internal to the table.
+ *
+ * word 0..3  key
+ * word 4     device u16 | flags u16 | segment u32      all ones in a tombstone
+ * word 5     generation u32 | page u32
+ * word 6     length u32 | tokens u32                   length 0: no record here
+ * word 7     entry u32 | sequence u32                  odd while written
+ *
+ * The low half of word 6 being 0 makes a slot empty or a tombstone, so that the sequence never
+ * has to go back: a reader that sees one value twice has seen one version.
+ *
+ * Orders: the writer makes the sequence odd, then (release fence) stores the words, then stores
+ * word 7 with release. The reader loads word 7 with acquire, the words, then (acquire fence)
+ * word 7 again. All accesses are atomic: torn reads are discarded, not undefined. */
+#ifndef KVFS_SLOT_H
+#define KVFS_SLOT_H
+
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { SLOT_WORDS = 8 };
+
+/* Tries before a slot counts as unreadable: first spinning, then giving the processor away (the
+ * writer may have been interrupted between its two stores). About 50 us if the writer is dead.
+ * Each failure halves the tries for the rest of the batch, so that a table whose writer died, or
+ * means harm, costs no more than one pass over its slots. */
+enum { READ_SPINS = 64, READ_TRIES = READ_SPINS + 64 };
+
+#define TOMBSTONE_WORD UINT64_MAX
+
+static inline uint32_t slot_length(const uint64_t words[SLOT_WORDS])
+{
+    return (uint32_t)words[6];
+}
+
+static inline uint16_t slot_device(const uint64_t words[SLOT_WORDS])
+{
+    return (uint16_t)words[4];
+}
+
+static inline bool slot_is_live(const uint64_t words[SLOT_WORDS])
+{
+    return slot_length(words) != 0;
+}
+
+static inline bool slot_is_tombstone(const uint64_t words[SLOT_WORDS])
+{
+    return slot_length(words) == 0 && words[4] == TOMBSTONE_WORD;
+}
+
+static inline bool slot_is_empty(const uint64_t words[SLOT_WORDS])
+{
+    return slot_length(words) == 0 && words[4] != TOMBSTONE_WORD;
+}
+
+static inline bool slot_has_key(const uint64_t words[SLOT_WORDS], const uint64_t key[4])
+{
+    return ((words[0] ^ key[0]) | (words[1] ^ key[1]) | (words[2] ^ key[2]) |
+            (words[3] ^ key[3])) == 0;
+}
+
+static inline void slot_pause(unsigned attempt)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+    if (attempt >= READ_SPINS)
+        sched_yield();
+}
+
+/* Copy a slot; returns false if it did not hold still. tries starts at READ_TRIES in a batch. */
+static inline bool slot_read(const _Atomic uint64_t *slot, uint64_t words[SLOT_WORDS],
+                             unsigned *tries)
+{
+    for (unsigned attempt = 0; attempt < *tries; attempt++) {
+        uint64_t before = atomic_load_explicit(&slot[7], memory_order_acquire);
+        if ((before >> 32 & 1) == 0) {
+            for (int i = 0; i < 7; i++)
+                words[i] = atomic_load_explicit(&slot[i], memory_order_relaxed);
+            atomic_thread_fence(memory_order_acquire);
+            if (atomic_load_explicit(&slot[7], memory_order_relaxed) == before) {
+                words[7] = before;
+                return true;
+            }
+        }
+        slot_pause(attempt);
+    }
+    *tries = (*tries + 1) / 2;
+    return false;
+}
+
+/* Copy a slot as its only writer. */
+static inline void slot_peek(const _Atomic uint64_t *slot, uint64_t words[SLOT_WORDS])
+{
+    for (int i = 0; i < SLOT_WORDS; i++)
+        words[i] = atomic_load_explicit(&slot[i], memory_order_relaxed);
+}
+
+/* Replace a slot. The sequence in words is ignored. REQUIRES: the writer's mutex is held. */
+static inline void slot_write(_Atomic uint64_t *slot, const uint64_t words[SLOT_WORDS])
+{
+    uint64_t before = atomic_load_explicit(&slot[7], memory_order_relaxed);
+    uint32_t sequence = (uint32_t)(before >> 32) & ~(uint32_t)1;
+    uint64_t odd = (uint32_t)before | (uint64_t)(sequence + 1) << 32;
+    uint64_t even = (uint32_t)words[7] | (uint64_t)(uint32_t)(sequence + 2) << 32;
+    atomic_store_explicit(&slot[7], odd, memory_order_relaxed);
+    atomic_thread_fence(memory_order_release);
+    for (int i = 0; i < 7; i++)
+        atomic_store_explicit(&slot[i], words[i], memory_order_relaxed);
+    atomic_store_explicit(&slot[7], even, memory_order_release);
+}
+
+/* Records in arrays have the layout of a slot with sequence 0. */
+static inline void slot_from_record(uint64_t words[SLOT_WORDS], const uint8_t *record)
+{
+    memcpy(words, record, SLOT_WORDS * sizeof *words);
+    words[7] &= UINT32_MAX;
+}
+
+static inline void slot_to_record(uint8_t *record, const uint64_t words[SLOT_WORDS])
+{
+    uint64_t out[SLOT_WORDS];
+    memcpy(out, words, sizeof out);
+    out[7] &= UINT32_MAX;
+    memcpy(record, out, sizeof out);
+}
+
+#endif
