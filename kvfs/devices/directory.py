@@ -56,9 +56,9 @@ from kvfs.devices.filesystem import (
     FileSystem,
     check_staging_name,
     is_own_name,
+    pread_all,
 )
 from kvfs.devices.ledger import Ledger
-from kvfs.devices.osfs import pread_all
 from kvfs.errors import ClosedError, NoSpaceError
 from kvfs.units import format_bytes
 

@@ -42,9 +42,8 @@ from kvfs.devices.base import (
     padded_bytes,
     slot_count_of,
 )
-from kvfs.devices.filesystem import STAGING, check_staging_name
+from kvfs.devices.filesystem import STAGING, OSFile, check_staging_name, pread_all
 from kvfs.devices.ledger import Ledger
-from kvfs.devices.osfs import OSFile, pread_all
 from kvfs.errors import ClosedError, NoSpaceError
 from kvfs.units import PAGE, format_bytes
 

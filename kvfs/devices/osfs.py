@@ -22,7 +22,6 @@ import struct
 from typing import Final
 
 from kvfs import _native
-from kvfs.devices.base import AddressArray, DigestArray, StatusArray
 from kvfs.devices.filesystem import (
     LOCK,
     READ_BYTES_MAX,
@@ -30,9 +29,10 @@ from kvfs.devices.filesystem import (
     STAGING,
     SUPERBLOCK,
     SUPERBLOCK_NEW,
-    File,
     FileSystem,
+    OSFile,
     is_own_name,
+    pread_all,
 )
 from kvfs.errors import BusyError, CorruptionError, NotFoundError, RefusedError
 from kvfs.units import PAGE, align_up, format_bytes
@@ -81,58 +81,6 @@ def nearest_existing(path: str) -> str:
     while not os.path.exists(path):
         path = os.path.dirname(path)
     return path
-
-
-def pread_all(fd: int, offset: int, nbytes: int) -> bytes:
-    """Read `nbytes`, resuming short reads; fewer at the end of the file."""
-    first = os.pread(fd, nbytes, offset)
-    if len(first) == nbytes or not first:
-        return first
-    parts = [first]
-    done = len(first)
-    while done < nbytes:
-        part = os.pread(fd, nbytes - done, offset + done)
-        if not part:
-            break
-        parts.append(part)
-        done += len(part)
-    return b"".join(parts)
-
-
-class OSFile(File):
-    """A file of the operating system."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Write all of `data`, resuming short writes."""
-        view = memoryview(data).cast("B")
-        while len(view):
-            done = os.pwrite(self.fd, view, offset)
-            offset += done
-            view = view[done:]
-
-    def write_hashed(
-        self, offsets: AddressArray, sources: AddressArray, lengths: AddressArray,
-        digests: DigestArray, statuses: StatusArray,
-    ) -> int:  # fmt: skip
-        """Write and hash in native code, without the GIL."""
-        return _native.pwrite_hash(self.fd, offsets, sources, lengths, digests, statuses, PAGE)
-
-    def resize(self, nbytes: int) -> None:
-        """Call ftruncate."""
-        os.ftruncate(self.fd, nbytes)
-
-    def sync(self) -> None:
-        """Call fdatasync."""
-        os.fdatasync(self.fd)
-
-    def close(self) -> None:
-        """Close once."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
 
 
 class OSFileSystem(FileSystem):
