@@ -1,0 +1,307 @@
+"""The public surface of a namespace: blocks by key, contexts by name.
+
+Layer: L4.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvfs.buffers import addresses_of
+from kvfs.engine.catalog import NamespaceInfo, Node, NodeKind, NodeState, Origin
+from kvfs.engine.index import RecordArray
+from kvfs.engine.writer import Durability, PutResult
+from kvfs.errors import ExistsError, NotFoundError, UsageError
+from kvfs.keys import NO_PARENT, KeyArray, as_key_array, chain_keys
+from kvfs.layout import Layout
+from kvfs.views import View
+
+if TYPE_CHECKING:
+    from kvfs.pool import Pool
+
+DurabilityName = str
+
+
+def _durability(name: DurabilityName) -> Durability:
+    try:
+        return Durability(name)
+    except ValueError:
+        raise UsageError(
+            f"durability {name!r}: expected 'none', 'async' or 'sync'"
+        ) from None
+
+
+class Namespace:
+    """One tenant and layout. Get it from `Pool.namespace`; cheap, holds nothing open. Thread-safe.
+
+    Attributes:
+        info: Id, name, layout, fingerprint, retention.
+    """
+
+    def __init__(self, pool: "Pool", info: NamespaceInfo) -> None:
+        self._pool = pool
+        self._store = pool.store
+        self.info = info
+
+    @property
+    def layout(self) -> Layout:
+        """What a block holds."""
+        return self.info.layout
+
+    def keys(
+        self, token_ids: Sequence[int] | npt.NDArray[Any], parent: bytes = NO_PARENT
+    ) -> tuple[KeyArray, KeyArray]:
+        """Name the blocks of a token sequence; see kvfs.keys.chain_keys. Returns (keys, parents)."""
+        return chain_keys(self.info.namespace_id, token_ids, self.layout.block_tokens, parent)
+
+    def put(
+        self, keys: Any, buffers: Any, *, parents: Any = None,
+        token_counts: Sequence[int] | None = None, durability: DurabilityName = "async",
+    ) -> PutResult:
+        """Store blocks that are not there yet.
+
+        Args:
+            keys: (n, 32) uint8, or n 32-byte keys, of this namespace; see `keys`.
+            buffers: n payloads: an (n, ...) array or CPU tensor, or n buffers, tensors or (address, length) pairs.
+                At most `layout.stride` bytes each; fewer than `layout.block_bytes` make a partial block. They are read
+                until return and not kept.
+            parents: Keys of the blocks before, like `keys`; zeros or None for none. Hints for eviction.
+            token_counts: Tokens per block; `layout.block_tokens` each when missing.
+            durability: "none": in memory is enough. "async": on a persistent device within
+                `PoolOptions.async_delay_ms`. "sync": on a persistent device on return.
+
+        Returns:
+            How many blocks and bytes were stored, and how many were there before.
+
+        Raises:
+            NoSpaceError: Nothing more can be evicted. Blocks before the failing one may be stored.
+            UsageError: Wrong shape or size, or "sync" on a pool without a persistent device.
+            DeviceError: Writes failed on every device.
+
+        Cost: one pass over the bytes for copy and XXH3-128, per tier written.
+        """  # fmt: skip
+        keys = as_key_array(keys, self.info.namespace_id)
+        addresses, lengths = addresses_of(buffers, len(keys))
+        if token_counts is None:
+            token_counts = [self.layout.block_tokens] * len(keys)
+        result = self._store.put(
+            self.info.namespace_id,
+            keys,
+            addresses,
+            lengths,
+            parents=None if parents is None else as_key_array(parents),
+            tokens=token_counts,
+            durability=_durability(durability),
+        )
+        self._pool.note_written()
+        return result
+
+    def match_prefix(self, keys: Any) -> int:
+        """Return how many leading blocks are resident. Lock-free; says nothing about the next moment."""
+        return self._store.match_prefix(
+            self.info.namespace_id, as_key_array(keys, self.info.namespace_id)
+        )
+
+    def lookup(self, keys: Any) -> RecordArray:
+        """Return the fastest copy of each block as a structured array (kvfs.engine.index.RECORD).
+
+        Fields: key, device, segment, generation, page (offset / 4096), length (stored bytes; 0 for a miss), tokens. A
+        copy may move at any time; hold a `view` to keep it.
+        """
+        return self._store.lookup(
+            self.info.namespace_id, as_key_array(keys, self.info.namespace_id)
+        )
+
+    def read_into(self, keys: Any, buffers: Any) -> npt.NDArray[np.bool_]:
+        """Copy blocks into memory, verifying checksums in the same pass.
+
+        Args:
+            keys: (n, 32) uint8.
+            buffers: n writable buffers, as in `put`, each with room for its block.
+
+        Returns:
+            (n,) bool: which blocks were copied. False is a miss: the buffer holds unspecified bytes.
+        """
+        keys = as_key_array(keys, self.info.namespace_id)
+        addresses, lengths = addresses_of(buffers, len(keys), writable=True)
+        return self._store.read_into(self.info.namespace_id, keys, addresses, lengths)
+
+    def view(self, keys: Any) -> View:
+        """Map resident blocks, in order, into one contiguous read-only range; see View.
+
+        Raises:
+            NotFoundError: A block is not resident.
+        """
+        keys = as_key_array(keys, self.info.namespace_id)
+        return View(self._store, self.info.namespace_id, keys, self.layout.stride)
+
+    def context(self, name: str, *, create: bool = True) -> "Context":
+        """Return the context of that name ('a/b/c' makes directories), made empty if there is none.
+
+        Raises:
+            NotFoundError: It does not exist and `create` is False.
+            ExistsError: The name is a directory, or a file written through the mount.
+        """
+        catalog = self._pool.catalog
+        path = name.strip("/")
+        if not path:
+            raise UsageError("a context needs a name")
+        node = catalog.resolve(self.info.root_node_id, path)
+        if node is None:
+            if not create:
+                raise NotFoundError(f"no such context: {self.info.name}/{path}")
+            node = self._pool.make_context(self.info, path)
+        if node.kind is not NodeKind.CONTEXT or node.origin is not Origin.API:
+            raise ExistsError(f"name is taken by a directory or plain file: {self.info.name}/{path}")
+        return Context(self, node)
+
+    def contexts(self) -> Iterator["Context"]:
+        """Yield all contexts made through the API, depth first, by name."""
+        for node in self._pool.walk(self.info.root_node_id):
+            if node.origin is Origin.API and node.state is NodeState.ACTIVE:
+                yield Context(self, node)
+
+    def __repr__(self) -> str:
+        return f"Namespace({self.info.name!r})"
+
+    @property
+    def pool(self) -> "Pool":
+        """The pool it belongs to."""
+        return self._pool
+
+
+class Context:
+    """A named, ordered list of blocks: the KV of one token sequence; a file on the mount."""
+
+    def __init__(self, namespace: Namespace, node: Node) -> None:
+        self.namespace = namespace
+        self._node_id = node.node_id
+
+    @property
+    def node(self) -> Node:
+        """The catalog's row, as it is now.
+
+        Raises:
+            NotFoundError: The context was dropped.
+        """
+        node = self.namespace.pool.catalog.node(self._node_id)
+        if node is None:
+            raise NotFoundError(f"context was dropped: node {self._node_id}")
+        return node
+
+    @property
+    def name(self) -> str:
+        """Its path inside the namespace."""
+        catalog = self.namespace.pool.catalog
+        return catalog.path_of(self.node.node_id).partition("/")[2]
+
+    @property
+    def keys(self) -> KeyArray:
+        """All its keys, (n, 32) uint8; some blocks may have been evicted, see `resident_blocks`."""
+        return self.namespace.pool.catalog.keys(self.node.node_id)
+
+    @property
+    def tokens(self) -> npt.NDArray[np.uint32] | None:
+        """The token ids given to `append`, or None."""
+        return self.namespace.pool.catalog.tokens(self.node.node_id)
+
+    @property
+    def token_count(self) -> int:
+        """Tokens of all its blocks."""
+        return self.node.token_count
+
+    @property
+    def resident_blocks(self) -> int:
+        """How many leading blocks are resident."""
+        return self.namespace.match_prefix(self.keys)
+
+    def append(
+        self, keys: Any, buffers: Any, *, tokens: Sequence[int] | npt.NDArray[Any] | None = None,
+        token_counts: Sequence[int] | None = None, durability: DurabilityName = "async",
+        replace_tail: bool = False,
+    ) -> PutResult:
+        """Store blocks and add them to the end of the context.
+
+        Blocks already stored, here or in another context, are not written again.
+
+        Args:
+            keys: (n, 32) uint8, continuing the chain of `self.keys`.
+            buffers: n payloads as in Namespace.put; only the last may be partial.
+            tokens: Token ids of these blocks, kept with the context.
+            token_counts: Tokens per block; from `tokens`, else full blocks, when missing.
+            durability: As in Namespace.put. With "sync" the list is persisted too, after the blocks.
+            replace_tail: The context ends in a partial block, which the first of these replaces.
+
+        Raises:
+            UsageError: The context ends in a partial block and `replace_tail` is not set.
+        """  # fmt: skip
+        pool, layout = self.namespace.pool, self.namespace.layout
+        keys = as_key_array(keys, self.namespace.info.namespace_id)
+        addresses, lengths = addresses_of(buffers, len(keys))
+        if not len(keys):
+            return PutResult(0, 0, 0, 0)
+        if (lengths[:-1] < layout.block_bytes).any():
+            raise UsageError("only the last block of a context may be partial")
+        token_ids = None if tokens is None else np.asarray(tokens, np.uint32)
+        counts = _token_counts(layout, len(keys), token_ids, token_counts)
+        held = self.keys[:-1] if replace_tail else self.keys
+        parent = held[-1:] if len(held) else np.zeros((1, keys.shape[1]), np.uint8)
+        result = self.namespace.put(
+            keys,
+            list(zip(addresses.tolist(), lengths.tolist(), strict=True)),
+            parents=np.concatenate([parent, keys[:-1]]),
+            token_counts=counts,
+            durability=durability,
+        )
+        pool.catalog.append_blocks(
+            self._node_id,
+            keys,
+            block_bytes=layout.block_bytes,
+            stride=layout.stride,
+            tail_bytes=int(lengths[-1]),
+            token_counts=counts,
+            tokens=token_ids,
+            now_ns=pool.clock.wall_ns(),
+            replace_tail=replace_tail,
+        )
+        if durability == "sync":
+            pool.catalog.sync()
+        return result
+
+    def view(self) -> View:
+        """Map the whole context; see Namespace.view."""
+        return self.namespace.view(self.keys)
+
+    def pin(self) -> None:
+        """Keep the blocks from eviction until `unpin`, across restarts."""
+        self.namespace.pool.set_pinned(self.node, is_pinned=True)
+
+    def unpin(self) -> None:
+        """Let the blocks be evicted again."""
+        self.namespace.pool.set_pinned(self.node, is_pinned=False)
+
+    def drop(self) -> None:
+        """Remove the name. Blocks stay as cache until evicted; other contexts may share them."""
+        self.namespace.pool.files.remove(self.node)
+
+    def __repr__(self) -> str:
+        return f"Context({self.namespace.info.name!r}, node {self._node_id})"
+
+
+def _token_counts(
+    layout: Layout, count: int, tokens: npt.NDArray[np.uint32] | None,
+    given: Sequence[int] | None,
+) -> list[int]:
+    """Return tokens per block: as given, or by cutting `tokens` into blocks, or full blocks."""  # fmt: skip
+    if given is not None:
+        if len(given) != count:
+            raise UsageError(f"expected {count} token counts, found {len(given)}")
+        return list(given)
+    if tokens is None:
+        return [layout.block_tokens] * count
+    full = layout.block_tokens
+    if -(-len(tokens) // full) != count:
+        raise UsageError(f"{len(tokens)} tokens do not make {count} blocks of {full}")
+    return [min(full, len(tokens) - i * full) for i in range(count)]

@@ -1,0 +1,644 @@
+"""The pool: where devices, engine, catalog and background work are put together.
+
+Layer: L4.
+
+- One process owns an open pool. A second opener gets BusyError with the owner's pid.
+- Open: lock, catalog, devices (claimed one by one), all summaries, then names are reconciled with blocks: files whose blocks
+  are gone lose their names, file segments without a name are freed.
+- Close: new files are published, everything is flushed, superblocks note the clean end.
+
+Directory of a pool: `catalog.sqlite` (and its -wal, -shm), `lock`, `control.sock`.
+"""
+
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from kvfs.background import Background
+from kvfs.clock import Clock, SystemClock
+from kvfs.config import DeviceURL, PoolOptions, default_segment_bytes, parse_device_url
+from kvfs.devices.base import Device
+from kvfs.devices.open import capacity_of, location_of, open_device
+from kvfs.engine.catalog import (
+    Catalog,
+    DeviceRow,
+    NamespaceInfo,
+    Node,
+    NodeKind,
+    NodeState,
+    Origin,
+)
+from kvfs.engine.device_state import DeviceState, NamespaceSpec
+from kvfs.engine.recovery import (
+    Owner,
+    RecoveryReport,
+    claim_device,
+    format_device,
+    reap_unnamed_files,
+)
+from kvfs.engine.state import EngineState
+from kvfs.engine.store import DeviceStatistics, Store
+from kvfs.errors import (
+    BusyError,
+    ClosedError,
+    ExistsError,
+    KvfsError,
+    NotFoundError,
+    RefusedError,
+    UsageError,
+)
+from kvfs.files import Files
+from kvfs.host import this_process
+from kvfs.keys import KeyArray, new_namespace_id, new_uuid
+from kvfs.layout import OPAQUE, Layout
+from kvfs.namespace import Namespace
+from kvfs.units import format_bytes
+
+CATALOG_NAME: Final = "catalog.sqlite"
+LOCK_NAME: Final = "lock"
+CONTROL_NAME: Final = "control.sock"
+DEFAULT_NAMESPACE: Final = "default"
+SEGMENTS_MIN: Final = 4
+_log = logging.getLogger("kvfs.pool")
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatistics:
+    """A pool in figures. Sizes in bytes; counters since open."""
+
+    name: str
+    uuid: str
+    path: str
+    state: str
+    devices: tuple[DeviceStatistics, ...]
+    namespaces: int
+    contexts: int
+    capacity_bytes: int
+    used_bytes: int
+    live_bytes: int
+    counters: dict[str, int]
+
+
+class _CatalogNames:
+    """What eviction asks of the catalog."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    def reachable_keys(self, namespace_id: int) -> Iterable[KeyArray]:
+        """Yield the keys that names of the namespace reach."""
+        return self._catalog.durable_keys(namespace_id)
+
+    def forget_files(self, context_ids: list[int]) -> list[KeyArray]:
+        """Remove these files' names; return the keys each had."""
+        node_ids = self._catalog.file_nodes(context_ids)
+        keys = [self._catalog.keys(node_id) for node_id in node_ids]
+        self._catalog.remove_nodes(node_ids)
+        return keys
+
+
+class Pool:
+    """An open pool, owned by this process. Thread-safe. Use as a context manager, or call `close`.
+
+    Attributes:
+        path: The pool's directory.
+        uuid: Its identity.
+        catalog: Names (for kvfs's own layers).
+        store: Blocks (for kvfs's own layers).
+        files: Files on the mount (for kvfs's own layers).
+        recovery: What opening found.
+    """
+
+    def __init__(
+        self, path: Path, catalog: Catalog, devices: Sequence[DeviceState], *,
+        options: PoolOptions, clock: Clock, lock_fd: int = -1,
+    ) -> None:
+        """Put an opened catalog and claimed devices together; see create_pool and open_pool."""  # fmt: skip
+        self.path = path
+        self.name = catalog.meta("name") or path.name
+        self.uuid = uuid.UUID(catalog.meta("pool_uuid") or "")
+        self.options = options
+        self.clock = clock
+        self.catalog = catalog
+        self._lock_fd = lock_fd
+        self._is_closed = False
+        state = EngineState(
+            self.uuid, list(devices), _CatalogNames(catalog), options, clock
+        )
+        self.store = Store(state)
+        for info in catalog.namespaces():
+            state.add_namespace(_spec(info))
+        self._layouts = {info.namespace_id: info.layout for info in catalog.namespaces()}
+        self.files = Files(self.store, catalog, self._layouts.__getitem__, clock)
+        self.recovery = self.store.load()
+        self._reconcile(self.recovery)
+        self._background: Background | None = None
+
+    # --- namespaces
+
+    def namespace(
+        self, name: str, layout: Layout | None = None, *, retention: str = "cache"
+    ) -> Namespace:
+        """Return a namespace, made if it is not there and `layout` is given.
+
+        Args:
+            name: A file name; the namespace is the directory of that name on the mount.
+            layout: What its blocks hold. Must equal that of an existing namespace.
+            retention: "cache": a full pool drops it. "durable": what a name reaches is kept. For new ones only.
+
+        Raises:
+            NotFoundError: It does not exist and no layout is given.
+            RefusedError: It exists with another layout; both fingerprints are in the message.
+
+        Durability: persist (a new namespace survives a crash on return).
+        """
+        self._require_open()
+        info = self.catalog.namespace_by_name(name)
+        if info is None:
+            if layout is None:
+                raise NotFoundError(f"no such namespace: {name!r}; give a layout to make it")
+            info = self.make_namespace(name, layout, retention=retention)
+        elif layout is not None and layout.fingerprint() != info.fingerprint:
+            raise RefusedError(
+                f"layout mismatch: namespace {name!r}: it has {info.fingerprint.hex()} "
+                f"{info.layout.to_json()}, asked for {layout.fingerprint().hex()} "
+                f"{layout.to_json()}; use another namespace for another layout"
+            )
+        return Namespace(self, info)
+
+    def namespaces(self) -> list[NamespaceInfo]:
+        """List the namespaces."""
+        self._require_open()
+        return self.catalog.namespaces()
+
+    def make_namespace(
+        self, name: str, layout: Layout = OPAQUE, *, retention: str = "cache",
+        mode: int = 0o755, uid: int | None = None, gid: int | None = None,
+    ) -> NamespaceInfo:
+        """Make a namespace. Durability: persist.
+
+        Raises:
+            ExistsError: The name is taken.
+            UsageError: The name cannot be a directory, or the retention is unknown.
+        """  # fmt: skip
+        self._check_stride(layout)
+        info = self.catalog.create_namespace(
+            new_namespace_id(),
+            name,
+            layout,
+            retention,
+            now_ns=self.clock.wall_ns(),
+            mode=mode,
+            uid=os.getuid() if uid is None else uid,
+            gid=os.getgid() if gid is None else gid,
+        )
+        self.catalog.sync()
+        self._layouts[info.namespace_id] = layout
+        self.store.state.add_namespace(_spec(info))
+        return info
+
+    def drop_namespace(self, name: str) -> None:
+        """Destroy a namespace: names first, then its segments. Nothing of it comes back. Durability: persist."""
+        info = self.namespace(name).info
+        self.catalog.drop_namespace(info.namespace_id)
+        self.catalog.sync()
+        self.store.destroy_namespace(info.namespace_id)
+        del self._layouts[info.namespace_id]
+        if name == DEFAULT_NAMESPACE:
+            self.make_namespace(DEFAULT_NAMESPACE)
+
+    def set_retention(self, name: str, retention: str) -> None:
+        """Change what a full pool may do to a namespace: "cache" or "durable". Durability: persist."""
+        self.catalog.set_retention(self.namespace(name).info.namespace_id, retention)
+        self.catalog.sync()
+        self.store.state.add_namespace(_spec(self.namespace(name).info))
+
+    def make_context(self, info: NamespaceInfo, path: str) -> Node:
+        """Make an empty context, with the directories above it."""
+        self._require_open()
+        now = self.clock.wall_ns()
+        uid, gid = os.getuid(), os.getgid()
+        folder, _, name = path.rpartition("/")
+        with self.catalog.transaction():
+            parent = info.root_node_id
+            if folder:
+                parent = self.catalog.make_parents(
+                    info.root_node_id, folder, mode=0o755, uid=uid, gid=gid, now_ns=now
+                ).node_id
+            return self.catalog.create_context(
+                parent, name, info.namespace_id, Origin.API, NodeState.ACTIVE,
+                mode=0o644, uid=uid, gid=gid, now_ns=now,
+            )  # fmt: skip
+
+    def walk(self, node_id: int) -> Iterator[Node]:
+        """Yield the contexts below a directory, depth first, by name."""
+        after = ""
+        while page := self.catalog.children(node_id, after):
+            for node in page:
+                if node.kind is NodeKind.DIRECTORY:
+                    yield from self.walk(node.node_id)
+                else:
+                    yield node
+            after = page[-1].name
+
+    def set_pinned(self, node: Node, *, is_pinned: bool) -> None:
+        """Pin or unpin the blocks a context has now, across restarts."""
+        if node.is_pinned == is_pinned:
+            return
+        keys = self.catalog.keys(node.node_id)
+        if is_pinned:
+            self.store.pin(node.namespace_id, keys)
+        else:
+            nbytes = len(keys) * self._layouts[node.namespace_id].stride
+            self.store.unpin(node.namespace_id, keys, nbytes)
+        self.catalog.set_pinned(node.node_id, is_pinned)
+
+    # --- life
+
+    def flush(self) -> None:
+        """Persist all blocks and give new files their names. Durability: persist (names: flush)."""
+        self._require_open()
+        self.files.publish()
+
+    def sync(self) -> None:
+        """Make everything done so far survive a power cut: blocks, then names. Durability: persist.
+
+        Raises:
+            DeviceError: A device failed.
+            PoisonedError: The catalog takes no more writes.
+        """
+        self.flush()
+        self.catalog.sync()
+
+    def note_written(self) -> None:
+        """Tell the background that something waits to be persisted."""
+        if self._background is not None:
+            self._background.wake()
+
+    def start_background(self) -> None:
+        """Start the background thread: persists async blocks within the bounded delay."""
+        if self._background is None:
+            self._background = Background(self._background_step, self.options.async_delay_ms)
+            self._background.start()
+
+    def statistics(self) -> PoolStatistics:
+        """Return a snapshot."""
+        self._require_open()
+        devices = tuple(self.store.device_statistics())
+        counts = self.catalog.statistics()
+        is_healthy = all(device.state == "online" for device in devices)
+        is_healthy = is_healthy and not self.recovery.problems
+        return PoolStatistics(
+            name=self.name,
+            uuid=str(self.uuid),
+            path=str(self.path),
+            state="online" if is_healthy else "degraded",
+            devices=devices,
+            namespaces=len(self._layouts),
+            contexts=counts.contexts,
+            capacity_bytes=sum(d.capacity_bytes for d in devices),
+            used_bytes=sum(d.used_bytes for d in devices),
+            live_bytes=sum(d.live_bytes for d in devices),
+            counters=self.store.state.counters.snapshot(),
+        )
+
+    def close(self) -> None:
+        """Publish, flush, close; idempotent. Errors of the last flush are raised after everything is closed."""
+        if self._is_closed:
+            return
+        if self._background is not None:
+            self._background.stop()
+        failure: KvfsError | None = None
+        for step in (self.sync, self.store.close, self.catalog.close):
+            try:
+                step()
+            except KvfsError as error:
+                failure = failure or error
+        self._is_closed = True
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+        if failure is not None:
+            raise failure
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Pool({str(self.path)!r})"
+
+    # --- internals
+
+    def _background_step(self) -> None:
+        if self.store.has_unsynced or self.files.has_unpublished:
+            self.files.publish()
+
+    def _reconcile(self, report: RecoveryReport) -> None:
+        """Bring names and blocks together after opening."""
+        self.catalog.reap_pending()
+        versions: dict[int, int] = {}
+        broken: list[int] = []
+        for node, keys in self.catalog.iter_file_contexts():
+            if self.store.match_prefix(node.namespace_id, keys) < len(keys):
+                broken.append(node.node_id)
+            else:
+                versions[node.node_id] = node.version
+        if broken:
+            self.catalog.remove_nodes(broken)
+            report.files_dropped = len(broken)
+        reap_unnamed_files(self.store.state, versions, report)
+        for node in self.catalog.pinned_contexts():
+            keys = self.catalog.keys(node.node_id)
+            with self.store.state.lock:
+                stride = self._layouts[node.namespace_id].stride
+                self.store.state.pin(node.namespace_id, keys, len(keys) * stride)
+        for problem in report.problems:
+            _log.warning("%s", problem)
+
+    def _check_stride(self, layout: Layout) -> None:
+        smallest = min(device.info.segment_bytes for device in self.store.state.devices)
+        if layout.stride > smallest // 2:
+            raise UsageError(
+                f"blocks of {format_bytes(layout.stride)} do not fit: the pool has segments of "
+                f"{format_bytes(smallest)}; use fewer tokens per block, or make the pool with "
+                "segment=... of at least twice the block"
+            )
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise ClosedError("the pool is closed")
+
+
+def _spec(info: NamespaceInfo) -> NamespaceSpec:
+    return NamespaceSpec(
+        namespace_id=info.namespace_id,
+        name=info.name,
+        layout_json=info.layout.to_json(),
+        digest=info.fingerprint,
+        block_bytes=info.layout.block_bytes,
+        stride=info.layout.stride,
+        is_durable=info.retention == "durable",
+    )
+
+
+def create_pool(
+    path: str | os.PathLike[str], devices: Sequence[str], *, name: str | None = None,
+    options: PoolOptions | None = None, clock: Clock | None = None,
+) -> Pool:
+    """Format devices and open them as a new pool.
+
+    Args:
+        path: Directory for catalog and lock; made if missing, must be empty, on a persistent local filesystem.
+        devices: URLs such as 'dram:?size=4GiB' and 'dir:/mnt/nvme/kv?size=500GiB'.
+        name: For people; the directory's name when missing.
+        options: How this process runs it.
+        clock: Time; the system's when missing.
+
+    Raises:
+        ExistsError: The directory holds a pool, or a device does.
+        UsageError: A URL is wrong or a device too small.
+
+    Durability: persist.
+    """  # fmt: skip
+    root = Path(path).absolute()
+    clock = clock or SystemClock()
+    urls = [parse_device_url(text) for text in devices]
+    plan = plan_devices(urls)
+    root.mkdir(parents=True, exist_ok=True)
+    if (root / CATALOG_NAME).exists():
+        raise ExistsError(f"a pool is there already: {root}; 'kvfs-admin pool destroy' removes it")
+    if any(root.iterdir()):
+        raise ExistsError(f"directory is not empty: {root}")
+    lock_fd = _lock(root)
+    pool_uuid = new_uuid()
+    opened: list[DeviceState] = []
+    catalog: Catalog | None = None
+    try:
+        for row, url in plan:
+            device = _open_device(row, url)
+            if device.read_superblock() is not None:
+                device.close()
+                raise ExistsError(
+                    f"device belongs to a pool: {url}; destroy that pool or delete the directory"
+                )
+            opened.append(
+                format_device(device, pool_uuid, location_of(device), this_process(), clock)
+            )
+        catalog = Catalog.create(root / CATALOG_NAME, pool_uuid)
+        catalog.set_meta("name", name or root.name)
+        for row, _ in plan:
+            catalog.add_device(row)
+        pool = Pool(root, catalog, opened, options=options or PoolOptions(), clock=clock,
+                    lock_fd=lock_fd)  # fmt: skip
+        pool.make_namespace(DEFAULT_NAMESPACE)
+    except BaseException:
+        _abandon(root, opened, catalog, lock_fd)
+        raise
+    pool.start_background()
+    return pool
+
+
+def plan_devices(urls: Sequence[DeviceURL]) -> list[tuple[DeviceRow, DeviceURL]]:
+    """Return row and URL, all sizes chosen, for each device of a pool to be made.
+
+    Raises:
+        UsageError: None given, a name twice, or one too small for its segments.
+    """
+    if not urls:
+        raise UsageError("a pool needs at least one device, e.g. 'dir:/mnt/nvme/kv?size=100GiB'")
+    plan = []
+    names: set[str] = set()
+    counts: dict[str, int] = {}
+    for index, url in enumerate(urls):
+        number = counts.get(url.scheme, 0)
+        counts[url.scheme] = number + 1
+        name = url.name or f"{url.scheme}{number}"
+        if name in names:
+            raise UsageError(f"two devices are called {name!r}; give one another name=")
+        names.add(name)
+        capacity = capacity_of(url)
+        segment = url.segment_bytes or default_segment_bytes(capacity)
+        if capacity < SEGMENTS_MIN * segment:
+            raise UsageError(
+                f"device too small: {url} has {format_bytes(capacity)}, with segments of "
+                f"{format_bytes(segment)} it needs at least {format_bytes(SEGMENTS_MIN * segment)}"
+            )
+        capacity = capacity // segment * segment
+        # The sizes go into the URL that is kept: what was left to choose is chosen once.
+        url = dataclasses.replace(
+            url, size_bytes=capacity, segment_bytes=segment,
+            options={**url.options, "size": str(capacity), "segment": str(segment)},
+        )  # fmt: skip
+        plan.append((DeviceRow(index, new_uuid(), name, str(url), url.tier, "online"), url))
+    return plan
+
+
+def open_pool(
+    path: str | os.PathLike[str], *, options: PoolOptions | None = None,
+    clock: Clock | None = None, allow_moved: bool = False, background: bool = True,
+) -> Pool:
+    """Open a pool and become its owner.
+
+    Args:
+        path: The pool's directory.
+        options: How this process runs it.
+        clock: Time; the system's when missing.
+        allow_moved: Accept devices that were copied, moved, or left by another host.
+        background: Start the background thread; without it nothing persists async blocks but `flush`.
+
+    Raises:
+        NotFoundError: There is no pool.
+        BusyError: Another process owns it; the message has its pid.
+        DataError: Catalog or superblock damaged, or of another format.
+    """  # fmt: skip
+    root = Path(path).absolute()
+    if not (root / CATALOG_NAME).exists():
+        raise NotFoundError(f"no pool: {root}: make one with 'kvfs-admin pool create'")
+    clock = clock or SystemClock()
+    lock_fd = _lock(root)
+    opened: list[DeviceState] = []
+    catalog: Catalog | None = None
+    try:
+        catalog = Catalog.open(root / CATALOG_NAME)
+        pool_uuid = uuid.UUID(catalog.meta("pool_uuid") or "")
+        for row in catalog.devices():
+            opened.append(_open_row(row, pool_uuid, clock, allow_moved=allow_moved))
+        pool = Pool(root, catalog, opened, options=options or PoolOptions(), clock=clock,
+                    lock_fd=lock_fd)  # fmt: skip
+    except BaseException:
+        for state in opened:
+            state.device.close()
+        if catalog is not None:
+            catalog.close()
+        os.close(lock_fd)
+        raise
+    if background:
+        pool.start_background()
+    return pool
+
+
+def _open_device(row: DeviceRow, url: DeviceURL) -> Device:
+    return open_device(
+        url, index=row.index, uuid=row.uuid, capacity_bytes=url.size_bytes,
+        segment_bytes=url.segment_bytes, name=row.name,
+    )  # fmt: skip
+
+
+def _open_row(
+    row: DeviceRow, pool_uuid: uuid.UUID, clock: Clock, *, allow_moved: bool
+) -> DeviceState:
+    """Open one device of an existing pool and claim it; a volatile one starts empty."""
+    device = _open_device(row, parse_device_url(row.url))
+    try:
+        location = location_of(device)
+        if not device.info.is_persistent:
+            return format_device(device, pool_uuid, location, this_process(), clock)
+        return claim_device(
+            device, pool_uuid, location, this_process(), clock, allow_moved=allow_moved
+        )
+    except BaseException:
+        device.close()
+        raise
+
+
+def destroy_pool(path: str | os.PathLike[str]) -> None:
+    """Delete a pool: what kvfs made on its devices, then its directory.
+
+    Raises:
+        NotFoundError: There is no pool.
+        BusyError: Somebody owns it.
+    """
+    root = Path(path).absolute()
+    if not (root / CATALOG_NAME).exists():
+        raise NotFoundError(f"no pool: {root}")
+    lock_fd = _lock(root)
+    try:
+        catalog = Catalog.open(root / CATALOG_NAME)
+        rows = catalog.devices()
+        catalog.close()
+        for row in rows:
+            _open_device(row, parse_device_url(row.url)).destroy()
+    finally:
+        os.close(lock_fd)
+    for name in (CATALOG_NAME, f"{CATALOG_NAME}-wal", f"{CATALOG_NAME}-shm", CONTROL_NAME, LOCK_NAME):
+        (root / name).unlink(missing_ok=True)
+    if not any(root.iterdir()):
+        root.rmdir()
+
+
+def owner_of(path: str | os.PathLike[str]) -> dict[str, object] | None:
+    """Return who owns the pool (pid, command, since), or None if nobody does."""
+    file = Path(path).absolute() / LOCK_NAME
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _lock_content(fd)
+    finally:
+        os.close(fd)
+    return None
+
+
+def _lock(root: Path) -> int:
+    """Take the pool's lock.
+
+    Raises:
+        BusyError: Another process has it.
+    """
+    fd = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        content = _lock_content(fd)
+        os.close(fd)
+        raise BusyError(
+            f"pool is in use: {root}: held by pid {content.get('pid', 'unknown')} "
+            f"({content.get('command', 'unknown')}); unmount or stop it first"
+        ) from None
+    command = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
+    text = json.dumps({"pid": os.getpid(), "command": command})
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, text.encode(), 0)
+    return fd
+
+
+def _lock_content(fd: int) -> dict[str, object]:
+    try:
+        content = json.loads(os.pread(fd, 4096, 0))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _abandon(
+    root: Path, opened: list[DeviceState], catalog: Catalog | None, lock_fd: int
+) -> None:
+    """Undo a creation that failed half-way."""
+    for state in opened:
+        state.device.destroy()
+    if catalog is not None:
+        catalog.close()
+    os.close(lock_fd)
+    for name in (CATALOG_NAME, f"{CATALOG_NAME}-wal", f"{CATALOG_NAME}-shm", LOCK_NAME):
+        (root / name).unlink(missing_ok=True)
+    if not any(root.iterdir()):
+        shutil.rmtree(root, ignore_errors=True)

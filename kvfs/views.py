@@ -1,0 +1,190 @@
+"""Views: one contiguous, read-only range over blocks that lie scattered on several devices.
+
+Layer: L4.
+
+- A view reserves address space of n x stride bytes and maps each extent into it in order. Nothing is copied where the
+  kernel can map (`is_zero_copy`); the rest is copied into private pages.
+- It holds leases on its segments until closed: bytes do not change or move under it.
+- Blocks are verified before they are mapped, once per process and generation.
+- A page that fails under a reader (poison, truncation) reads as zeros and marks the view failed: `check` raises, as does leaving the
+  `with` block.
+"""
+
+import errno
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvfs import _native
+from kvfs.engine.reader import Lease
+from kvfs.engine.store import Store
+from kvfs.errors import ClosedError, MediaError, NotFoundError, UsageError
+from kvfs.keys import KeyArray
+from kvfs.units import PAGE
+
+if TYPE_CHECKING:
+    import torch
+
+
+class View:
+    """Blocks as one tensor. Use as a context manager, or call `close`.
+
+    Attributes:
+        nbytes: Bytes from the first block's start to the last block's end (padding between blocks included).
+        is_zero_copy: Every block is mapped; nothing was copied.
+    """
+
+    def __init__(self, store: Store, namespace_id: int, keys: KeyArray, stride: int) -> None:
+        """Map blocks in order; see Namespace.view."""
+        if not len(keys):
+            raise UsageError("a view needs at least one block")
+        self._store = store
+        self._stride = stride
+        self._mapping: _native.Mapping | None = None
+        self._lease = store.lease(namespace_id, keys)
+        try:
+            missing = np.flatnonzero(self._lease.records["length"] == 0)
+            if len(missing):
+                raise NotFoundError(
+                    f"block is not resident: number {int(missing[0])} of {len(keys)}; "
+                    "ask match_prefix first"
+                )
+            lengths = self._lease.records["length"].astype(np.int64)
+            if (lengths[:-1] < stride - PAGE + 1).any():
+                raise UsageError("only the last block of a view may be partial")
+            self.nbytes = int((len(keys) - 1) * stride + lengths[-1])
+            self._mapping = _native.Mapping(len(keys) * stride)
+            self.is_zero_copy = self._map(self._mapping, self._lease)
+            self._mapping.protect()
+        except BaseException:
+            self.close()
+            raise
+
+    def _map(self, mapping: _native.Mapping, lease: Lease) -> bool:
+        """Map every extent; copy all of them where the process is out of maps."""
+        records = lease.records
+        positions = np.arange(len(records), dtype=np.uint64) * np.uint64(self._stride)
+        offsets = records["page"].astype(np.uint64) * np.uint64(PAGE)
+        lengths = records["length"].astype(np.uint64)
+        fds = self._descriptors(lease)
+        try:
+            mapping.map(positions, fds, offsets, lengths)
+        except OSError as error:
+            if error.errno not in (errno.ENOMEM, errno.ENODEV, errno.EACCES):
+                raise
+        else:
+            return True
+        base = mapping.map_anonymous(0, mapping.nbytes)
+        numbers = np.arange(len(records))
+        read = self._store.reader.read_ranges(
+            lease, numbers, np.zeros(len(records), np.uint64), lengths, np.uint64(base) + positions
+        )
+        if not read.all():
+            raise MediaError(f"block could not be read: number {int(np.argmin(read))}")
+        return False
+
+    def _descriptors(self, lease: Lease) -> npt.NDArray[np.int32]:
+        records = lease.records
+        slots = {(s.handle.device_index, s.handle.slot): s.handle.fd for s in lease.segments}
+        pairs = zip(records["device"].tolist(), records["segment"].tolist(), strict=True)
+        return np.fromiter((slots[pair] for pair in pairs), np.int32, len(records))
+
+    def __len__(self) -> int:
+        return self.nbytes
+
+    @property
+    def address(self) -> int:
+        """Where the first byte is mapped in this process."""
+        return self._open_mapping().address
+
+    def memory(self) -> memoryview:
+        """Return the bytes, read-only. The view cannot be closed while the memoryview lives."""
+        return memoryview(self._open_mapping())[: self.nbytes]
+
+    def numpy(self, dtype: npt.DTypeLike = np.uint8, shape: tuple[int, ...] | None = None) -> Any:
+        """Return the bytes as one array, without a copy.
+
+        Args:
+            dtype: Element type; bfloat16 has no numpy type, use `torch` or uint16.
+            shape: Must hold exactly `nbytes`; one dimension when missing. One axis may be -1.
+
+        Raises:
+            UsageError: The shape does not fit.
+        """
+        try:
+            array = np.frombuffer(self.memory(), np.dtype(dtype))
+            return array if shape is None else array.reshape(shape)
+        except ValueError as error:
+            raise UsageError(f"view of {self.nbytes} bytes: {error}") from error
+
+    def torch(self, dtype: "torch.dtype", shape: tuple[int, ...]) -> "torch.Tensor":
+        """Return the bytes as one CPU tensor, without a copy. Writing to it is a crash: the pages are read-only."""
+        import warnings
+
+        import torch
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            flat = torch.frombuffer(self.memory(), dtype=dtype)
+        try:
+            return flat.reshape(shape)
+        except RuntimeError as error:
+            raise UsageError(f"view of {self.nbytes} bytes: {error}") from error
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a page could not be read since the view was made."""
+        return self._mapping is not None and self._mapping.has_failed
+
+    def check(self) -> None:
+        """Raise if any byte seen so far may be a zero page put in for an unreadable one.
+
+        Raises:
+            MediaError: A page failed; compute the context again.
+        """
+        if self.has_failed:
+            raise MediaError(
+                f"a page of the view could not be read: {len(self._open_mapping().faults)} faults; "
+                "what was computed from it is void"
+            )
+
+    def close(self) -> None:
+        """Unmap and give the leases back; idempotent.
+
+        Raises:
+            BufferError: Arrays or memoryviews of it are alive; the view stays open.
+        """
+        if self._mapping is not None:
+            self._mapping.close()
+            self._mapping = None
+        self._store.release(self._lease)
+
+    def __enter__(self) -> "View":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        has_failed = self.has_failed
+        try:
+            self.close()
+        except BufferError:
+            if kind is None:
+                raise
+        if has_failed and kind is None:
+            raise MediaError("a page of the view could not be read; what was computed is void")
+
+    def __del__(self) -> None:
+        if getattr(self, "_mapping", None) is not None:
+            try:
+                self.close()
+            except BufferError:
+                return  # arrays outlive the view: their base keeps the mapping, the leases stay
+
+    def _open_mapping(self) -> _native.Mapping:
+        if self._mapping is None:
+            raise ClosedError("the view is closed")
+        return self._mapping
