@@ -132,6 +132,11 @@ class Device(ABC):
 
     info: DeviceInfo
 
+    @property
+    def location(self) -> int:
+        """What tells this medium from a copy of it; 0 if nothing does."""
+        return 0
+
     # --- superblock
     @abstractmethod
     def read_superblock(self) -> bytes | None:
@@ -291,6 +296,10 @@ class Device(ABC):
     @abstractmethod
     def bytes_written(self) -> int:
         """Payload (with its padding), staging and summary bytes handed to the medium since open."""
+
+    def location(self) -> int:
+        """Return a number that a copy of the device would not have; 0 if there is none."""
+        return 0
 
     @abstractmethod
     def destroy(self) -> None:

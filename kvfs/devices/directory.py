@@ -118,6 +118,11 @@ class DirectoryDevice(Device):
         files.sync_directory(".")
 
     # --- superblock
+    @property
+    def location(self) -> int:
+        """Return the identity of the directory."""
+        return self._files.location()
+
     def read_superblock(self) -> bytes | None:
         """Return the newest superblock, or None on a device never formatted."""
         self._check_open()
@@ -339,6 +344,11 @@ class DirectoryDevice(Device):
     def bytes_written(self) -> int:
         """Payload, staging and summary bytes handed to the filesystem since open."""
         return self._bytes_written
+
+    def location(self) -> int:
+        """Return what tells this directory from a copy of it."""
+        self._check_open()
+        return self._files.location()
 
     def destroy(self) -> None:
         """Delete everything kvfs made in the directory, the superblock first, and close.

@@ -135,6 +135,11 @@ def capacity_of(url: DeviceURL) -> int:
     return free.f_bavail * free.f_frsize * _FREE_SHARE_PERCENT // 100 // PAGE * PAGE
 
 
+def location_of(device: Device) -> int:
+    """Return what tells a device from a copy of it; 0 if nothing does."""
+    return device.location()
+
+
 def raise_descriptor_limit() -> None:
     """Raise the soft limit of descriptors to the hard one; every open segment holds one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

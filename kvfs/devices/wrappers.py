@@ -156,9 +156,18 @@ class WrapperDevice(Device):
         """Forward."""
         return self.inner.bytes_written
 
+    def location(self) -> int:
+        """Forward."""
+        return self._call("location", 0, self.inner.location)
+
     def destroy(self) -> None:
         """Forward."""
         self._call("destroy", 0, self.inner.destroy)
+
+    @property
+    def location(self) -> int:
+        """Forward."""
+        return self.inner.location
 
     def close(self) -> None:
         """Forward."""

@@ -1,0 +1,614 @@
+"""What every device must do, as tests.
+
+A new device is finished when a subclass of DeviceSuite passes: give it an `opener`. Each test names
+a sentence of kvfs.devices.base.
+"""
+
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+import pytest
+
+from kvfs import _native
+from kvfs.devices.base import Device, Segment, SegmentName, slot_count_of
+from kvfs.errors import ClosedError, NoSpaceError, UsageError
+from kvfs.units import KIB, MIB, PAGE
+
+SEGMENT_BYTES = MIB
+CAPACITY_BYTES = 8 * MIB
+DEVICE_UUID = UUID("6d1f02c4-0000-4000-8000-00000000abcd")
+TAG = b"tenant-1"
+OTHER_TAG = b"tenant-2"
+
+Opener = Callable[..., Device]
+
+
+def random_bytes(nbytes: int, seed: int = 1) -> bytes:
+    """Return bytes that repeat from run to run."""
+    return np.random.default_rng(seed).bytes(nbytes)
+
+
+def put(device: Device, segment: Segment, *payloads: tuple[int, Any]) -> tuple[int, list[int]]:
+    """Write payloads; check the digests of those that were written; return (failed, statuses)."""
+    buffers = [np.frombuffer(data, np.uint8) for _, data in payloads]
+    offsets = np.array([offset for offset, _ in payloads], np.uint64)
+    sources = np.array([buffer.ctypes.data for buffer in buffers], np.uint64)
+    lengths = np.array([len(data) for _, data in payloads], np.uint64)
+    digests = np.zeros((len(payloads), 16), np.uint8)
+    statuses = np.full(len(payloads), 99, np.int32)
+    failed = device.write_payloads(segment, offsets, sources, lengths, digests, statuses)
+    for (_, data), digest, status in zip(payloads, digests, statuses, strict=True):
+        assert status != 0 or digest.tobytes() == _native.xxh3_128(data)
+    return failed, [int(status) for status in statuses]
+
+
+def name_of(segment: Segment) -> SegmentName:
+    """Return the name under which `segments` lists a handle."""
+    return SegmentName(segment.slot, segment.generation, segment.is_file, segment.nbytes)
+
+
+def make_file(device: Device, data: bytes, slot: int = 5, generation: int = 9,
+              sidecar: bytes = b"s" * 8192) -> Segment:  # fmt: skip
+    """Stage and adopt a file."""
+    staging = device.create_staging(f"make-{slot}-{generation}")
+    device.write_staging(staging, 0, data)
+    device.persist_staging(staging)
+    return device.adopt(staging, slot, generation, sidecar)
+
+
+class DeviceSuite:
+    """Subclasses give `opener`: a fixture that returns a function (capacity_bytes=...) -> Device.
+
+    For a persistent device a second call, after close, opens the same medium.
+    """
+
+    @pytest.fixture
+    def opener(self) -> Opener:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def device(self, opener: Opener) -> Iterator[Device]:
+        device = opener()
+        yield device
+        device.close()
+
+    # --- info
+
+    def test_info_is_what_was_asked_for(self, device: Device) -> None:
+        info = device.info
+        assert (info.index, info.uuid, info.name) == (3, DEVICE_UUID, "subject")
+        assert (info.capacity_bytes, info.segment_bytes) == (CAPACITY_BYTES, SEGMENT_BYTES)
+        assert info.slot_count == slot_count_of(CAPACITY_BYTES, SEGMENT_BYTES)
+        assert info.write_atomic_bytes % 512 == 0
+
+    def test_location_stays(self, opener: Opener) -> None:
+        locations = set()
+        for _ in range(2):
+            device = opener()
+            locations.add(device.location())
+            assert device.info.is_persistent == (device.location() != 0)
+            device.close()
+        assert len(locations) == 1
+
+    # --- superblock
+
+    def test_a_device_never_formatted_has_no_superblock(self, device: Device) -> None:
+        assert device.read_superblock() is None
+
+    def test_the_newest_superblock_is_read(self, device: Device) -> None:
+        for seed, nbytes in ((1, 8192), (2, 4096), (3, 12288)):
+            device.write_superblock(random_bytes(nbytes, seed))
+            assert device.read_superblock() == random_bytes(nbytes, seed)
+        assert device.used_bytes == 0
+
+    # --- log segments
+
+    def test_a_fresh_segment_is_whole_and_zero(self, device: Device) -> None:
+        segment = device.create(0, 1, TAG)
+        assert (segment.slot, segment.generation, segment.is_file) == (0, 1, False)
+        assert segment.device_index == device.info.index
+        assert segment.nbytes == SEGMENT_BYTES == os.fstat(segment.fd).st_size
+        assert device.read(segment, 0, SEGMENT_BYTES) == bytes(SEGMENT_BYTES)
+        assert device.segments() == [SegmentName(0, 1, False, SEGMENT_BYTES)]
+        assert device.used_bytes == SEGMENT_BYTES
+
+    def test_space_is_reserved(self, device: Device) -> None:
+        segment = device.create(0, 1, TAG)
+        assert os.fstat(segment.fd).st_blocks * 512 >= SEGMENT_BYTES
+
+    def test_payloads_are_hashed_and_zero_filled(self, device: Device) -> None:
+        segment = device.create(0, 1, TAG)
+        put(device, segment, (0, b"\xff" * 16384))
+        payloads = [(0, random_bytes(1, 1)), (PAGE, random_bytes(PAGE + 1, 2))]
+        payloads.append((SEGMENT_BYTES - 8192, random_bytes(8192, 3)))
+        before = device.bytes_written
+        assert put(device, segment, *payloads) == (0, [0, 0, 0])
+        assert device.bytes_written - before == PAGE + 2 * PAGE + 8192
+        for offset, data in payloads:
+            padded = data + bytes(-len(data) % PAGE)
+            assert device.read(segment, offset, len(padded)) == padded
+        assert device.read(segment, 3 * PAGE, PAGE) == b"\xff" * PAGE
+
+    def test_descriptor_and_address_show_the_payload(self, device: Device) -> None:
+        segment = device.create(0, 1, TAG)
+        data = random_bytes(PAGE)
+        put(device, segment, (PAGE, data))
+        with mmap.mmap(segment.fd, SEGMENT_BYTES, prot=mmap.PROT_READ) as view:
+            assert view[PAGE : 2 * PAGE] == data
+        if segment.address:
+            lengths = np.array([PAGE], np.uint64)
+            source = np.array([segment.address + PAGE], np.uint64)
+            digest = np.frombuffer(_native.xxh3_128(data), np.uint8)
+            assert _native.verify(source, lengths, digest, np.zeros(1, np.int32)) == 0
+
+    def test_an_unreadable_source_fails_alone(self, device: Device) -> None:
+        segment = device.create(0, 1, TAG)
+        good = random_bytes(PAGE)
+        fd = os.memfd_create("truncated")
+        os.ftruncate(fd, PAGE)
+        with mmap.mmap(fd, PAGE) as gone:
+            os.ftruncate(fd, 0)  # whoever touches the map now gets SIGBUS
+            failed, statuses = put(device, segment, (0, gone), (PAGE, good))
+        os.close(fd)
+        assert failed == 1
+        assert statuses[0] != 0
+        assert statuses[1] == 0
+        assert device.read(segment, PAGE, PAGE) == good
+        assert device.bytes_written == PAGE
+
+    def test_stray_payloads_are_caught(self, device: Device) -> None:
+        segment = device.create(0, 1, TAG)
+        for offset, nbytes in ((1, 1), (SEGMENT_BYTES - PAGE, PAGE + 1), (SEGMENT_BYTES + PAGE, 1)):
+            with pytest.raises(AssertionError):
+                put(device, segment, (offset, bytes(nbytes)))
+        assert device.bytes_written == 0
+
+    def test_an_empty_batch_is_fine(self, device: Device) -> None:
+        assert put(device, device.create(0, 1, TAG)) == (0, [])
+
+    def test_tail_distances_count_from_the_end(self, device: Device) -> None:
+        segment = device.create(0, 1, TAG)
+        device.write_tail(segment, 4096, b"open".ljust(4096, b"o"))
+        device.write_tail(segment, 8192, b"seal".ljust(4096, b"s"))
+        device.write_tail(segment, 8192 + 128, b"entry".ljust(128, b"e"))
+        tail = device.read_tail(segment, 8192 + 128)
+        assert tail[:5] == b"entry"
+        assert tail[128:132] == b"seal"
+        assert tail[-4096:-4092] == b"open"
+        assert device.read(segment, SEGMENT_BYTES - 4096, 4) == b"open"
+        assert len(device.read_tail(segment, 2 * SEGMENT_BYTES)) == SEGMENT_BYTES
+        assert device.bytes_written == 4096 + 4096 + 128
+        for distance in (10, SEGMENT_BYTES + PAGE):
+            with pytest.raises(AssertionError):
+                device.write_tail(segment, distance, b"x" * 11)
+
+    def test_next_data_never_skips_data(self, device: Device) -> None:
+        segment = device.create(0, 1, TAG)
+        put(device, segment, (64 * KIB, b"d" * PAGE))
+        device.write_tail(segment, PAGE, b"t" * PAGE)
+        assert device.next_data(segment, 0) <= 64 * KIB
+        assert device.next_data(segment, 64 * KIB) == 64 * KIB
+        assert device.next_data(segment, 68 * KIB) <= SEGMENT_BYTES - PAGE
+        assert device.next_data(segment, SEGMENT_BYTES - 1) == SEGMENT_BYTES - 1
+        assert device.next_data(segment, SEGMENT_BYTES) == SEGMENT_BYTES
+
+    def test_reads_end_at_the_end(self, device: Device) -> None:
+        segment = device.create(0, 1, TAG)
+        put(device, segment, (SEGMENT_BYTES - PAGE, b"z" * PAGE))
+        device.persist(segment)
+        for uncached in (False, True):
+            assert device.read(segment, SEGMENT_BYTES - 10, 100, uncached=uncached) == b"z" * 10
+            assert device.read(segment, SEGMENT_BYTES, 100, uncached=uncached) == b""
+            assert device.read(segment, 0, 0, uncached=uncached) == b""
+
+    @pytest.mark.parametrize(("offset", "nbytes"), [(0, 1), (3, 5000), (4096, 4096), (4095, 2)])
+    def test_uncached_reads_are_the_same_bytes(
+        self, device: Device, offset: int, nbytes: int
+    ) -> None:
+        segment = device.create(0, 1, TAG)
+        data = random_bytes(16384)
+        put(device, segment, (0, data))
+        for persisted in (False, True):
+            if persisted:
+                device.persist(segment)
+            read = device.read(segment, offset, nbytes, uncached=True)
+            assert read == data[offset : offset + nbytes]
+
+    # --- names and generations
+
+    def test_a_name_in_use_is_refused(self, device: Device) -> None:
+        device.create(4, 2, TAG)
+        with pytest.raises(FileExistsError):
+            device.create(4, 2, TAG)
+        assert device.used_bytes == SEGMENT_BYTES
+
+    def test_a_slot_lives_again_under_another_generation(self, device: Device) -> None:
+        first = device.create(4, 2, TAG)
+        put(device, first, (0, b"old" * 1000))
+        device.free(first)
+        second = device.create(4, 3, OTHER_TAG)
+        assert device.segments() == [SegmentName(4, 3, False, SEGMENT_BYTES)]
+        assert device.read(second, 0, SEGMENT_BYTES) == bytes(SEGMENT_BYTES)
+
+    def test_the_same_tag_sees_zeros_or_its_own_former_life(self, device: Device) -> None:
+        first = device.create(0, 1, TAG)
+        put(device, first, (0, b"mine" * 1024))
+        device.free(first)
+        found = device.read(device.create(1, 2, TAG), 0, 4096)
+        assert found in (bytes(4096), b"mine" * 1024)
+
+    def test_no_other_tag_ever_sees_former_bytes(self, device: Device) -> None:
+        count = CAPACITY_BYTES // SEGMENT_BYTES
+        old = [device.create(slot, 1, TAG) for slot in range(count)]
+        for segment in old:
+            put(device, segment, (0, b"secret" * 1000))
+            device.write_tail(segment, 6, b"secret")
+        for segment in old:
+            device.free(segment)
+        for slot in range(count):
+            segment = device.create(slot, 2, OTHER_TAG)
+            assert device.read(segment, 0, SEGMENT_BYTES) == bytes(SEGMENT_BYTES)
+
+    def test_the_last_slot_works(self, device: Device) -> None:
+        last = device.info.slot_count - 1
+        segment = device.create(last, 0xFFFFFFFF, TAG)
+        assert device.segments() == [SegmentName(last, 0xFFFFFFFF, False, SEGMENT_BYTES)]
+        device.free(segment)
+        with pytest.raises(AssertionError):
+            device.create(last + 1, 1, TAG)
+
+    # --- capacity
+
+    def test_the_capacity_is_hard(self, device: Device) -> None:
+        count = CAPACITY_BYTES // SEGMENT_BYTES
+        segments = [device.create(slot, 1, TAG) for slot in range(count)]
+        assert device.used_bytes == CAPACITY_BYTES
+        with pytest.raises(NoSpaceError, match=r"subject: 8.0 MiB of 8.0 MiB used, 1.0 MiB more"):
+            device.create(count, 1, TAG)
+        staging = device.create_staging("x")
+        with pytest.raises(NoSpaceError):
+            device.write_staging(staging, 0, b"1")
+        with pytest.raises(NoSpaceError):
+            device.resize_staging(staging, 1)
+        assert staging.nbytes == 0
+        assert device.used_bytes == CAPACITY_BYTES
+        assert len(device.segments()) == count
+        device.free(segments[0])
+        device.write_staging(staging, 0, b"1" * SEGMENT_BYTES)
+        with pytest.raises(NoSpaceError):
+            device.adopt(staging, 0, 2, b"sidecar")
+        assert device.used_bytes == CAPACITY_BYTES
+        device.free(segments[1])
+        device.adopt(staging, 0, 2, b"sidecar")
+        assert device.used_bytes == CAPACITY_BYTES - SEGMENT_BYTES + PAGE
+        with pytest.raises(NoSpaceError):
+            device.create(count, 1, TAG)
+
+    def test_used_bytes_is_exact_to_the_page(self, device: Device) -> None:
+        assert device.used_bytes == 0
+        staging = device.create_staging("one")
+        assert device.used_bytes == 0
+        for end, used in ((1, PAGE), (PAGE, PAGE), (PAGE + 1, 2 * PAGE)):
+            device.write_staging(staging, end - 1, b"x")
+            assert (staging.nbytes, device.used_bytes) == (end, used)
+        device.resize_staging(staging, 10 * PAGE)
+        assert device.used_bytes == 10 * PAGE
+        device.resize_staging(staging, 5)
+        assert device.used_bytes == PAGE
+        device.write_staging(staging, 1, b"yz")
+        assert (staging.nbytes, device.used_bytes) == (5, PAGE)
+        segment = device.adopt(staging, 0, 1, b"s" * (PAGE + 1))
+        assert device.used_bytes == PAGE + 2 * PAGE
+        other = device.create(1, 1, TAG)
+        assert device.used_bytes == 3 * PAGE + SEGMENT_BYTES
+        device.free(segment)
+        assert device.used_bytes == SEGMENT_BYTES
+        device.free(other)
+        assert device.used_bytes == 0
+
+    # --- free, release, attach
+
+    def test_free_twice_gives_back_once(self, device: Device) -> None:
+        first, second = device.create(0, 1, TAG), device.create(1, 1, TAG)
+        device.free(first)
+        device.free(first)
+        device.release(first)
+        assert device.used_bytes == SEGMENT_BYTES
+        assert device.segments() == [name_of(second)]
+        with pytest.raises(ClosedError):
+            device.read(first, 0, 1)
+
+    def test_a_map_outlives_the_free_of_another_segment(self, device: Device) -> None:
+        kept, freed = device.create(0, 1, TAG), device.create(1, 1, TAG)
+        put(device, kept, (0, b"k" * PAGE))
+        with mmap.mmap(kept.fd, PAGE, prot=mmap.PROT_READ) as view:
+            device.free(freed)
+            device.create(2, 2, TAG)
+            assert view[:] == b"k" * PAGE
+
+    def test_release_keeps_the_segment(self, device: Device) -> None:
+        segment = device.create(0, 1, TAG)
+        put(device, segment, (0, b"kept" * 1024))
+        device.write_tail(segment, 4, b"tail")
+        device.release(segment)
+        device.release(segment)
+        with pytest.raises(ClosedError):
+            device.read(segment, 0, 4)
+        assert device.used_bytes == SEGMENT_BYTES
+        (name,) = device.segments()
+        again = device.attach(name)
+        assert device.read(again, 0, 4096) == b"kept" * 1024
+        assert device.read_tail(again, 4) == b"tail"
+        assert again.nbytes == SEGMENT_BYTES
+        device.persist(again)
+        device.free(again)
+        assert (device.used_bytes, device.segments()) == (0, [])
+
+    def test_a_released_segment_can_be_freed(self, device: Device) -> None:
+        segment = device.create(0, 1, TAG)
+        device.release(segment)
+        device.free(segment)
+        assert (device.used_bytes, device.segments()) == (0, [])
+
+    def test_attach_of_nothing_fails(self, device: Device) -> None:
+        for is_file in (False, True):
+            with pytest.raises(FileNotFoundError):
+                device.attach(SegmentName(1, 1, is_file, 0))
+
+    # --- staging and file segments
+
+    def test_staging_grows_and_serves_reads(self, device: Device) -> None:
+        staging = device.create_staging("file-1.part")
+        assert (staging.name, staging.nbytes) == ("file-1.part", 0)
+        device.write_staging(staging, 10, memoryview(b"abcdef"))
+        assert staging.nbytes == 16
+        assert os.pread(staging.fd, 100, 0) == bytes(10) + b"abcdef"
+        device.write_staging(staging, 0, np.arange(4, dtype=np.uint8).data)
+        device.resize_staging(staging, 12)
+        device.resize_staging(staging, 14)
+        assert os.pread(staging.fd, 100, 0) == bytes([0, 1, 2, 3]) + bytes(6) + b"ab\0\0"
+        device.persist_staging(staging)
+        assert device.bytes_written == 10
+        device.drop_staging(staging)
+        device.drop_staging(staging)
+        assert device.used_bytes == 0
+        with pytest.raises(ClosedError):
+            device.write_staging(staging, 0, b"x")
+
+    @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "../x", "a\0", "x" * 128])
+    def test_staging_names_stay_inside(self, device: Device, name: str) -> None:
+        with pytest.raises(UsageError):
+            device.create_staging(name)
+
+    def test_staging_names_are_unique(self, device: Device) -> None:
+        staging = device.create_staging("same")
+        with pytest.raises(FileExistsError):
+            device.create_staging("same")
+        device.drop_staging(staging)
+        device.create_staging("same")
+
+    def test_adopt_makes_a_file_segment(self, device: Device) -> None:
+        data = random_bytes(100_001)
+        sidecar = random_bytes(8192 + 128, 2)
+        segment = make_file(device, data, 5, 9, sidecar)
+        assert (segment.slot, segment.generation, segment.is_file) == (5, 9, True)
+        assert segment.nbytes == len(data) == os.fstat(segment.fd).st_size
+        assert device.read(segment, 0, len(data)) == data
+        assert device.read(segment, 100_000, 100, uncached=True) == data[-1:]
+        assert device.read_tail(segment, 128) == sidecar[-128:]
+        assert device.read_tail(segment, 1 << 20) == sidecar
+        assert device.segments() == [SegmentName(5, 9, True, len(data))]
+        assert device.next_data(segment, len(data)) == len(data)
+        assert device.bytes_written == len(data) + len(sidecar)
+        device.persist(segment)
+        device.persist_names()
+        with pytest.raises(AssertionError):
+            put(device, segment, (0, b"x"))
+
+    def test_adopt_consumes_the_staging_handle(self, device: Device) -> None:
+        staging = device.create_staging("once")
+        device.write_staging(staging, 0, b"data")
+        fd = staging.fd
+        segment = device.adopt(staging, 0, 1, b"sidecar")
+        assert segment.fd == fd
+        device.drop_staging(staging)
+        with pytest.raises(ClosedError):
+            device.adopt(staging, 1, 1, b"sidecar")
+        assert device.read(segment, 0, 10) == b"data"
+        device.create_staging("once")
+
+    def test_an_adopted_file_is_attached_again(self, device: Device) -> None:
+        segment = make_file(device, b"payload", 1, 2, b"sidecar")
+        device.release(segment)
+        again = device.attach(device.segments()[0])
+        assert (again.is_file, again.nbytes) == (True, 7)
+        assert device.read(again, 0, 7) == b"payload"
+        assert device.read_tail(again, 100) == b"sidecar"
+        device.free(again)
+        assert (device.used_bytes, device.segments()) == (0, [])
+
+    def test_sidecar_bytes_can_be_rewritten(self, device: Device) -> None:
+        segment = make_file(device, b"payload", 1, 2, b"0123456789")
+        device.write_tail(segment, 4, b"ab")
+        device.persist(segment)
+        assert device.read_tail(segment, 6) == b"45ab89"
+        with pytest.raises(AssertionError):
+            device.write_tail(segment, 11, b"x")
+
+    def test_adopt_of_a_name_in_use_leaves_the_staging_file(self, device: Device) -> None:
+        make_file(device, b"first", 1, 2)
+        staging = device.create_staging("second")
+        device.write_staging(staging, 0, b"second")
+        used = device.used_bytes
+        with pytest.raises(FileExistsError):
+            device.adopt(staging, 1, 2, b"sidecar")
+        assert device.used_bytes == used
+        assert os.pread(staging.fd, 10, 0) == b"second"
+        assert device.adopt(staging, 1, 3, b"sidecar").nbytes == 6
+
+    def test_an_empty_file_can_be_adopted(self, device: Device) -> None:
+        segment = make_file(device, b"", 1, 2, b"sidecar")
+        assert device.read(segment, 0, 10) == b""
+        assert device.next_data(segment, 0) == 0
+        assert device.used_bytes == PAGE
+
+    def test_reap_spares_what_is_held(self, device: Device) -> None:
+        staging = device.create_staging("held")
+        make_file(device, b"file", 1, 1)
+        assert device.reap_staging() == 0
+        device.write_staging(staging, 0, b"still here")
+        assert len(device.segments()) == 1
+
+    # --- surviving a close
+
+    def test_segments_survive_a_close(self, opener: Opener) -> None:
+        device = opener()
+        if not device.info.is_persistent:
+            device.close()
+            pytest.skip("volatile device")
+        log = device.create(7, 11, TAG)
+        put(device, log, (0, b"log" * 1000))
+        device.write_tail(log, 3, b"end")
+        device.persist(log)
+        make_file(device, b"file" * 1000, 8, 12, b"sidecar")
+        device.write_superblock(b"superblock")
+        staging = device.create_staging("lost")
+        device.write_staging(staging, 0, b"x" * 5000)
+        device.persist_names()
+        used = device.used_bytes
+        device.close()
+
+        device = opener()
+        assert device.used_bytes == used == SEGMENT_BYTES + 2 * PAGE + 2 * PAGE
+        assert device.bytes_written == 0
+        assert device.read_superblock() == b"superblock"
+        assert device.reap_staging() == 1
+        assert device.used_bytes == used - 2 * PAGE
+        names = device.segments()
+        assert names == [SegmentName(7, 11, False, SEGMENT_BYTES), SegmentName(8, 12, True, 4000)]
+        log, file = (device.attach(name) for name in names)
+        assert device.read(log, 0, 3000) == b"log" * 1000
+        assert device.read_tail(log, 3) == b"end"
+        assert device.read(file, 0, 5000) == b"file" * 1000
+        device.free(log)
+        device.free(file)
+        assert (device.used_bytes, device.segments()) == (0, [])
+        device.close()
+
+    def test_a_volatile_device_forgets(self, opener: Opener) -> None:
+        device = opener()
+        if device.info.is_persistent:
+            device.close()
+            pytest.skip("persistent device")
+        put(device, device.create(0, 1, TAG), (0, b"secret" * 1000))
+        device.write_superblock(b"superblock")
+        device.close()
+        device = opener()
+        assert (device.read_superblock(), device.segments(), device.used_bytes) == (None, [], 0)
+        assert device.read(device.create(0, 1, TAG), 0, PAGE) == bytes(PAGE)
+        device.close()
+
+    def test_destroy_leaves_nothing(self, opener: Opener) -> None:
+        device = opener()
+        device.write_superblock(b"superblock")
+        put(device, device.create(0, 1, TAG), (0, b"x"))
+        make_file(device, b"file")
+        device.create_staging("s")
+        device.destroy()
+        with pytest.raises(ClosedError):
+            device.segments()
+        device.close()
+        device = opener()
+        assert (device.read_superblock(), device.segments(), device.used_bytes) == (None, [], 0)
+        device.close()
+
+    def test_close_is_idempotent_and_final(self, opener: Opener) -> None:
+        device = opener()
+        segment, staging = device.create(0, 1, TAG), device.create_staging("s")
+        before = len(os.listdir("/proc/self/fd"))
+        device.close()
+        device.close()
+        assert len(os.listdir("/proc/self/fd")) < before
+        device.release(segment)
+        calls: list[Callable[[], object]] = [
+            device.read_superblock, lambda: device.write_superblock(b"x"), device.segments,
+            lambda: device.create(1, 1, TAG), lambda: device.attach(SegmentName(0, 1, False, 1)),
+            lambda: put(device, segment, (0, b"x")), lambda: device.write_tail(segment, 1, b"x"),
+            lambda: device.read_tail(segment, 1), lambda: device.next_data(segment, 0),
+            lambda: device.persist(segment), device.persist_names, lambda: device.free(segment),
+            lambda: device.read(segment, 0, 1), lambda: device.create_staging("t"),
+            lambda: device.write_staging(staging, 0, b"x"),
+            lambda: device.resize_staging(staging, 1), lambda: device.persist_staging(staging),
+            lambda: device.adopt(staging, 0, 2, b""), lambda: device.drop_staging(staging),
+            device.reap_staging, device.destroy,
+        ]  # fmt: skip
+        for call in calls:
+            with pytest.raises(ClosedError):
+                call()
+
+    # --- threads
+
+    def test_writers_of_different_segments_do_not_disturb_each_other(self, device: Device) -> None:
+        count, rounds = 4, 12
+        errors: list[BaseException] = []
+        barrier = threading.Barrier(count)
+
+        def work(number: int) -> None:
+            try:
+                barrier.wait(30)
+                for turn in range(rounds):
+                    data = random_bytes(5 * PAGE, number * 100 + turn)
+                    segment = device.create(number, turn + 1, TAG)
+                    put(device, segment, (0, data), (8 * PAGE, data[: PAGE + 7]))
+                    device.write_tail(segment, 128, data[:128])
+                    device.persist(segment)
+                    staging = device.create_staging(f"s{number}")
+                    device.write_staging(staging, 0, data)
+                    file = device.adopt(staging, count + number, turn + 1, data[:100])
+                    assert device.read(segment, 0, len(data)) == data
+                    assert device.read_tail(segment, 128) == data[:128]
+                    assert device.read(file, 0, len(data)) == data
+                    device.free(file)
+                    device.free(segment)
+            except BaseException as error:  # noqa: BLE001
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not errors
+        assert (device.used_bytes, device.segments()) == (0, [])
+        each = 5 * PAGE + 2 * PAGE + 128 + 5 * PAGE + 100
+        assert device.bytes_written == count * rounds * each
+
+    def test_threads_racing_for_the_last_space_never_exceed_it(self, device: Device) -> None:
+        count = CAPACITY_BYTES // SEGMENT_BYTES
+        outcomes: list[str] = []
+        barrier = threading.Barrier(4)
+
+        def work(number: int) -> None:
+            barrier.wait(30)
+            for turn in range(count):
+                try:
+                    device.create(number * count + turn, 1, TAG)
+                    outcomes.append("made")
+                except NoSpaceError:
+                    outcomes.append("full")
+                except OSError as error:
+                    outcomes.append(errno.errorcode[error.errno or 0])
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert sorted(outcomes) == ["full"] * (3 * count) + ["made"] * count
+        assert device.used_bytes == CAPACITY_BYTES

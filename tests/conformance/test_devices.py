@@ -1,0 +1,79 @@
+"""The device suite over every device and every wrapper."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvfs.devices.base import Device
+from kvfs.devices.directory import DirectoryDevice
+from kvfs.devices.memory import MemoryDevice
+from kvfs.devices.osfs import OSFileSystem
+from kvfs.devices.wrappers import CountingDevice, FaultyDevice
+from tests.conformance.device_suite import (
+    CAPACITY_BYTES,
+    DEVICE_UUID,
+    SEGMENT_BYTES,
+    DeviceSuite,
+    Opener,
+)
+
+_IDENTITY: dict[str, Any] = {
+    "index": 3,
+    "uuid": DEVICE_UUID,
+    "name": "subject",
+    "segment_bytes": SEGMENT_BYTES,
+}
+
+
+def open_directory(root: Path, capacity_bytes: int = CAPACITY_BYTES) -> Device:
+    return DirectoryDevice(OSFileSystem(str(root)), capacity_bytes=capacity_bytes, **_IDENTITY)
+
+
+def open_memory(capacity_bytes: int = CAPACITY_BYTES) -> Device:
+    return MemoryDevice(capacity_bytes=capacity_bytes, **_IDENTITY)
+
+
+class TestDirectory(DeviceSuite):
+    @pytest.fixture
+    def opener(self, tmp_path: Path) -> Opener:
+        return lambda **options: open_directory(tmp_path / "device", **options)
+
+
+class TestDirectoryOnTmpfs(DeviceSuite):
+    @pytest.fixture
+    def opener(self) -> Iterator[Opener]:
+        if not Path("/dev/shm").is_dir():
+            pytest.skip("no /dev/shm")
+        root = Path(tempfile.mkdtemp(prefix="kvfs-test-", dir="/dev/shm"))
+        yield lambda **options: open_directory(root, **options)
+        shutil.rmtree(root)
+
+
+class TestMemory(DeviceSuite):
+    @pytest.fixture
+    def opener(self) -> Opener:
+        return open_memory
+
+
+class TestCountingDirectory(DeviceSuite):
+    @pytest.fixture
+    def opener(self, tmp_path: Path) -> Opener:
+        return lambda **options: CountingDevice(open_directory(tmp_path, **options))
+
+
+class TestFaultyDirectory(DeviceSuite):
+    """A FaultyDevice without faults is the device itself."""
+
+    @pytest.fixture
+    def opener(self, tmp_path: Path) -> Opener:
+        return lambda **options: FaultyDevice(open_directory(tmp_path, **options), ())
+
+
+class TestWrappedMemory(DeviceSuite):
+    @pytest.fixture
+    def opener(self) -> Opener:
+        return lambda **options: CountingDevice(FaultyDevice(open_memory(**options), ()))
