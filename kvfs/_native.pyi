@@ -9,12 +9,14 @@ Status values (int32 per item): 0 done; 1 checksum mismatch; 2 short read (end o
 """
 
 from collections.abc import Sequence
-from typing import Protocol, TypeAlias, final
+from typing import Any, Protocol, TypeAlias, final
+
+import numpy.typing as npt
 
 class _SupportsBuffer(Protocol):
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
-Buffer: TypeAlias = _SupportsBuffer | bytes | bytearray | memoryview
+Buffer: TypeAlias = _SupportsBuffer | bytes | bytearray | memoryview | npt.NDArray[Any]
 
 RECORD_BYTES: int  # 64, see Index
 ENTRY_BYTES: int  # 128, see kvfs.engine.format.ENTRY

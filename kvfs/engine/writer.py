@@ -14,6 +14,7 @@ Locks: the log's lock, then the state's lock.
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -295,7 +296,7 @@ class Writer:
                             if log.state.handle.slot == slot), None)  # fmt: skip
             if log is None:
                 continue  # sealed meanwhile, so persisted
-            failure = self._guarded(device, log, lambda log=log: log.persist(wanted=wanted))
+            failure = self._guarded(device, log, partial(log.persist, wanted=wanted))
             if failure is not None:
                 raise failure
 
