@@ -3,6 +3,8 @@
  *
  * The fused loop is XXH3's long-input loop (xxhash.h, XXH3_hashLong_internal_loop) with a copy
  * between two blocks of 1 KiB: what has just been hashed is in the L1 cache when it is stored.
+ * Measured on Zen 4, one core, 64 KiB to 16 MiB items from memory: 17 to 18.5 GB/s, against 18 to
+ * 20 GB/s for the same stores without the hash, and 13 GB/s for memcpy().
  * REQUIRES: KVFS_OPS_NAME names the table; XXH_VECTOR is set unless the base set is meant. */
 #include "hash.h"
 
@@ -26,7 +28,10 @@
 static_assert(sizeof(XXH3_state_t) <= sizeof(struct kvfs_hash_state), "state too small");
 static_assert(_Alignof(XXH3_state_t) <= _Alignof(struct kvfs_hash_state), "state misaligned");
 
-enum { LINE = 64, BLOCK = 1024, SECRET = XXH_SECRET_DEFAULT_SIZE };
+/* A cached copy waits for CACHED_BLOCKS blocks: memcpy() of 1 KiB pieces reads every line that it
+ * overwrites (7.5 GB/s from memory), of 4 KiB pieces it does not (13 to 15 GB/s; plain memcpy 13),
+ * and above 16 KiB the source has left the L1 cache (10 GB/s). Measured on Zen 4, one core. */
+enum { LINE = 64, BLOCK = 1024, CACHED_BLOCKS = 4, SECRET = XXH_SECRET_DEFAULT_SIZE };
 
 static_assert(BLOCK == (SECRET - XXH_STRIPE_LEN) / XXH_SECRET_CONSUME_RATE * XXH_STRIPE_LEN,
               "a block is what XXH3 hashes between two scrambles");
@@ -204,7 +209,8 @@ static inline void fused(uint8_t *target, const uint8_t *source, size_t nbytes,
         const uint8_t *from = source + block * BLOCK;
         XXH3_accumulate(acc, from, XXH3_kSecret, BLOCK / XXH_STRIPE_LEN, XXH3_accumulate_512);
         XXH3_scrambleAcc(acc, XXH3_kSecret + SECRET - XXH_STRIPE_LEN);
-        trail_to(&trail, (block + 1) * BLOCK);
+        if (!cached || (block + 1) % CACHED_BLOCKS == 0)
+            trail_to(&trail, (block + 1) * BLOCK);
     }
     size_t stripes = (nbytes - 1 - BLOCK * blocks) / XXH_STRIPE_LEN;
     XXH3_accumulate(acc, source + blocks * BLOCK, XXH3_kSecret, stripes, XXH3_accumulate_512);

@@ -74,6 +74,8 @@ static bool find_best(const struct kvfs_table *table, const struct wanted *wante
         if (!is_found || is_better(table, words, best))
             memcpy(best, words, sizeof words);
         is_found = true;
+        if (!slot_has_copies(words))
+            break;
     }
     return is_found;
 }
@@ -88,9 +90,12 @@ static bool find_one(const struct kvfs_table *table, const struct wanted *wanted
             continue;
         if (slot_is_empty(words))
             return false;
-        if (slot_has_key(words, wanted->key) && slot_is_live(words) &&
-            (device == KVFS_ANY_DEVICE || slot_device(words) == (unsigned)device))
+        if (!slot_has_key(words, wanted->key) || !slot_is_live(words))
+            continue;
+        if (device == KVFS_ANY_DEVICE || slot_device(words) == (unsigned)device)
             return true;
+        if (!slot_has_copies(words))
+            return false;
     }
     return false;
 }

@@ -15,6 +15,7 @@ struct place {
     _Atomic uint64_t *free;  /* first tombstone, else the empty slot; NULL: chain too long */
     uint64_t index;          /* of match */
     bool is_free_tombstone;
+    bool has_copies; /* other devices hold the key; only known without a match */
 };
 
 static int begin(struct kvfs_table *table)
@@ -45,12 +46,14 @@ static struct place locate(const struct kvfs_table *table, const uint64_t record
         _Atomic uint64_t *slot = table_slot(table, home + probe);
         slot_peek(slot, words);
         if (slot_is_live(words)) {
-            if (slot_has_key(words, record) && slot_device(words) == slot_device(record)) {
-                place.match = slot;
-                place.index = (home + probe) & table->mask;
-                return place;
-            }
-            continue;
+            if (!slot_has_key(words, record))
+                continue;
+            place.has_copies = true;
+            if (slot_device(words) != slot_device(record))
+                continue;
+            place.match = slot;
+            place.index = (home + probe) & table->mask;
+            return place;
         }
         bool is_tombstone = slot_is_tombstone(words);
         if (place.free == NULL) {
@@ -83,6 +86,24 @@ static bool has_room(const struct kvfs_table *table, const struct place *place)
     return place->is_free_tombstone || count + dead < table->capacity + table->capacity / 2;
 }
 
+/* Tell readers of any copy of the key to look for the others. */
+static void mark_copies(const struct kvfs_table *table, const uint64_t record[SLOT_WORDS])
+{
+    uint64_t home = kvfs_table_hash(table, record);
+    uint64_t probes = table_probes(table);
+    uint64_t words[SLOT_WORDS];
+    for (uint64_t probe = 0; probe < probes; probe++) {
+        _Atomic uint64_t *slot = table_slot(table, home + probe);
+        slot_peek(slot, words);
+        if (slot_is_empty(words))
+            return;
+        if (!slot_is_live(words) || !slot_has_key(words, record) || slot_has_copies(words))
+            continue;
+        words[7] |= COPIES_BIT;
+        slot_write(slot, words);
+    }
+}
+
 static bool insert_one(struct kvfs_table *table, const uint8_t *record, uint8_t *replaced)
 {
     uint64_t words[SLOT_WORDS], before[SLOT_WORDS] = {0};
@@ -90,12 +111,19 @@ static bool insert_one(struct kvfs_table *table, const uint8_t *record, uint8_t 
     struct place place = locate(table, words);
     if (place.match != NULL) {
         slot_peek(place.match, before);
+        words[7] |= before[7] & COPIES_BIT;
         slot_write(place.match, words);
     } else if (has_room(table, &place)) {
+        /* The bit goes with the record from the start: a reader that meets the new copy first
+         * must still find the older ones. */
+        if (place.has_copies)
+            words[7] |= COPIES_BIT;
         slot_write(place.free, words);
         add_to(&table->header->count, 1);
         if (place.is_free_tombstone)
             add_to(&table->header->tombstones, -1);
+        if (place.has_copies)
+            mark_copies(table, words);
     } else {
         return false;
     }
