@@ -132,11 +132,6 @@ class Device(ABC):
 
     info: DeviceInfo
 
-    @property
-    def location(self) -> int:
-        """What tells this medium from a copy of it; 0 if nothing does."""
-        return 0
-
     # --- superblock
     @abstractmethod
     def read_superblock(self) -> bytes | None:

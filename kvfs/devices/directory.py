@@ -118,11 +118,6 @@ class DirectoryDevice(Device):
         files.sync_directory(".")
 
     # --- superblock
-    @property
-    def location(self) -> int:
-        """Return the identity of the directory."""
-        return self._files.location()
-
     def read_superblock(self) -> bytes | None:
         """Return the newest superblock, or None on a device never formatted."""
         self._check_open()
@@ -360,8 +355,10 @@ class DirectoryDevice(Device):
             self._files.unlink(SUPERBLOCK)
         self._files.sync_directory(".")
         self._close_handles()
-        self._files.remove_tree()
-        self._files.close()
+        try:
+            self._files.remove_tree()
+        finally:
+            self._files.close()
 
     def close(self) -> None:
         """Close all descriptors and the filesystem; idempotent."""
@@ -461,9 +458,10 @@ class DirectoryDevice(Device):
             if error.errno not in _FULL:
                 raise
             raise NoSpaceError(
-                f"filesystem is full: {self.info.name}: {path}: {error.strerror}, with "
-                f"{format_bytes(self.used_bytes)} of {format_bytes(self.info.capacity_bytes)} "
-                "used by kvfs; make room, or give the device a smaller size"
+                f"filesystem is full: {self.info.name}: {path}: {error.strerror}; with it kvfs "
+                f"would use {format_bytes(self.used_bytes)} of "
+                f"{format_bytes(self.info.capacity_bytes)}; make room, or give the device a "
+                "smaller size"
             ) from error
 
     def _count_written(self, nbytes: int) -> None:

@@ -49,13 +49,13 @@ class Ledger:
             self._reserve(key, align_up(nbytes, PAGE))
 
     def take(self, key: str, nbytes: int) -> None:
-        """Reserve `nbytes` in all for one thing; never shrinks it.
+        """Reserve `nbytes` in all for a thing that was added; never shrinks it.
 
         Raises:
             NoSpaceError: It would exceed the capacity; nothing was taken.
         """
         with self._lock:
-            more = align_up(nbytes, PAGE) - self._sizes.get(key, 0)
+            more = align_up(nbytes, PAGE) - self._sizes[key]
             if more > 0:
                 self._reserve(key, more)
 

@@ -164,11 +164,6 @@ class WrapperDevice(Device):
         """Forward."""
         self._call("destroy", 0, self.inner.destroy)
 
-    @property
-    def location(self) -> int:
-        """Forward."""
-        return self.inner.location
-
     def close(self) -> None:
         """Forward."""
         self.inner.close()
