@@ -2,11 +2,11 @@
 
 Layer: public surface.
 
-    pool = kvfs.create_pool("/var/lib/kvfs/kv0", ["dram:?size=4GiB", "dir:/mnt/nvme/kv?size=500GiB"])
-    space = pool.namespace("llama-8b", layout=kvfs.Layout("bfloat16", (32, 2, 8, 128), 64))
-    keys, parents = space.keys(token_ids)
-    space.put(keys, buffers, parents=parents)
-    with space.view(keys[: space.match_prefix(keys)]) as view:
+    pool = kvfs.create_pool("/var/lib/kvfs/kv0", ["dram:?size=4GiB",
+    "dir:/mnt/nvme/kv?size=500GiB"]) space = pool.namespace("llama-8b",
+    layout=kvfs.Layout("bfloat16", (32, 2, 8, 128), 64)) keys, parents = space.keys(token_ids)
+    space.put(keys, buffers, parents=parents) with space.view(keys[: space.match_prefix(keys)]) as
+    view:
         tensor = view.torch(torch.bfloat16, (-1, 32, 2, 8, 128))
 """
 

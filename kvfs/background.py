@@ -2,9 +2,10 @@
 
 Layer: L4.
 
-- The data plane is synchronous; this is the one place where a pool runs an event loop of its own. Later background work
-  (migration, scrubbing) joins its nursery.
-- A failing step is logged and tried again; what could not be persisted has been dropped and counted by the engine.
+- The data plane is synchronous; this is the one place where a pool runs an event loop of its own.
+  Later background work (migration, scrubbing) joins its nursery.
+- A failing step is logged and tried again; what could not be persisted has been dropped and
+  counted by the engine.
 """
 
 import logging

@@ -15,12 +15,15 @@ from kvfs.errors import UsageError
 Addresses = npt.NDArray[np.uint64]
 
 
-def addresses_of(buffers: Any, count: int, *, writable: bool = False) -> tuple[Addresses, Addresses]:
+def addresses_of(
+    buffers: Any, count: int, *, writable: bool = False
+) -> tuple[Addresses, Addresses]:
     """Return (addresses, lengths in bytes) of `count` buffers, without copying.
 
     Args:
-        buffers: A C-contiguous numpy array or CPU torch tensor whose first axis has `count` entries, or a sequence of
-            `count` items: objects with the buffer protocol, CPU tensors, or (address, length) pairs.
+        buffers: A C-contiguous numpy array or CPU torch tensor whose first axis has `count`
+            entries, or a sequence of `count` items: objects with the buffer protocol, CPU tensors,
+            or (address, length) pairs.
         count: How many there must be.
         writable: The memory will be written to.
 

@@ -42,7 +42,8 @@ def parse_device_url(text: str) -> DeviceURL:
     """Parse one device URL.
 
     Raises:
-        UsageError: Unknown scheme or option, or a value out of range; the message lists what is known.
+        UsageError: Unknown scheme or option, or a value out of range; the message lists what is
+            known.
     """
     scheme, separator, rest = text.partition(":")
     if not separator or scheme not in SCHEMES:
@@ -101,9 +102,9 @@ class PoolOptions:
     Attributes:
         async_delay_ms: Bound on how long an "async" block stays unpersisted.
         pinned_share: Largest share of the persistent tiers that open files may pin, per namespace.
-        verify_reads: Verify a block's checksum on its first read or view per process and generation.
+        verify_reads: Verify a block's checksum on its first read or view per process and
+            generation.
         copy_to_dram: Keep an extra copy of async and sync blocks on volatile tiers.
-        second_chance_share: Largest share of an evicted segment that is kept because it was read.
         device_failures_max: Write failures after which a device leaves service.
     """
 
@@ -111,12 +112,10 @@ class PoolOptions:
     pinned_share: float = 0.5
     verify_reads: bool = True
     copy_to_dram: bool = True
-    second_chance_share: float = 0.25
     device_failures_max: int = 3
 
     def __post_init__(self) -> None:
         if not 1 <= self.async_delay_ms <= 60_000:
             raise UsageError(f"async_delay_ms must be 1 to 60000, found {self.async_delay_ms}")
-        for name in ("pinned_share", "second_chance_share"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise UsageError(f"{name} must be between 0 and 1, found {getattr(self, name)}")
+        if not 0.0 <= self.pinned_share <= 1.0:
+            raise UsageError(f"pinned_share must be between 0 and 1, found {self.pinned_share}")

@@ -2,12 +2,14 @@
 
 Layer: L0.
 
-A block key is 32 bytes: the namespace id (8 bytes, little-endian) and a digest of 24 bytes. To the store a key is
-opaque, apart from the namespace in front. Two makers of digests live here:
+A block key is 32 bytes: the namespace id (8 bytes, little-endian) and a digest of 24 bytes. To the
+store a key is opaque, apart from the namespace in front. Two makers of digests live here:
 
-- `chain_keys`: the hash chain of token ids (BLAKE2b-192 over parent digest and tokens), which lets prefixes be shared.
-- `file_keys`: for files written through the mount: context id, block number and a tag. They share nothing, and the
-  context can be read back from the key, so that losing a block takes its file's name with it.
+- `chain_keys`: the hash chain of token ids (BLAKE2b-192 over parent digest and tokens), which lets
+  prefixes be shared.
+- `file_keys`: for files written through the mount: context id, block number and a tag. They share
+  nothing, and the context can be read back from the key, so that losing a block takes its file's
+  name with it.
 """
 
 import hashlib
@@ -47,7 +49,8 @@ def as_key_array(keys: Any, namespace_id: int | None = None) -> KeyArray:
     """Return keys as a C-contiguous (n, 32) uint8 array.
 
     Args:
-        keys: An (n, 32) uint8 array, a bytes-like object of n x 32 bytes, or a sequence of 32-byte keys.
+        keys: An (n, 32) uint8 array, a bytes-like object of n x 32 bytes, or a sequence of 32-byte
+            keys.
         namespace_id: When given, every key must lie in this namespace.
 
     Raises:
@@ -72,12 +75,15 @@ def as_key_array(keys: Any, namespace_id: int | None = None) -> KeyArray:
 
 
 def chain_keys(
-    namespace_id: int, token_ids: Sequence[int] | npt.NDArray[Any], block_tokens: int,
+    namespace_id: int,
+    token_ids: Sequence[int] | npt.NDArray[Any],
+    block_tokens: int,
     parent: bytes = NO_PARENT,
 ) -> tuple[KeyArray, KeyArray]:
     """Name the blocks of a token sequence by the hash chain of all tokens up to each block's end.
 
-    The last block may be partial; its key covers the tokens it has, so it changes when the block grows.
+    The last block may be partial; its key covers the tokens it has, so it changes when the block
+    grows.
 
     Args:
         namespace_id: Where the blocks live.

@@ -28,8 +28,8 @@ class Layout:
         token_shape: Elements of one token, outermost first, e.g. (30, 2, 3, 64) for
             [layer, kv, head, dim]. For opaque bytes: (bytes per token,).
         block_tokens: Tokens per full block.
-        order: Interior order, as the engine names it. 'token,...' (tokens outermost) makes a whole context one
-            tensor.
+        order: Interior order, as the engine names it. 'token,...' (tokens outermost) makes a whole
+            context one tensor.
         rank: Which part of a sharded model, 'rank/size' style, free text.
         model: Model and revision, free text; part of the fingerprint.
     """

@@ -28,9 +28,7 @@ def _durability(name: DurabilityName) -> Durability:
     try:
         return Durability(name)
     except ValueError:
-        raise UsageError(
-            f"durability {name!r}: expected 'none', 'async' or 'sync'"
-        ) from None
+        raise UsageError(f"durability {name!r}: expected 'none', 'async' or 'sync'") from None
 
 
 class Namespace:
@@ -53,21 +51,30 @@ class Namespace:
     def keys(
         self, token_ids: Sequence[int] | npt.NDArray[Any], parent: bytes = NO_PARENT
     ) -> tuple[KeyArray, KeyArray]:
-        """Name the blocks of a token sequence; see kvfs.keys.chain_keys. Returns (keys, parents)."""
+        """Name the blocks of a token sequence; see kvfs.keys.chain_keys.
+
+        Returns (keys, parents).
+        """
         return chain_keys(self.info.namespace_id, token_ids, self.layout.block_tokens, parent)
 
     def put(
-        self, keys: Any, buffers: Any, *, parents: Any = None,
-        token_counts: Sequence[int] | None = None, durability: DurabilityName = "async",
+        self,
+        keys: Any,
+        buffers: Any,
+        *,
+        parents: Any = None,
+        token_counts: Sequence[int] | None = None,
+        durability: DurabilityName = "async",
     ) -> PutResult:
         """Store blocks that are not there yet.
 
         Args:
             keys: (n, 32) uint8, or n 32-byte keys, of this namespace; see `keys`.
-            buffers: n payloads: an (n, ...) array or CPU tensor, or n buffers, tensors or (address, length) pairs.
-                At most `layout.stride` bytes each; fewer than `layout.block_bytes` make a partial block. They are read
-                until return and not kept.
-            parents: Keys of the blocks before, like `keys`; zeros or None for none. Hints for eviction.
+            buffers: n payloads: an (n, ...) array or CPU tensor, or n buffers, tensors or
+                (address, length) pairs. At most `layout.stride` bytes each; fewer than
+                `layout.block_bytes` make a partial block. They are read until return and not kept.
+            parents: Keys of the blocks before, like `keys`; zeros or None for none. Hints for
+                eviction.
             token_counts: Tokens per block; `layout.block_tokens` each when missing.
             durability: "none": in memory is enough. "async": on a persistent device within
                 `PoolOptions.async_delay_ms`. "sync": on a persistent device on return.
@@ -99,7 +106,10 @@ class Namespace:
         return result
 
     def match_prefix(self, keys: Any) -> int:
-        """Return how many leading blocks are resident. Lock-free; says nothing about the next moment."""
+        """Return how many leading blocks are resident.
+
+        Lock-free; says nothing about the next moment.
+        """
         return self._store.match_prefix(
             self.info.namespace_id, as_key_array(keys, self.info.namespace_id)
         )
@@ -107,7 +117,8 @@ class Namespace:
     def lookup(self, keys: Any) -> RecordArray:
         """Return the fastest copy of each block as a structured array (kvfs.engine.index.RECORD).
 
-        Fields: key, device, segment, generation, page (offset / 4096), length (stored bytes; 0 for a miss), tokens. A
+        Fields: key, device, segment, generation, page (offset / 4096), length (stored bytes; 0 for
+            a miss), tokens. A
         copy may move at any time; hold a `view` to keep it.
         """
         return self._store.lookup(
@@ -122,7 +133,8 @@ class Namespace:
             buffers: n writable buffers, as in `put`, each with room for its block.
 
         Returns:
-            (n,) bool: which blocks were copied. False is a miss: the buffer holds unspecified bytes.
+            (n,) bool: which blocks were copied. False is a miss: the buffer holds unspecified
+            bytes.
         """
         keys = as_key_array(keys, self.info.namespace_id)
         addresses, lengths = addresses_of(buffers, len(keys), writable=True)
@@ -154,7 +166,9 @@ class Namespace:
                 raise NotFoundError(f"no such context: {self.info.name}/{path}")
             node = self._pool.make_context(self.info, path)
         if node.kind is not NodeKind.CONTEXT or node.origin is not Origin.API:
-            raise ExistsError(f"name is taken by a directory or plain file: {self.info.name}/{path}")
+            raise ExistsError(
+                f"name is taken by a directory or plain file: {self.info.name}/{path}"
+            )
         return Context(self, node)
 
     def contexts(self) -> Iterator["Context"]:
@@ -218,8 +232,13 @@ class Context:
         return self.namespace.match_prefix(self.keys)
 
     def append(
-        self, keys: Any, buffers: Any, *, tokens: Sequence[int] | npt.NDArray[Any] | None = None,
-        token_counts: Sequence[int] | None = None, durability: DurabilityName = "async",
+        self,
+        keys: Any,
+        buffers: Any,
+        *,
+        tokens: Sequence[int] | npt.NDArray[Any] | None = None,
+        token_counts: Sequence[int] | None = None,
+        durability: DurabilityName = "async",
         replace_tail: bool = False,
     ) -> PutResult:
         """Store blocks and add them to the end of the context.
@@ -231,7 +250,8 @@ class Context:
             buffers: n payloads as in Namespace.put; only the last may be partial.
             tokens: Token ids of these blocks, kept with the context.
             token_counts: Tokens per block; from `tokens`, else full blocks, when missing.
-            durability: As in Namespace.put. With "sync" the list is persisted too, after the blocks.
+            durability: As in Namespace.put. With "sync" the list is persisted too, after the
+                blocks.
             replace_tail: The context ends in a partial block, which the first of these replaces.
 
         Raises:
@@ -291,7 +311,9 @@ class Context:
 
 
 def _token_counts(
-    layout: Layout, count: int, tokens: npt.NDArray[np.uint32] | None,
+    layout: Layout,
+    count: int,
+    tokens: npt.NDArray[np.uint32] | None,
     given: Sequence[int] | None,
 ) -> list[int]:
     """Return tokens per block: as given, or by cutting `tokens` into blocks, or full blocks."""  # fmt: skip

@@ -3,8 +3,8 @@
 Layer: L4.
 
 - One process owns an open pool. A second opener gets BusyError with the owner's pid.
-- Open: lock, catalog, devices (claimed one by one), all summaries, then names are reconciled with blocks: files whose blocks
-  are gone lose their names, file segments without a name are freed.
+- Open: lock, catalog, devices (claimed one by one), all summaries, then names are reconciled with
+  blocks: files whose blocks are gone lose their names, file segments without a name are freed.
 - Close: new files are published, everything is flushed, superblocks note the clean end.
 
 Directory of a pool: `catalog.sqlite` (and its -wal, -shm), `lock`, `control.sock`.
@@ -120,8 +120,14 @@ class Pool:
     """
 
     def __init__(
-        self, path: Path, catalog: Catalog, devices: Sequence[DeviceState], *,
-        options: PoolOptions, clock: Clock, lock_fd: int = -1,
+        self,
+        path: Path,
+        catalog: Catalog,
+        devices: Sequence[DeviceState],
+        *,
+        options: PoolOptions,
+        clock: Clock,
+        lock_fd: int = -1,
     ) -> None:
         """Put an opened catalog and claimed devices together; see create_pool and open_pool."""  # fmt: skip
         self.path = path
@@ -132,9 +138,7 @@ class Pool:
         self.catalog = catalog
         self._lock_fd = lock_fd
         self._is_closed = False
-        state = EngineState(
-            self.uuid, list(devices), _CatalogNames(catalog), options, clock
-        )
+        state = EngineState(self.uuid, list(devices), _CatalogNames(catalog), options, clock)
         self.store = Store(state)
         for info in catalog.namespaces():
             state.add_namespace(_spec(info))
@@ -154,7 +158,8 @@ class Pool:
         Args:
             name: A file name; the namespace is the directory of that name on the mount.
             layout: What its blocks hold. Must equal that of an existing namespace.
-            retention: "cache": a full pool drops it. "durable": what a name reaches is kept. For new ones only.
+            retention: "cache": a full pool drops it. "durable": what a name reaches is kept. For
+                new ones only.
 
         Raises:
             NotFoundError: It does not exist and no layout is given.
@@ -182,8 +187,14 @@ class Pool:
         return self.catalog.namespaces()
 
     def make_namespace(
-        self, name: str, layout: Layout = OPAQUE, *, retention: str = "cache",
-        mode: int = 0o755, uid: int | None = None, gid: int | None = None,
+        self,
+        name: str,
+        layout: Layout = OPAQUE,
+        *,
+        retention: str = "cache",
+        mode: int = 0o755,
+        uid: int | None = None,
+        gid: int | None = None,
     ) -> NamespaceInfo:
         """Make a namespace. Durability: persist.
 
@@ -208,7 +219,10 @@ class Pool:
         return info
 
     def drop_namespace(self, name: str) -> None:
-        """Destroy a namespace: names first, then its segments. Nothing of it comes back. Durability: persist."""
+        """Destroy a namespace: names first, then its segments.
+
+        Nothing of it comes back. Durability: persist.
+        """
         info = self.namespace(name).info
         self.catalog.drop_namespace(info.namespace_id)
         self.catalog.sync()
@@ -218,7 +232,10 @@ class Pool:
             self.make_namespace(DEFAULT_NAMESPACE)
 
     def set_retention(self, name: str, retention: str) -> None:
-        """Change what a full pool may do to a namespace: "cache" or "durable". Durability: persist."""
+        """Change what a full pool may do to a namespace: "cache" or "durable".
+
+        Durability: persist.
+        """
         self.catalog.set_retention(self.namespace(name).info.namespace_id, retention)
         self.catalog.sync()
         self.store.state.add_namespace(_spec(self.namespace(name).info))
@@ -313,7 +330,10 @@ class Pool:
         )
 
     def close(self) -> None:
-        """Publish, flush, close; idempotent. Errors of the last flush are raised after everything is closed."""
+        """Publish, flush, close; idempotent.
+
+        Errors of the last flush are raised after everything is closed.
+        """
         if self._is_closed:
             return
         if self._background is not None:
@@ -398,13 +418,18 @@ def _spec(info: NamespaceInfo) -> NamespaceSpec:
 
 
 def create_pool(
-    path: str | os.PathLike[str], devices: Sequence[str], *, name: str | None = None,
-    options: PoolOptions | None = None, clock: Clock | None = None,
+    path: str | os.PathLike[str],
+    devices: Sequence[str],
+    *,
+    name: str | None = None,
+    options: PoolOptions | None = None,
+    clock: Clock | None = None,
 ) -> Pool:
     """Format devices and open them as a new pool.
 
     Args:
-        path: Directory for catalog and lock; made if missing, must be empty, on a persistent local filesystem.
+        path: Directory for catalog and lock; made if missing, must be empty, on a persistent local
+            filesystem.
         devices: URLs such as 'dram:?size=4GiB' and 'dir:/mnt/nvme/kv?size=500GiB'.
         name: For people; the directory's name when missing.
         options: How this process runs it.
@@ -490,8 +515,12 @@ def plan_devices(urls: Sequence[DeviceURL]) -> list[tuple[DeviceRow, DeviceURL]]
 
 
 def open_pool(
-    path: str | os.PathLike[str], *, options: PoolOptions | None = None,
-    clock: Clock | None = None, allow_moved: bool = False, background: bool = True,
+    path: str | os.PathLike[str],
+    *,
+    options: PoolOptions | None = None,
+    clock: Clock | None = None,
+    allow_moved: bool = False,
+    background: bool = True,
 ) -> Pool:
     """Open a pool and become its owner.
 
@@ -500,7 +529,8 @@ def open_pool(
         options: How this process runs it.
         clock: Time; the system's when missing.
         allow_moved: Accept devices that were copied, moved, or left by another host.
-        background: Start the background thread; without it nothing persists async blocks but `flush`.
+        background: Start the background thread; without it nothing persists async blocks but
+            `flush`.
 
     Raises:
         NotFoundError: There is no pool.
@@ -576,7 +606,13 @@ def destroy_pool(path: str | os.PathLike[str]) -> None:
             _open_device(row, parse_device_url(row.url)).destroy()
     finally:
         os.close(lock_fd)
-    for name in (CATALOG_NAME, f"{CATALOG_NAME}-wal", f"{CATALOG_NAME}-shm", CONTROL_NAME, LOCK_NAME):
+    for name in (
+        CATALOG_NAME,
+        f"{CATALOG_NAME}-wal",
+        f"{CATALOG_NAME}-shm",
+        CONTROL_NAME,
+        LOCK_NAME,
+    ):
         (root / name).unlink(missing_ok=True)
     if not any(root.iterdir()):
         root.rmdir()
@@ -629,9 +665,7 @@ def _lock_content(fd: int) -> dict[str, object]:
     return content if isinstance(content, dict) else {}
 
 
-def _abandon(
-    root: Path, opened: list[DeviceState], catalog: Catalog | None, lock_fd: int
-) -> None:
+def _abandon(root: Path, opened: list[DeviceState], catalog: Catalog | None, lock_fd: int) -> None:
     """Undo a creation that failed half-way."""
     for state in opened:
         state.device.destroy()

@@ -2,12 +2,12 @@
 
 Layer: L4.
 
-- A view reserves address space of n x stride bytes and maps each extent into it in order. Nothing is copied where the
-  kernel can map (`is_zero_copy`); the rest is copied into private pages.
+- A view reserves address space of n x stride bytes and maps each extent into it in order. Nothing
+  is copied where the kernel can map (`is_zero_copy`); the rest is copied into private pages.
 - It holds leases on its segments until closed: bytes do not change or move under it.
 - Blocks are verified before they are mapped, once per process and generation.
-- A page that fails under a reader (poison, truncation) reads as zeros and marks the view failed: `check` raises, as does leaving the
-  `with` block.
+- A page that fails under a reader (poison, truncation) reads as zeros and marks the view failed:
+  `check` raises, as does leaving the `with` block.
 """
 
 import errno
@@ -32,7 +32,8 @@ class View:
     """Blocks as one tensor. Use as a context manager, or call `close`.
 
     Attributes:
-        nbytes: Bytes from the first block's start to the last block's end (padding between blocks included).
+        nbytes: Bytes from the first block's start to the last block's end (padding between blocks
+            included).
         is_zero_copy: Every block is mapped; nothing was copied.
     """
 
@@ -120,7 +121,10 @@ class View:
             raise UsageError(f"view of {self.nbytes} bytes: {error}") from error
 
     def torch(self, dtype: "torch.dtype", shape: tuple[int, ...]) -> "torch.Tensor":
-        """Return the bytes as one CPU tensor, without a copy. Writing to it is a crash: the pages are read-only."""
+        """Return the bytes as one CPU tensor, without a copy.
+
+        Writing to it is a crash: the pages are read-only.
+        """
         import warnings
 
         import torch

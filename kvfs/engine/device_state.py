@@ -2,10 +2,11 @@
 
 Layer: L3.
 
-- The engine's lock guards `segments`, `logs`, `full`, `claimed`; `open_lock`, taken before it, guards the superblock and lets one
-  thread at a time open a segment, so that the engine's lock is never held over a persist.
-- A generation is used only below `superblock.generation_limit`, which is persisted first; the next owner starts at the limit. So no
-  (slot, generation) is used twice, whatever crashes.
+- The engine's lock guards `segments`, `logs`, `full`, `claimed`; `open_lock`, taken before it,
+  guards the superblock and lets one thread at a time open a segment, so that the engine's lock is
+  never held over a persist.
+- A generation is used only below `superblock.generation_limit`, which is persisted first; the next
+  owner starts at the limit. So no (slot, generation) is used twice, whatever crashes.
 """
 
 import dataclasses
@@ -28,7 +29,10 @@ _RESERVE_SEGMENTS_FROM: Final = 4  # devices with fewer segments keep none back 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NamespaceSpec:
-    """What the store needs to know of a namespace. Sizes in bytes; `digest` is the layout fingerprint."""
+    """What the store needs to know of a namespace.
+
+    Sizes in bytes; `digest` is the layout fingerprint.
+    """
 
     namespace_id: int
     name: str
@@ -73,7 +77,10 @@ class DeviceState:
         self.superblock = updated
 
     def register(self, namespace: NamespaceSpec) -> None:
-        """Record the namespace's layout on the device before its first segment. REQUIRES: `open_lock`."""
+        """Record the namespace's layout on the device before its first segment.
+
+        REQUIRES: `open_lock`.
+        """
         record = NamespaceRecord(namespace.namespace_id, namespace.name, namespace.layout_json)
         others = tuple(
             known
@@ -86,7 +93,9 @@ class DeviceState:
             self.update_superblock(namespaces=(*others, record))
 
     def claim(self) -> tuple[int, int]:
-        """Return a free slot, reserved, and a generation this device never used. REQUIRES: both locks.
+        """Return a free slot, reserved, and a generation this device never used.
+
+        REQUIRES: both locks.
 
         Raises:
             NoSpaceError: All slots are taken.
@@ -117,7 +126,9 @@ class DeviceState:
     def open_segment(
         self, namespace: NamespaceSpec, pool_uuid: uuid.UUID, slot: int, generation: int
     ) -> SegmentLog:
-        """Create a log segment on a claimed slot; persist its open header and name. REQUIRES: `open_lock` only.
+        """Create a log segment on a claimed slot; persist its open header and name.
+
+        REQUIRES: `open_lock` only.
 
         Raises:
             NoSpaceError: The device is full for real.
@@ -138,8 +149,13 @@ class DeviceState:
         return log
 
     def header_for(
-        self, namespace: NamespaceSpec, pool_uuid: uuid.UUID, slot: int, generation: int,
-        nbytes: int, kind: fmt.SegmentKind = fmt.SegmentKind.LOG,
+        self,
+        namespace: NamespaceSpec,
+        pool_uuid: uuid.UUID,
+        slot: int,
+        generation: int,
+        nbytes: int,
+        kind: fmt.SegmentKind = fmt.SegmentKind.LOG,
     ) -> fmt.SegmentHeader:
         """Build the open header of a segment of `nbytes` payload file or slot."""
         return fmt.SegmentHeader(

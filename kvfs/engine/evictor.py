@@ -4,37 +4,69 @@ Layer: L3.
 
 One round, for the segments that the policy chose:
 
-1. Split their live blocks: survivors (pinned, named in a durable namespace, or read since they were written) and dropped ones.
-2. A dropped block that has no other copy takes its resident descendants with it, on every device: a block without its
-   prefix serves nobody.
+1. Split their live blocks: survivors (pinned, named in a durable namespace, or more recently of
+   use than half of the device; all that can still serve a prefix where that is little) and dropped
+   ones.
+2. A dropped block that has no other copy takes its resident descendants with it, on every device:
+   a block without its prefix serves nobody.
 3. Files that lose a block lose their name, then all their blocks: files are whole or absent.
-4. Survivors are copied to the open log and persisted; only then are the old copies forgotten and the segments freed.
+4. Survivors are copied to the open log and persisted; only then are the old copies forgotten and
+   the segments freed.
 
-A crash in between leaves at most two copies of a survivor, and dropped blocks that come back as cache: both harmless.
+A crash in between leaves at most two copies of a survivor, and dropped blocks that come back as
+cache: both harmless.
 
 Concurrency: one round at a time (`_round_lock`, taken before every other lock of the engine).
 """
 
 import threading
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from kvfs import _native
+from kvfs.engine.ancestry import Standing, survey
 from kvfs.engine.device_state import DeviceState
-
+from kvfs.engine.index import RecordArray
 from kvfs.engine.log import Batch
-from kvfs.engine.policy import Candidate, choose_victims, spare
+from kvfs.engine.policy import Candidate, choose_victims, spare, weighted_median
 from kvfs.engine.reader import Reader
-from kvfs.engine.segment_table import SegmentState, SegmentStatus, page_round
+from kvfs.engine.segment_table import SegmentState, SegmentStatus, group_by_segment
 from kvfs.engine.state import EngineState
 from kvfs.engine.writer import Writer
 from kvfs.errors import DeviceError, NoSpaceError, PoisonedError
-from kvfs.keys import KEY_BYTES, KeyArray, file_contexts
+from kvfs.keys import KeyArray, file_contexts
 
-_ROUND_SHARE = 64  # a round frees at least 1/64 of the device, so that its O(n) closure is amortised
-_SHOWN_AT_FIRST = 32
+_ROUND_SHARE = (
+    64  # a round frees at least 1/64 of the device, so that its O(n) closure is amortised
+)
+_NEVER_NS = 1 << 62
 Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class _Victim:
+    """A segment that may go: its live entries, which of them survive, and what the policy weighs."""
+
+    segment: SegmentState
+    indices: npt.NDArray[np.intp]
+    survives: Mask
+    recency_ns: int
+    kept_bytes: int
+    reachable_bytes: int
+
+    def candidate(self, position: int) -> Candidate:
+        """Show it to the policy."""
+        return Candidate(
+            position=position,
+            nbytes=self.segment.handle.nbytes,
+            recency_ns=self.recency_ns,
+            written_ns=self.segment.last_access_ns,
+            kept_bytes=self.kept_bytes,
+            reachable_bytes=self.reachable_bytes,
+            is_leased=self.segment.leases > 0,
+        )
 
 
 class Evictor:
@@ -88,13 +120,13 @@ class Evictor:
         if not victims and self._close_idle_log(device):
             self._flush()
             victims = self._choose(device, wanted)
-        used = device.device.used_bytes
-        by_namespace: dict[int, list[SegmentState]] = {}
+        freed = 0
+        by_namespace: dict[int, list[_Victim]] = {}
         for victim in victims:
-            by_namespace.setdefault(victim.namespace_id, []).append(victim)
+            by_namespace.setdefault(victim.segment.namespace_id, []).append(victim)
         for namespace_id, segments in by_namespace.items():
-            self._evict(device, namespace_id, segments)
-        return device.device.used_bytes < used
+            freed += self._evict(device, namespace_id, segments)
+        return freed > 0
 
     def _flush(self) -> None:
         """Seal what can be sealed; a failing device has been dealt with by the writer."""
@@ -104,31 +136,49 @@ class Evictor:
         except (DeviceError, PoisonedError):
             return
 
-    def _choose(self, device: DeviceState, wanted: int) -> list[SegmentState]:
-        """Ask the policy, showing it the least recently used segments first."""
-        with self._state.lock:
-            segments = sorted(
-                (s for s in device.segments.values() if s.status is SegmentStatus.SEALED),
-                key=lambda s: s.last_access_ns,
-            )
-            shown = _SHOWN_AT_FIRST
-            while True:
-                chosen = choose_victims(self._candidates(segments[:shown]), wanted)
-                if shown >= len(segments) or sum(segments[i].handle.nbytes for i in chosen) >= wanted:
-                    return [segments[i] for i in chosen]
-                shown *= 4
+    def _choose(self, device: DeviceState, wanted: int) -> list[_Victim]:
+        """Ask the policy which sealed segments go, and what survives of each.
 
-    def _candidates(self, segments: list[SegmentState]) -> list[Candidate]:
-        return [
-            Candidate(
-                position=i,
-                nbytes=segment.handle.nbytes,
-                last_access_ns=segment.last_access_ns,
-                held_bytes=self._held_bytes(segment),
-                is_leased=segment.leases > 0,
+        If warm blocks are spread so evenly that no segment is worth evicting, they are not spared.
+        """
+        with self._state.lock:
+            standings = survey(self._state, device)
+            warm_ns = weighted_median(
+                np.concatenate([standing.recency_ns for standing in standings.values()]),
+                np.concatenate([standing.lengths for standing in standings.values()]),
             )
-            for i, segment in enumerate(segments)
-        ]
+            sealed = [
+                segment
+                for segment in device.segments.values()
+                if segment.status is SegmentStatus.SEALED
+            ]
+            for limit in (warm_ns, _NEVER_NS):
+                plans = [self._plan(s, standings[s.handle.slot], limit) for s in sealed]
+                candidates = [plan.candidate(i) for i, plan in enumerate(plans)]
+                chosen = choose_victims(candidates, wanted)
+                if chosen:
+                    return [plans[i] for i in chosen]
+        return []
+
+    def _plan(self, segment: SegmentState, standing: Standing, warm_ns: int) -> _Victim:
+        lengths = standing.lengths
+        survives = spare(
+            self._held(segment.namespace_id, segment.entries["key"][standing.indices]),
+            standing.reachable,
+            standing.recency_ns,
+            lengths,
+            warm_ns=warm_ns,
+            segment_bytes=segment.handle.nbytes,
+        )
+        total = max(1, int(lengths.sum()))
+        return _Victim(
+            segment=segment,
+            indices=standing.indices,
+            survives=survives,
+            recency_ns=int((standing.recency_ns * (lengths / total)).sum()),
+            kept_bytes=int(lengths[survives].sum()),
+            reachable_bytes=int(lengths[standing.reachable].sum()),
+        )
 
     def _close_idle_log(self, device: DeviceState) -> bool:
         """Set the least recently used open log aside, so that its segment can be evicted."""
@@ -139,11 +189,6 @@ class Evictor:
             oldest = min(logs, key=lambda log: log.state.last_access_ns)
             device.full.append(device.logs.pop(oldest.state.namespace_id))
             return True
-
-    def _held_bytes(self, segment: SegmentState) -> int:
-        indices = segment.live_indices()
-        held = self._held(segment.namespace_id, segment.entries["key"][indices])
-        return int(page_round(segment.entries["stored_bytes"][indices][held]).sum())
 
     def _held(self, namespace_id: int, keys: KeyArray) -> Mask:
         """Which keys must not be dropped."""
@@ -158,42 +203,36 @@ class Evictor:
                 mask |= np.isin(wanted, _as_items(named))
         return mask
 
-    def _evict(
-        self, device: DeviceState, namespace_id: int, victims: list[SegmentState]
-    ) -> None:
+    def _evict(self, device: DeviceState, namespace_id: int, victims: list[_Victim]) -> int:
+        """Evict segments of one namespace; return how many went."""
         state = self._state
+        evicted = 0
         with state.lock:
-            plans = [(victim, *self._split(victim)) for victim in victims]
-            doomed = self._close_over_descendants(device, namespace_id, plans)
+            doomed = self._close_over_descendants(device, namespace_id, victims)
         lost = self._forget_files(namespace_id, doomed)
-        for victim, indices, survives in plans:
-            keys = victim.entries["key"][indices]
-            keep = survives & ~np.isin(_as_items(keys), _as_items(lost)) if len(lost) else survives
-            if not self._relocate(device, victim, indices[keep]):
+        for victim in victims:
+            segment, keep = victim.segment, victim.survives
+            if len(lost):
+                keys = segment.entries["key"][victim.indices]
+                keep = keep & ~np.isin(_as_items(keys), _as_items(lost))
+            if not self._relocate(device, segment, victim.indices[keep]):
                 continue  # the victim keeps its blocks; the round frees less
             with state.lock:
-                leftover = victim.live_indices()
-                state.forget(namespace_id, victim.records(leftover))
+                leftover = segment.live_indices()
+                state.forget(namespace_id, segment.records(leftover))
                 state.counters.segments_evicted += 1
-                device.discard(victim)
+                device.discard(segment)
+                evicted += 1
         self._drop_lost(namespace_id, lost)
-
-    def _split(self, victim: SegmentState) -> tuple[npt.NDArray[np.intp], Mask]:
-        indices = victim.live_indices()
-        lengths = page_round(victim.entries["stored_bytes"][indices])
-        held = self._held(victim.namespace_id, victim.entries["key"][indices])
-        budget = int(self._state.options.second_chance_share * victim.handle.nbytes)
-        return indices, spare(victim.touched[indices], held, lengths, budget)
+        return evicted
 
     def _close_over_descendants(
-        self, device: DeviceState, namespace_id: int,
-        plans: list[tuple[SegmentState, npt.NDArray[np.intp], Mask]],
+        self, device: DeviceState, namespace_id: int, victims: list[_Victim]
     ) -> KeyArray:
-        """Return the keys that leave the pool: dropped without another copy, and their descendants."""  # fmt: skip
-        seeds = [
-            victim.entries["key"][indices[~survives]] for victim, indices, survives in plans
-        ]
-        dropped = np.concatenate(seeds) if seeds else np.zeros((0, KEY_BYTES), np.uint8)
+        """Return the keys that leave the pool: dropped without another copy, and their descendants."""
+        dropped = np.concatenate(
+            [v.segment.entries["key"][v.indices[~v.survives]] for v in victims]
+        )
         for other in self._state.devices:
             if other is not device and len(dropped):
                 copies = self._state.index(namespace_id).lookup(
@@ -249,7 +288,11 @@ class Evictor:
             addresses = np.uint64(scratch.ctypes.data) + np.cumsum(lengths) - lengths
             lease.records = records
             read = self._reader.read_ranges(
-                lease, np.arange(len(records)), np.zeros(len(records), np.uint64), lengths, addresses
+                lease,
+                np.arange(len(records)),
+                np.zeros(len(records), np.uint64),
+                lengths,
+                addresses,
             )
             batch = Batch(
                 keys=np.ascontiguousarray(entries["key"]),
@@ -261,6 +304,7 @@ class Evictor:
             ).take(np.flatnonzero(read))
             copies = self._writer.append(device, namespace, batch, keep_reserve=False)
             self._writer.persist_holding(copies)
+            self._keep_recency(copies, victim.accessed_ns[indices[good][read]])
         except (NoSpaceError, DeviceError, PoisonedError):
             return False
         finally:
@@ -269,6 +313,13 @@ class Evictor:
             state.counters.blocks_relocated += len(batch)
             state.counters.bytes_relocated += int(batch.lengths.sum())
         return True
+
+    def _keep_recency(self, copies: RecordArray, accessed_ns: npt.NDArray[np.int64]) -> None:
+        """Let copies be as old as what they were made from: moving a block is no use of it."""
+        for device, slot, generation, positions in group_by_segment(copies):
+            segment = self._state.segment_of(device, slot, generation)
+            if segment is not None:
+                segment.accessed_ns[copies["entry"][positions]] = accessed_ns[positions]
 
     def _drop_lost(self, namespace_id: int, lost: KeyArray) -> None:
         """Drop every copy of keys that left the pool."""
@@ -289,5 +340,3 @@ class Evictor:
 
 def _as_items(keys: KeyArray) -> npt.NDArray[np.void]:
     return np.ascontiguousarray(keys).view("V32").ravel()
-
-

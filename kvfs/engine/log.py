@@ -2,13 +2,14 @@
 
 Layer: L2 (does I/O through a device).
 
-- Payloads grow upwards from offset 0, entries downwards from the headers. An entry is written after its payload was; one
-  persist covers both.
-- A page of entries is only ever rewritten with the same bytes plus new ones, so a torn write cannot lose an entry
-  that was persisted before.
+- Payloads grow upwards from offset 0, entries downwards from the headers. An entry is written
+  after its payload was; one persist covers both.
+- A page of entries is only ever rewritten with the same bytes plus new ones, so a torn write
+  cannot lose an entry that was persisted before.
 - After any failed write or persist the segment is poisoned: never written again, never sealed.
 
-Concurrency: `SegmentLog.lock` admits one appender; `persist_lock` one persister; lock order is lock, then persist_lock. Persisters
+Concurrency: `SegmentLog.lock` admits one appender; `persist_lock` one persister; lock order is
+    lock, then persist_lock. Persisters
 that arrive while another runs find their entries covered by the next round (group commit).
 """
 
@@ -81,7 +82,9 @@ class SegmentLog:
         return int(misfits[0]) if len(misfits) else len(lengths)
 
     def append(self, batch: Batch) -> npt.NDArray[np.int64]:
-        """Write payloads and entries; return the entries' indices. REQUIRES: `lock`, and that they fit.
+        """Write payloads and entries; return the entries' indices.
+
+        REQUIRES: `lock`, and that they fit.
 
         Durability: flush. The entries are valid for this process at once.
 
@@ -139,10 +142,12 @@ class SegmentLog:
             state.persisted_count = covered
 
     def seal(self) -> None:
-        """Persist all, then write and persist the seal header. REQUIRES: `lock`. Durability: persist.
+        """Persist all, then write and persist the seal header.
 
-        A segment taken over from an earlier owner gets no seal header: this owner cannot vouch for its payloads, so they stay
-        subject to verification.
+        REQUIRES: `lock`. Durability: persist.
+
+        A segment taken over from an earlier owner gets no seal header: this owner cannot vouch for
+        its payloads, so they stay subject to verification.
         """
         self.persist()
         state = self.state
@@ -231,7 +236,10 @@ def segment_where(device: Device, segment: Segment | SegmentName) -> str:
 
 @dataclass(frozen=True, slots=True)
 class LoadedSegment:
-    """A segment as read from the medium. `is_sealed`: the seal header holds and covers the entries."""
+    """A segment as read from the medium.
+
+    `is_sealed`: the seal header holds and covers the entries.
+    """
 
     header: SegmentHeader
     is_sealed: bool
@@ -243,11 +251,12 @@ class LoadedSegment:
 def load_segment(device: Device, handle: Segment) -> LoadedSegment:
     """Read headers and entries of a segment.
 
-    With a seal header that holds, exactly its entries are read. Without one, entries are scanned down to the payload's
-    high-water mark, never stopping at a bad one.
+    With a seal header that holds, exactly its entries are read. Without one, entries are scanned
+    down to the payload's high-water mark, never stopping at a bad one.
 
     Raises:
-        CorruptionError: The open header does not hold: the segment never held a persisted payload, or is damaged.
+        CorruptionError: The open header does not hold: the segment never held a persisted payload,
+            or is damaged.
         FormatVersionError: Written by another format.
     """
     where = segment_where(device, handle)
@@ -287,9 +296,7 @@ def _load_sealed(
     ordered = entries if len(entries) == seal.entry_count else entries[:0]
     if _native.xxh3_128(ordered) != seal.entries_xxh3:
         return None
-    return LoadedSegment(
-        header, True, np.frombuffer(indices, np.uint32), entries, seal.entry_count
-    )
+    return LoadedSegment(header, True, np.frombuffer(indices, np.uint32), entries, seal.entry_count)
 
 
 def _scan_unsealed(

@@ -2,9 +2,11 @@
 
 Layer: L3.
 
-- A block that cannot be read back is dropped from the index and counted; the caller sees a miss. Another copy is tried first.
-- Payloads of segments without a seal header (and of poisoned ones) are verified from the medium, past the page cache,
-  before they are first served; others at the first read of this process (`PoolOptions.verify_reads`).
+- A block that cannot be read back is dropped from the index and counted; the caller sees a miss.
+  Another copy is tried first.
+- Payloads of segments without a seal header (and of poisoned ones) are verified from the medium,
+  past the page cache, before they are first served; others at the first read of this process
+  (`PoolOptions.verify_reads`).
 - Reads hold a lease on the segments they touch, so that no slot is recycled under a copy.
 """
 
@@ -28,7 +30,10 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """Segments that must not be recycled. `records` says where the bytes are; misses have length 0."""
+    """Segments that must not be recycled.
+
+    `records` says where the bytes are; misses have length 0.
+    """
 
     records: RecordArray
     segments: list[SegmentState] = field(default_factory=list)
@@ -61,7 +66,8 @@ class Reader:
     def lease(self, namespace_id: int, keys: KeyArray, *, verify: bool = True) -> Lease:
         """Look up blocks and hold their segments until `release`.
 
-        With `verify`, blocks that do not hold what their entry says are dropped and reported as misses.
+        With `verify`, blocks that do not hold what their entry says are dropped and reported as
+        misses.
         """
         index = self._state.index(namespace_id)
         with self._state.lock:
@@ -121,8 +127,12 @@ class Reader:
         return done
 
     def read_ranges(
-        self, lease: Lease, positions: npt.NDArray[np.integer], offsets: AddressArray,
-        lengths: AddressArray, addresses: AddressArray,
+        self,
+        lease: Lease,
+        positions: npt.NDArray[np.integer],
+        offsets: AddressArray,
+        lengths: AddressArray,
+        addresses: AddressArray,
     ) -> Mask:
         """Copy parts of leased, verified blocks: for each i, `lengths[i]` bytes from `offsets[i]` of record `positions[i]`.
 
@@ -206,8 +216,12 @@ class Reader:
         return digests
 
     def _transfer(
-        self, records: RecordArray, starts: AddressArray, lengths: AddressArray,
-        addresses: AddressArray, digests: npt.NDArray[np.uint8] | None,
+        self,
+        records: RecordArray,
+        starts: AddressArray,
+        lengths: AddressArray,
+        addresses: AddressArray,
+        digests: npt.NDArray[np.uint8] | None,
     ) -> npt.NDArray[np.int32]:
         """Copy, from maps where there are, else with pread; one native call for each of the two."""  # fmt: skip
         sources = np.zeros(len(records), np.uint64)
@@ -258,8 +272,12 @@ class Reader:
         return statuses
 
     def _verify_file(
-        self, fd: int, starts: AddressArray, lengths: AddressArray,
-        digests: npt.NDArray[np.uint8], statuses: npt.NDArray[np.int32],
+        self,
+        fd: int,
+        starts: AddressArray,
+        lengths: AddressArray,
+        digests: npt.NDArray[np.uint8],
+        statuses: npt.NDArray[np.int32],
     ) -> None:
         """Verify by reading into scratch memory, some megabytes at a time."""  # fmt: skip
         size = max(_SCRATCH_BYTES, int(lengths.max()))

@@ -2,12 +2,16 @@
 
 Layer: L3.
 
-- Reads superblock and summaries, never payloads: the cost follows the number of blocks, not their size.
+- Reads superblock and summaries, never payloads: the cost follows the number of blocks, not their
+  size.
 - Whatever is found is persisted once, so that from then on "found" means "durable".
-- A segment whose open header never made it to the medium held nothing that was acknowledged: it is freed. One with a damaged
-  open header is set aside: nothing in it is served, its space comes back by eviction, `check` reports it.
-- The last unsealed log segment of a namespace is resumed; its old payloads stay subject to verification.
-- Recovery writes nothing that a crash during it could turn into harm: claims bump counters, frees repeat.
+- A segment whose open header never made it to the medium held nothing that was acknowledged: it is
+  freed. One with a damaged open header is set aside: nothing in it is served, its space comes back
+  by eviction, `check` reports it.
+- The last unsealed log segment of a namespace is resumed; its old payloads stay subject to
+  verification.
+- Recovery writes nothing that a crash during it could turn into harm: claims bump counters, frees
+  repeat.
 """
 
 import uuid
@@ -66,10 +70,17 @@ def format_device(
 
 
 def claim_device(
-    device: Device, pool_uuid: uuid.UUID, location: int, owner: Owner, clock: Clock,
-    *, allow_moved: bool = False,
+    device: Device,
+    pool_uuid: uuid.UUID,
+    location: int,
+    owner: Owner,
+    clock: Clock,
+    *,
+    allow_moved: bool = False,
 ) -> DeviceState:
-    """Check that the device belongs to the pool and to nobody else, and take it over. Durability: persist.
+    """Check that the device belongs to the pool and to nobody else, and take it over.
+
+    Durability: persist.
 
     Raises:
         CorruptionError: No superblock, or a damaged one.
@@ -125,7 +136,10 @@ class _Found:
 
 
 def load_devices(state: EngineState) -> RecoveryReport:
-    """Read the segments of all devices into tables and indexes. REQUIRES: all namespaces are known."""
+    """Read the segments of all devices into tables and indexes.
+
+    REQUIRES: all namespaces are known.
+    """
     report = RecoveryReport()
     found: list[_Found] = []
     for device in state.devices:
@@ -224,6 +238,7 @@ def _enter(state: EngineState, item: _Found, report: RecoveryReport) -> None:
     if len(loaded.entries):
         state.publish(segment, loaded.indices.astype(np.int64), verified=False)
     segment.last_access_ns = last_access_ns
+    segment.accessed_ns[:] = last_access_ns
 
 
 def _resume(device: DeviceState, segment: SegmentState, header: fmt.SegmentHeader) -> None:
@@ -238,7 +253,10 @@ def _resume(device: DeviceState, segment: SegmentState, header: fmt.SegmentHeade
 def reap_unnamed_files(
     state: EngineState, versions: dict[int, int], report: RecoveryReport
 ) -> None:
-    """Free file segments that no name reaches. `versions`: the version of each named file by context id."""
+    """Free file segments that no name reaches.
+
+    `versions`: the version of each named file by context id.
+    """
     for device in state.devices:
         for segment in list(device.segments.values()):
             if not segment.handle.is_file or not segment.entry_count:

@@ -2,11 +2,13 @@
 
 Layer: L2, pure.
 
-- One `SegmentState` per segment on a device; it keeps the segment's entries (128 bytes per block), so that checksums and
-  parents are at hand without touching the medium.
-- Invariant: `live[i]` is set exactly if the index has a record that names entry i of this segment and generation;
-  `live_bytes` is the sum of the stored bytes of live entries, each rounded up to 4 KiB.
-- State changes under the store's lock. `entries` grows under the log's lock; readers use only [0, entry_count).
+- One `SegmentState` per segment on a device; it keeps the segment's entries (128 bytes per block),
+  so that checksums and parents are at hand without touching the medium.
+- Invariant: `live[i]` is set exactly if the index has a record that names entry i of this segment
+  and generation; `live_bytes` is the sum of the stored bytes of live entries, each rounded up to 4
+  KiB.
+- State changes under the store's lock. `entries` grows under the log's lock; readers use only [0,
+  entry_count).
 """
 
 from dataclasses import dataclass, field
@@ -39,10 +41,11 @@ class SegmentState:
     Attributes:
         payload_end: Where the next payload goes.
         persisted_count: Entries known to have survived a persist by this owner.
-        needs_verify: No seal header covers it: payloads are verified from the medium before they are served.
+        needs_verify: No seal header covers it: payloads are verified from the medium before they
+            are served.
         is_poisoned: A write or persist failed: never sealed, never written again.
         leases: Views and readers that hold its bytes.
-        touched: Per entry, whether it was read since it was written or last spared.
+        accessed_ns: Per entry, when it was last written or read (monotonic clock).
     """
 
     handle: Segment
@@ -59,7 +62,9 @@ class SegmentState:
     live_count: int = 0
     entries: EntryArray = field(default_factory=lambda: np.zeros(_ENTRIES_MIN, ENTRY))
     live: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(_ENTRIES_MIN, np.bool_))
-    touched: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(_ENTRIES_MIN, np.bool_))
+    accessed_ns: npt.NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros(_ENTRIES_MIN, np.int64)
+    )
 
     def reserve(self, count: int) -> None:
         """Make room for `count` entries in all."""
@@ -67,7 +72,7 @@ class SegmentState:
         if count <= have:
             return
         size = max(count, 2 * have)
-        for name in ("entries", "live", "touched"):
+        for name in ("entries", "live", "accessed_ns"):
             old = getattr(self, name)
             grown = np.zeros(size, old.dtype)
             grown[:have] = old
@@ -125,7 +130,10 @@ def page_round(lengths: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
 def group_by_segment(
     records: RecordArray,
 ) -> list[tuple[int, int, int, npt.NDArray[np.intp]]]:
-    """Group hits by segment: (device, slot, generation, positions in `records`). Misses are skipped."""
+    """Group hits by segment: (device, slot, generation, positions in `records`).
+
+    Misses are skipped.
+    """
     hits = np.flatnonzero(records["length"])
     if not len(hits):
         return []

@@ -2,9 +2,10 @@
 
 Layer: L3.
 
-- `lock` guards the tables of all devices, the writing side of all indexes, pins and counters. It is held for book-keeping only,
-  never while payload bytes move.
-- Publishing and forgetting go through `publish` and `forget`, which keep index and segment tables in step.
+- `lock` guards the tables of all devices, the writing side of all indexes, pins and counters. It
+  is held for book-keeping only, never while payload bytes move.
+- Publishing and forgetting go through `publish` and `forget`, which keep index and segment tables
+  in step.
 """
 
 import dataclasses
@@ -33,7 +34,10 @@ class Names(Protocol):
         """Yield the keys that a name of the namespace reaches."""
 
     def forget_files(self, context_ids: list[int]) -> list[KeyArray]:
-        """Remove the names of files that lost a block; return all keys of each file removed. Durability: flush."""
+        """Remove the names of files that lost a block; return all keys of each file removed.
+
+        Durability: flush.
+        """
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -107,6 +111,7 @@ class EngineState:
             segment.mark_live(indices)
             self.mark_dead(self.indexes[segment.namespace_id].insert(records))
             segment.last_access_ns = self.clock.monotonic_ns()
+            segment.accessed_ns[indices] = segment.last_access_ns
         return records
 
     def forget(self, namespace_id: int, records: RecordArray) -> int:
@@ -131,7 +136,7 @@ class EngineState:
             segment = self.segment_of(device, slot, generation)
             if segment is not None:
                 segment.last_access_ns = now
-                segment.touched[records["entry"][positions]] = True
+                segment.accessed_ns[records["entry"][positions]] = now
 
     def pin(self, namespace_id: int, keys: KeyArray, nbytes: int) -> None:
         """Forbid the eviction of these keys. REQUIRES: `lock`."""

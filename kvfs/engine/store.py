@@ -3,7 +3,8 @@
 Layer: L3.
 
 - Blocks go in whole and come out whole or not at all; a miss is never an error.
-- Everything here is synchronous and thread-safe; payload bytes move without the GIL and without the engine's lock.
+- Everything here is synchronous and thread-safe; payload bytes move without the GIL and without
+  the engine's lock.
 - Nothing here knows names: contexts and files are the pool's.
 """
 
@@ -62,14 +63,23 @@ class Store:
         self._is_closed = False
 
     def load(self) -> RecoveryReport:
-        """Read what is on the devices. REQUIRES: all namespaces were added; called once, before anything else."""
+        """Read what is on the devices.
+
+        REQUIRES: all namespaces were added; called once, before anything else.
+        """
         return load_devices(self.state)
 
     # --- blocks
 
     def put(
-        self, namespace_id: int, keys: KeyArray, addresses: Addresses, lengths: Addresses, *,
-        parents: KeyArray | None = None, tokens: Sequence[int] | None = None,
+        self,
+        namespace_id: int,
+        keys: KeyArray,
+        addresses: Addresses,
+        lengths: Addresses,
+        *,
+        parents: KeyArray | None = None,
+        tokens: Sequence[int] | None = None,
         durability: Durability = Durability.ASYNC,
     ) -> PutResult:
         """Store blocks that are not there yet; see Namespace.put for the contract.
@@ -204,10 +214,17 @@ class Store:
         return self.state.device(device_index)
 
     def adopt(
-        self, device_index: int, staging: Staging, namespace_id: int, keys: KeyArray,
-        lengths: Addresses, digests: npt.NDArray[np.uint8],
+        self,
+        device_index: int,
+        staging: Staging,
+        namespace_id: int,
+        keys: KeyArray,
+        lengths: Addresses,
+        digests: npt.NDArray[np.uint8],
     ) -> RecordArray:
-        """Turn a persisted staging file into a file segment of consecutive blocks. Durability: persist.
+        """Turn a persisted staging file into a file segment of consecutive blocks.
+
+        Durability: persist.
 
         Args:
             device_index: Where the staging file is.
@@ -259,7 +276,7 @@ class Store:
         failure: Exception | None = None
         try:
             self.flush()
-        except Exception as error:  # noqa: BLE001 - raised again below, after the devices are closed
+        except Exception as error:
             failure = error
         for device in self.state.devices:
             try:

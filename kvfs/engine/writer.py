@@ -2,11 +2,13 @@
 
 Layer: L3.
 
-- A payload is written and hashed in one pass, its entry after it, then both are published; readers of this process see the block
-  at once, a crash may take it until the next persist.
-- `sync` blocks are persisted before `put` returns; `async` ones by `flush`, which the pool calls within its bounded delay.
+- A payload is written and hashed in one pass, its entry after it, then both are published; readers
+  of this process see the block at once, a crash may take it until the next persist.
+- `sync` blocks are persisted before `put` returns; `async` ones by `flush`, which the pool calls
+  within its bounded delay.
 - A full segment is set aside and sealed by `flush`; nothing waits for a seal.
-- After a failed write the batch is tried once more on a fresh segment; what the failed segment held unpersisted is dropped.
+- After a failed write the batch is tried once more on a fresh segment; what the failed segment
+  held unpersisted is dropped.
 
 Locks: the log's lock, then the state's lock.
 """
@@ -61,13 +63,19 @@ class Writer:
 
         Args:
             state: The pool.
-            make_room: Evicts on a device until about that many bytes are free; False if nothing can go.
+            make_room: Evicts on a device until about that many bytes are free; False if nothing
+                can go.
         """
         self._state = state
         self._make_room = make_room
 
-    def put(self, namespace: NamespaceSpec, batch: Batch, durability: Durability,
-            trusted: Callable[[RecordArray], npt.NDArray[np.bool_]]) -> PutResult:
+    def put(
+        self,
+        namespace: NamespaceSpec,
+        batch: Batch,
+        durability: Durability,
+        trusted: Callable[[RecordArray], npt.NDArray[np.bool_]],
+    ) -> PutResult:
         """Store the blocks of a batch that are not there yet.
 
         Args:
@@ -97,8 +105,15 @@ class Writer:
             self.persist_holding(np.concatenate([written, present[present["length"] > 0]]))
         return self._account(batch, missing)
 
-    def append(self, device: DeviceState, namespace: NamespaceSpec, batch: Batch, *,
-               keep_reserve: bool = True, publish: bool = True) -> RecordArray:
+    def append(
+        self,
+        device: DeviceState,
+        namespace: NamespaceSpec,
+        batch: Batch,
+        *,
+        keep_reserve: bool = True,
+        publish: bool = True,
+    ) -> RecordArray:
         """Append blocks to the device's log of a namespace; return their records.
 
         Durability: flush.
@@ -152,12 +167,17 @@ class Writer:
         if failure is not None:
             raise failure
 
-    def adopt(self, device: DeviceState, namespace: NamespaceSpec, staging: Staging,
-              entries: fmt.EntryArray) -> RecordArray:
+    def adopt(
+        self,
+        device: DeviceState,
+        namespace: NamespaceSpec,
+        staging: Staging,
+        entries: fmt.EntryArray,
+    ) -> RecordArray:
         """Turn a staging file into a file segment with these entries. Durability: persist.
 
-        The names are persisted too: on return the blocks survive a crash, and are reaped by the next owner unless the
-        catalog names them.
+        The names are persisted too: on return the blocks survive a crash, and are reaped by the
+        next owner unless the catalog names them.
         """  # fmt: skip
         state = self._state
         nbytes = staging.nbytes
@@ -192,8 +212,13 @@ class Writer:
 
     # --- internals
 
-    def _present(self, namespace: NamespaceSpec, batch: Batch, homes: list[DeviceState],
-                 trusted: Callable[[RecordArray], npt.NDArray[np.bool_]]) -> RecordArray:
+    def _present(
+        self,
+        namespace: NamespaceSpec,
+        batch: Batch,
+        homes: list[DeviceState],
+        trusted: Callable[[RecordArray], npt.NDArray[np.bool_]],
+    ) -> RecordArray:
         """Return for each block a verified copy on one of the homes, or a zero record."""  # fmt: skip
         index = self._state.index(namespace.namespace_id)
         found = np.zeros(len(batch), RECORD)
@@ -206,8 +231,9 @@ class Writer:
             found[missing] = records
         return found
 
-    def _store(self, namespace: NamespaceSpec, batch: Batch,
-               homes: list[DeviceState]) -> RecordArray:
+    def _store(
+        self, namespace: NamespaceSpec, batch: Batch, homes: list[DeviceState]
+    ) -> RecordArray:
         """Append to the first home that takes the batch."""  # fmt: skip
         failure: NoSpaceError | DeviceError | PoisonedError | None = None
         for device in homes:
@@ -221,8 +247,9 @@ class Writer:
             self._state.counters.puts_refused += 1
         raise failure
 
-    def _store_extra(self, namespace: NamespaceSpec, batch: Batch,
-                     devices: list[DeviceState]) -> None:
+    def _store_extra(
+        self, namespace: NamespaceSpec, batch: Batch, devices: list[DeviceState]
+    ) -> None:
         """Add a copy on a volatile tier; a full or failing one is no reason to fail."""  # fmt: skip
         index = self._state.index(namespace.namespace_id)
         for device in devices:
@@ -234,8 +261,13 @@ class Writer:
                 continue
             return
 
-    def _log_with_room(self, device: DeviceState, namespace: NamespaceSpec,
-                       lengths: npt.NDArray[np.uint64], keep_reserve: bool) -> SegmentLog:
+    def _log_with_room(
+        self,
+        device: DeviceState,
+        namespace: NamespaceSpec,
+        lengths: npt.NDArray[np.uint64],
+        keep_reserve: bool,
+    ) -> SegmentLog:
         """Return the open log if the first payload fits, else a new one."""  # fmt: skip
         state = self._state
         if int(lengths[0]) > device.info.segment_bytes // 2:
@@ -300,8 +332,9 @@ class Writer:
             if failure is not None:
                 raise failure
 
-    def _guarded(self, device: DeviceState, log: SegmentLog,
-                 operation: Callable[[], None]) -> DeviceError | PoisonedError | None:
+    def _guarded(
+        self, device: DeviceState, log: SegmentLog, operation: Callable[[], None]
+    ) -> DeviceError | PoisonedError | None:
         """Run a persist or seal; on failure drop what is not persisted and return the error."""  # fmt: skip
         try:
             operation()
@@ -324,7 +357,9 @@ class Writer:
             lost = np.arange(segment.persisted_count, segment.entry_count)
             lost = lost[segment.live[lost]]
             state.forget(segment.namespace_id, segment.records(lost))
-            segment.status = SegmentStatus.SEALED  # as a place: full, evictable, never written again
+            segment.status = (
+                SegmentStatus.SEALED
+            )  # as a place: full, evictable, never written again
             segment.needs_verify = True
             state.counters.segments_poisoned += 1
             self._unverify(segment)
@@ -345,9 +380,7 @@ class Writer:
 
     def _account(self, batch: Batch, missing: Batch) -> PutResult:
         stored, offered = int(missing.lengths.sum()), int(batch.lengths.sum())
-        result = PutResult(
-            len(missing), len(batch) - len(missing), stored, offered - stored
-        )
+        result = PutResult(len(missing), len(batch) - len(missing), stored, offered - stored)
         with self._state.lock:
             counters = self._state.counters
             counters.blocks_put += result.blocks_stored
@@ -363,5 +396,3 @@ def _first_of_each(keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
         return np.arange(len(keys))
     _, first = np.unique(keys.view("V32").ravel(), return_index=True)
     return np.sort(first)
-
-

@@ -1,0 +1,104 @@
+"""Which blocks of a device can still be reached from the start of their chain, and how recently they were of use.
+
+Layer: L3 (reads tables and index; no I/O).
+
+- A block whose parent is not resident can serve no prefix, nor can its descendants: they are
+  *unreachable* and worth nothing.
+- A prefix is as valuable as what continues it: a block's recency is the latest access of itself or
+  any of its descendants. Plain least-recently-used order would drop the head of a chain first, and
+  the whole chain with it.
+
+Both are computed for all blocks of a device at once by pointer doubling along parents: O(n log
+depth).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvfs.engine.device_state import DeviceState
+from kvfs.engine.segment_table import SegmentState, page_round
+from kvfs.engine.state import EngineState
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How the live blocks of a segment stand, one item per block in log order.
+
+    Attributes:
+        indices: Entries.
+        lengths: Bytes, rounded up to 4 KiB.
+        reachable: Whether the chain is resident up to the block.
+        recency_ns: Latest access of the block or a descendant.
+    """
+
+    indices: npt.NDArray[np.intp]
+    lengths: npt.NDArray[np.int64]
+    reachable: npt.NDArray[np.bool_]
+    recency_ns: npt.NDArray[np.int64]
+
+
+def survey(state: EngineState, device: DeviceState) -> dict[int, Standing]:
+    """Return the standing of each segment of a device by slot. REQUIRES: the engine's lock."""
+    by_namespace: dict[int, list[SegmentState]] = {}
+    for segment in device.segments.values():
+        by_namespace.setdefault(segment.namespace_id, []).append(segment)
+    standings: dict[int, Standing] = {}
+    for namespace_id, segments in by_namespace.items():
+        standings.update(_survey_namespace(state, device, namespace_id, segments))
+    return standings
+
+
+def _survey_namespace(
+    state: EngineState, device: DeviceState, namespace_id: int, segments: list[SegmentState]
+) -> dict[int, Standing]:
+    counts = np.array([segment.entry_count for segment in segments])
+    first = np.cumsum(counts) - counts
+    live = np.concatenate([s.live[: s.entry_count] for s in segments])
+    recency = np.concatenate([s.accessed_ns[: s.entry_count] for s in segments])
+    unreachable = np.zeros(len(live), np.bool_)
+    rows = np.flatnonzero(live)
+    if len(rows):
+        parents = np.concatenate([s.entries["parent"][: s.entry_count] for s in segments])
+        asks = rows[parents[rows].any(axis=1)]
+        asked = np.ascontiguousarray(parents[asks])
+        index = state.index(namespace_id)
+        unreachable[asks] = index.lookup(asked)["length"] == 0
+        here = index.lookup(asked, device.info.index)
+        base = np.zeros(device.info.slot_count, np.int64)
+        base[[segment.handle.slot for segment in segments]] = first
+        ancestor = np.arange(len(live))
+        hits = here["length"] > 0
+        ancestor[asks[hits]] = base[here["segment"][hits]] + here["entry"][hits]
+        _propagate(ancestor, recency, unreachable)
+    standings = {}
+    for segment, start in zip(segments, first.tolist(), strict=True):
+        indices = segment.live_indices()
+        standings[segment.handle.slot] = Standing(
+            indices=indices,
+            lengths=page_round(segment.entries["stored_bytes"][indices]),
+            reachable=~unreachable[start + indices],
+            recency_ns=recency[start + indices],
+        )
+    return standings
+
+
+def _propagate(
+    ancestor: npt.NDArray[np.intp],
+    recency: npt.NDArray[np.int64],
+    unreachable: npt.NDArray[np.bool_],
+) -> None:
+    """Spread recency to all ancestors and unreachability to all descendants, in place.
+
+    `ancestor[i]` is the row of i's parent, or i itself for a root. After round k it is the 2**k-th
+    ancestor. Parents that form a cycle (possible, as parents are hints) end the doubling after as
+    many rounds as a chain of all rows would take.
+    """  # fmt: skip
+    for _ in range(len(ancestor).bit_length() + 1):
+        np.maximum.at(recency, ancestor, recency)
+        unreachable |= unreachable[ancestor]
+        further = ancestor[ancestor]
+        if np.array_equal(further, ancestor):
+            return
+        ancestor = further
