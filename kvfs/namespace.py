@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfs.buffers import addresses_of
-from kvfs.engine.catalog import NamespaceInfo, Node, NodeKind, NodeState, Origin
+from kvfs.engine.catalog_schema import NamespaceInfo, Node, NodeKind, NodeState, Origin
 from kvfs.engine.index import RecordArray
 from kvfs.engine.writer import Durability, PutResult
 from kvfs.errors import ExistsError, NotFoundError, UsageError
@@ -88,7 +88,7 @@ class Namespace:
             DeviceError: Writes failed on every device.
 
         Cost: one pass over the bytes for copy and XXH3-128, per tier written.
-        """  # fmt: skip
+        """
         keys = as_key_array(keys, self.info.namespace_id)
         addresses, lengths = addresses_of(buffers, len(keys))
         if token_counts is None:
@@ -256,7 +256,7 @@ class Context:
 
         Raises:
             UsageError: The context ends in a partial block and `replace_tail` is not set.
-        """  # fmt: skip
+        """
         pool, layout = self.namespace.pool, self.namespace.layout
         keys = as_key_array(keys, self.namespace.info.namespace_id)
         addresses, lengths = addresses_of(buffers, len(keys))
@@ -316,7 +316,7 @@ def _token_counts(
     tokens: npt.NDArray[np.uint32] | None,
     given: Sequence[int] | None,
 ) -> list[int]:
-    """Return tokens per block: as given, or by cutting `tokens` into blocks, or full blocks."""  # fmt: skip
+    """Return tokens per block: as given, or by cutting `tokens` into blocks, or full blocks."""
     if given is not None:
         if len(given) != count:
             raise UsageError(f"expected {count} token counts, found {len(given)}")

@@ -29,14 +29,15 @@ from kvfs.clock import Clock, SystemClock
 from kvfs.config import DeviceURL, PoolOptions, default_segment_bytes, parse_device_url
 from kvfs.devices.base import Device
 from kvfs.devices.open import capacity_of, location_of, open_device
-from kvfs.engine.catalog import (
-    Catalog,
+from kvfs.engine.catalog import Catalog
+from kvfs.engine.catalog_schema import (
     DeviceRow,
     NamespaceInfo,
     Node,
     NodeKind,
     NodeState,
     Origin,
+    Retention,
 )
 from kvfs.engine.device_state import DeviceState, NamespaceSpec
 from kvfs.engine.recovery import (
@@ -129,7 +130,7 @@ class Pool:
         clock: Clock,
         lock_fd: int = -1,
     ) -> None:
-        """Put an opened catalog and claimed devices together; see create_pool and open_pool."""  # fmt: skip
+        """Put an opened catalog and claimed devices together; see create_pool and open_pool."""
         self.path = path
         self.name = catalog.meta("name") or path.name
         self.uuid = uuid.UUID(catalog.meta("pool_uuid") or "")
@@ -151,7 +152,7 @@ class Pool:
     # --- namespaces
 
     def namespace(
-        self, name: str, layout: Layout | None = None, *, retention: str = "cache"
+        self, name: str, layout: Layout | None = None, *, retention: Retention = "cache"
     ) -> Namespace:
         """Return a namespace, made if it is not there and `layout` is given.
 
@@ -191,7 +192,7 @@ class Pool:
         name: str,
         layout: Layout = OPAQUE,
         *,
-        retention: str = "cache",
+        retention: Retention = "cache",
         mode: int = 0o755,
         uid: int | None = None,
         gid: int | None = None,
@@ -201,7 +202,7 @@ class Pool:
         Raises:
             ExistsError: The name is taken.
             UsageError: The name cannot be a directory, or the retention is unknown.
-        """  # fmt: skip
+        """
         self._check_stride(layout)
         info = self.catalog.create_namespace(
             new_namespace_id(),
@@ -231,7 +232,7 @@ class Pool:
         if name == DEFAULT_NAMESPACE:
             self.make_namespace(DEFAULT_NAMESPACE)
 
-    def set_retention(self, name: str, retention: str) -> None:
+    def set_retention(self, name: str, retention: Retention) -> None:
         """Change what a full pool may do to a namespace: "cache" or "durable".
 
         Durability: persist.
@@ -245,13 +246,13 @@ class Pool:
         self._require_open()
         now = self.clock.wall_ns()
         uid, gid = os.getuid(), os.getgid()
-        folder, _, name = path.rpartition("/")
+        name = path
         with self.catalog.transaction():
             parent = info.root_node_id
-            if folder:
-                parent = self.catalog.make_parents(
-                    info.root_node_id, folder, mode=0o755, uid=uid, gid=gid, now_ns=now
-                ).node_id
+            if "/" in path:
+                parent, name = self.catalog.make_parents(
+                    parent, path, mode=0o755, uid=uid, gid=gid, now_ns=now
+                )
             return self.catalog.create_context(
                 parent, name, info.namespace_id, Origin.API, NodeState.ACTIVE,
                 mode=0o644, uid=uid, gid=gid, now_ns=now,
@@ -322,7 +323,7 @@ class Pool:
             state="online" if is_healthy else "degraded",
             devices=devices,
             namespaces=len(self._layouts),
-            contexts=counts.contexts,
+            contexts=counts.context_count,
             capacity_bytes=sum(d.capacity_bytes for d in devices),
             used_bytes=sum(d.used_bytes for d in devices),
             live_bytes=sum(d.live_bytes for d in devices),
@@ -440,7 +441,7 @@ def create_pool(
         UsageError: A URL is wrong or a device too small.
 
     Durability: persist.
-    """  # fmt: skip
+    """
     root = Path(path).absolute()
     clock = clock or SystemClock()
     urls = [parse_device_url(text) for text in devices]
@@ -510,7 +511,7 @@ def plan_devices(urls: Sequence[DeviceURL]) -> list[tuple[DeviceRow, DeviceURL]]
             url, size_bytes=capacity, segment_bytes=segment,
             options={**url.options, "size": str(capacity), "segment": str(segment)},
         )  # fmt: skip
-        plan.append((DeviceRow(index, new_uuid(), name, str(url), url.tier, "online"), url))
+        plan.append((DeviceRow(index, new_uuid().bytes, name, str(url), url.tier, "online"), url))
     return plan
 
 
@@ -536,7 +537,7 @@ def open_pool(
         NotFoundError: There is no pool.
         BusyError: Another process owns it; the message has its pid.
         DataError: Catalog or superblock damaged, or of another format.
-    """  # fmt: skip
+    """
     root = Path(path).absolute()
     if not (root / CATALOG_NAME).exists():
         raise NotFoundError(f"no pool: {root}: make one with 'kvfs-admin pool create'")
@@ -565,7 +566,7 @@ def open_pool(
 
 def _open_device(row: DeviceRow, url: DeviceURL) -> Device:
     return open_device(
-        url, index=row.index, uuid=row.uuid, capacity_bytes=url.size_bytes,
+        url, index=row.index, uuid=uuid.UUID(bytes=row.uuid), capacity_bytes=url.size_bytes,
         segment_bytes=url.segment_bytes, name=row.name,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Which blocks of a device can still be reached from the start of their chain, and how recently they were of use.
+"""Which blocks of a device are still reachable along their chain, and how recent they are.
 
 Layer: L3 (reads tables and index; no I/O).
 
@@ -94,7 +94,7 @@ def _propagate(
     `ancestor[i]` is the row of i's parent, or i itself for a root. After round k it is the 2**k-th
     ancestor. Parents that form a cycle (possible, as parents are hints) end the doubling after as
     many rounds as a chain of all rows would take.
-    """  # fmt: skip
+    """
     for _ in range(len(ancestor).bit_length() + 1):
         np.maximum.at(recency, ancestor, recency)
         unreachable |= unreachable[ancestor]

@@ -113,7 +113,7 @@ class DeviceState:
         raise NoSpaceError(f"no free segment: {self.info.name}: all {self.info.slot_count} in use")
 
     def has_room_for_segment(self, *, keep_reserve: bool) -> bool:
-        """Say whether one more log segment fits; with `keep_reserve`, leaving one for relocation."""
+        """Say whether a log segment fits; with `keep_reserve`, leaving one for relocation."""
         segments = 2 if keep_reserve and self.has_reserve else 1
         free = self.info.capacity_bytes - self.device.used_bytes
         return free >= segments * self.info.segment_bytes

@@ -47,7 +47,7 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class _Victim:
-    """A segment that may go: its live entries, which of them survive, and what the policy weighs."""
+    """A segment that may go: live entries, which of them survive, what the policy weighs."""
 
     segment: SegmentState
     indices: npt.NDArray[np.intp]
@@ -101,7 +101,7 @@ class Evictor:
                 self._owner = 0
 
     def drop(self, namespace_id: int, keys: KeyArray) -> int:
-        """Drop blocks on all devices, and give back segments left empty; return the copies dropped."""
+        """Drop blocks on all devices, free segments left empty; return the copies dropped."""
         dropped = 0
         for device in self._state.devices:
             records = self._state.index(namespace_id).lookup(keys, device.info.index)
@@ -229,7 +229,7 @@ class Evictor:
     def _close_over_descendants(
         self, device: DeviceState, namespace_id: int, victims: list[_Victim]
     ) -> KeyArray:
-        """Return the keys that leave the pool: dropped without another copy, and their descendants."""
+        """Return the keys that leave the pool: those with no other copy, and all below them."""
         dropped = np.concatenate(
             [v.segment.entries["key"][v.indices[~v.survives]] for v in victims]
         )

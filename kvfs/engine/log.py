@@ -33,7 +33,10 @@ _TAIL_FIRST_READ = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Blocks to append, n of each: keys and parents (n, 32); lengths in bytes; addresses readable until return."""
+    """Blocks to append, n of each.
+
+    Keys and parents are (n, 32) uint8, lengths in bytes; addresses stay readable until return.
+    """
 
     keys: npt.NDArray[np.uint8]
     parents: npt.NDArray[np.uint8]

@@ -78,7 +78,7 @@ def spare(
 
     All held ones; all reachable ones if they fill no more than half of the segment; else the
     reachable ones more recent than `warm_ns`.
-    """  # fmt: skip
+    """
     if 2 * int(lengths[reachable | held].sum()) <= segment_bytes:
         return held | reachable
     return held | (reachable & (recency_ns > warm_ns))

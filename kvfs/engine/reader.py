@@ -134,10 +134,12 @@ class Reader:
         lengths: AddressArray,
         addresses: AddressArray,
     ) -> Mask:
-        """Copy parts of leased, verified blocks: for each i, `lengths[i]` bytes from `offsets[i]` of record `positions[i]`.
+        """Copy parts of leased, verified blocks.
+
+        For each i: `lengths[i]` bytes from `offsets[i]` of record `positions[i]`.
 
         A part that cannot be read is False, and its block dropped.
-        """  # fmt: skip
+        """
         records = lease.records[positions]
         starts = records["page"].astype(np.uint64) * np.uint64(PAGE) + offsets
         statuses = self._transfer(records, starts, lengths, addresses, None)
@@ -223,7 +225,7 @@ class Reader:
         addresses: AddressArray,
         digests: npt.NDArray[np.uint8] | None,
     ) -> npt.NDArray[np.int32]:
-        """Copy, from maps where there are, else with pread; one native call for each of the two."""  # fmt: skip
+        """Copy, from maps where there are, else with pread; one native call for each of the two."""
         sources = np.zeros(len(records), np.uint64)
         fds = np.full(len(records), -1, np.int32)
         for part in self._parts(records):
@@ -279,7 +281,7 @@ class Reader:
         digests: npt.NDArray[np.uint8],
         statuses: npt.NDArray[np.int32],
     ) -> None:
-        """Verify by reading into scratch memory, some megabytes at a time."""  # fmt: skip
+        """Verify by reading into scratch memory, some megabytes at a time."""
         size = max(_SCRATCH_BYTES, int(lengths.max()))
         scratch = np.empty(size, np.uint8)
         base = scratch.ctypes.data

@@ -85,7 +85,7 @@ def claim_device(
     Raises:
         CorruptionError: No superblock, or a damaged one.
         RefusedError: Another pool's device, a copy of the device, or owned by another running host.
-    """  # fmt: skip
+    """
     info = device.info
     raw = device.read_superblock()
     if raw is None:

@@ -92,7 +92,7 @@ class Store:
             parents: (n, 32) uint8, zeros for none.
             tokens: Tokens per block; the layout's when missing and the block is full.
             durability: See Durability.
-        """  # fmt: skip
+        """
         self._require_open()
         namespace = self._namespace(namespace_id)
         count = len(keys)
@@ -141,7 +141,7 @@ class Store:
         self.reader.release(lease)
 
     def pin(self, namespace_id: int, keys: KeyArray) -> int:
-        """Forbid the eviction of blocks until `unpin`; return the bytes pinned, to be given back to it.
+        """Forbid the eviction of blocks until `unpin`; return the bytes pinned, for `unpin`.
 
         Raises:
             BusyError: The namespace would pin more than its share of the persistent tiers.
@@ -233,7 +233,7 @@ class Store:
             keys: (n, 32) uint8.
             lengths: Bytes of each block; all but the last equal to the namespace's stride.
             digests: (n, 16) uint8, XXH3-128 of each block.
-        """  # fmt: skip
+        """
         self._require_open()
         namespace = self._namespace(namespace_id)
         entries = np.zeros(len(keys), ENTRY)

@@ -83,7 +83,7 @@ class Writer:
             batch: The blocks; keys may repeat.
             durability: See Durability.
             trusted: Says which records hold verified payloads; the others are dropped by it.
-        """  # fmt: skip
+        """
         unique = _first_of_each(batch.keys)
         wanted = batch if len(unique) == len(batch) else batch.take(unique)
         persistent = self._state.tiers(persistent=True)
@@ -121,7 +121,7 @@ class Writer:
         Raises:
             NoSpaceError: Nothing more can be evicted.
             DeviceError: Writes failed on two segments in a row.
-        """  # fmt: skip
+        """
         made: list[RecordArray] = []
         done = failures = 0
         while done < len(batch):
@@ -178,7 +178,7 @@ class Writer:
 
         The names are persisted too: on return the blocks survive a crash, and are reaped by the
         next owner unless the catalog names them.
-        """  # fmt: skip
+        """
         state = self._state
         nbytes = staging.nbytes
         slot = -1
@@ -219,7 +219,7 @@ class Writer:
         homes: list[DeviceState],
         trusted: Callable[[RecordArray], npt.NDArray[np.bool_]],
     ) -> RecordArray:
-        """Return for each block a verified copy on one of the homes, or a zero record."""  # fmt: skip
+        """Return for each block a verified copy on one of the homes, or a zero record."""
         index = self._state.index(namespace.namespace_id)
         found = np.zeros(len(batch), RECORD)
         for device in homes:
@@ -234,7 +234,7 @@ class Writer:
     def _store(
         self, namespace: NamespaceSpec, batch: Batch, homes: list[DeviceState]
     ) -> RecordArray:
-        """Append to the first home that takes the batch."""  # fmt: skip
+        """Append to the first home that takes the batch."""
         failure: NoSpaceError | DeviceError | PoisonedError | None = None
         for device in homes:
             try:
@@ -250,7 +250,7 @@ class Writer:
     def _store_extra(
         self, namespace: NamespaceSpec, batch: Batch, devices: list[DeviceState]
     ) -> None:
-        """Add a copy on a volatile tier; a full or failing one is no reason to fail."""  # fmt: skip
+        """Add a copy on a volatile tier; a full or failing one is no reason to fail."""
         index = self._state.index(namespace.namespace_id)
         for device in devices:
             there = index.lookup(batch.keys, device.info.index)["length"] > 0
@@ -268,7 +268,7 @@ class Writer:
         lengths: npt.NDArray[np.uint64],
         keep_reserve: bool,
     ) -> SegmentLog:
-        """Return the open log if the first payload fits, else a new one."""  # fmt: skip
+        """Return the open log if the first payload fits, else a new one."""
         state = self._state
         if int(lengths[0]) > device.info.segment_bytes // 2:
             raise UsageError(
@@ -335,7 +335,7 @@ class Writer:
     def _guarded(
         self, device: DeviceState, log: SegmentLog, operation: Callable[[], None]
     ) -> DeviceError | PoisonedError | None:
-        """Run a persist or seal; on failure drop what is not persisted and return the error."""  # fmt: skip
+        """Run a persist or seal; on failure drop what is not persisted and return the error."""
         try:
             operation()
         except (DeviceError, PoisonedError) as error:
