@@ -164,7 +164,7 @@ class Device(ABC):
 
     @abstractmethod
     def attach(self, name: SegmentName) -> Segment:
-        """Open an existing segment for reading (and `free`)."""
+        """Open an existing segment; a log segment for writing too, as an unsealed one is resumed."""
 
     @abstractmethod
     def write_payloads(

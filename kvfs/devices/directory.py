@@ -155,11 +155,13 @@ class DirectoryDevice(Device):
         return self._handle(slot, generation, self._opened(_Open(file, path)))
 
     def attach(self, name: SegmentName) -> Segment:
-        """Open an existing segment for reading (and `free`)."""
+        """Open an existing segment; a log segment for writing too."""
         self._check_open()
         stem = _stem(name.slot, name.generation)
-        path = f"{stem}.file" if name.is_file else f"{stem}.seg"
-        state = _Open(self._files.open(path), path, f"{stem}.sum" if name.is_file else "")
+        if name.is_file:
+            state = _Open(self._files.open(f"{stem}.file"), f"{stem}.file", f"{stem}.sum")
+        else:
+            state = _Open(self._files.open(f"{stem}.seg", writable=True), f"{stem}.seg")
         return self._handle(name.slot, name.generation, self._opened(state))
 
     def write_payloads(

@@ -13,13 +13,15 @@ Layer: L2, pure.
     superblock: one 4 KiB header page, then the namespace table (MessagePack), zero-padded to 4 KiB.
 
 - All integers are little-endian. Unused bytes are zero.
-- Every checksum covers all bytes of its structure before it. Header and superblock checksums are XXH3-64 with seed 0; entry
-  checksums are seeded by `entry_seed`, so that an entry of another device, slot or generation is never valid.
+- Every checksum covers all bytes of its structure before it. Header and superblock checksums are
+  XXH3-64 with seed 0; entry checksums are seeded by `entry_seed`, so that an entry of another
+  device, slot or generation is never valid.
 - Payloads start at multiples of 4 KiB; the bytes up to the next payload are zero.
-- The open header is persisted before the first payload; the seal header is written after a successful persist of all it
-  covers. An entry is valid if its checksum is; a payload is valid if its XXH3-128 is.
+- The open header is persisted before the first payload; the seal header is written after a
+  successful persist of all it covers. An entry is valid if its checksum is; a payload is valid if
+  its XXH3-128 is.
 
-FORMAT.md is rendered from the tables in this module.
+FORMAT.md is rendered from the tables in this module (`python tools/format_doc.py`).
 """
 
 import uuid
@@ -32,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfs import _native
-from kvfs.errors import CorruptionError, FormatVersionError
+from kvfs.errors import CorruptionError, FormatVersionError, UsageError
 from kvfs.units import PAGE, align_up
 
 FORMAT_VERSION: Final = 1
@@ -82,7 +84,7 @@ HEADER: Final = np.dtype([
     ("device_uuid", "u1", 16), ("slot", "<u4"), ("generation", "<u4"), ("namespace_id", "<u8"),
     ("layout_digest", "u1", 16), ("segment_kind", "<u4"), ("entry_count", "<u4"),
     ("segment_bytes", "<u8"), ("payload_bytes", "<u8"), ("created_ns", "<u8"),
-    ("entries_xxh3", "u1", 16), ("reserved", "u1", HEADER_BYTES - 144), ("checksum", "<u8"),
+    ("entries_xxh3", "u1", 16), ("reserved", "u1", HEADER_BYTES - 136), ("checksum", "<u8"),
 ])  # fmt: skip
 SUPERBLOCK: Final = np.dtype([
     ("magic", "S8"), ("format_version", "<u4"), ("device_index", "<u4"), ("pool_uuid", "u1", 16),
@@ -91,8 +93,69 @@ SUPERBLOCK: Final = np.dtype([
     ("owner_epoch", "<u8"), ("owner_host", "u1", 16), ("owner_boot", "u1", 16),
     ("owner_pid", "<u8"), ("heartbeat_ns", "<u8"), ("location", "<u8"),
     ("table_bytes", "<u8"), ("table_xxh3", "u1", 16),
-    ("reserved", "u1", HEADER_BYTES - 184), ("checksum", "<u8"),
+    ("reserved", "u1", HEADER_BYTES - 176), ("checksum", "<u8"),
 ])  # fmt: skip
+
+# What each field means; FORMAT.md shows it beside offset and size.
+ENTRY_FIELDS: Final = {
+    "key": "Block key: 8 bytes of namespace id, 24 bytes of digest. Opaque to the store.",
+    "parent": "Key of the block before it in its context; zero: none, or unknown.",
+    "offset": "Where the payload starts in the segment or payload file; a multiple of 4096.",
+    "stored_bytes": "Length of the payload as stored, without the zeros that pad it to 4096.",
+    "logical_bytes": "Length once decoded; equals `stored_bytes` for codec 0.",
+    "token_count": "Tokens whose KV the block holds; 0 if unknown (a file made through POSIX).",
+    "codec": "How the payload is encoded, see Codec.",
+    "flags": "Bits of EntryFlag.",
+    "reserved": "Zero.",
+    "payload_xxh3": "XXH3-128 of the stored payload, low 64 bits first: protects the payload.",
+    "reserved2": "Zero.",
+    "checksum": "XXH3-64 of bytes 0 to 119 under `entry_seed`: protects the entry, and binds it "
+    "to one device, slot and generation.",
+}
+HEADER_FIELDS: Final = {
+    "magic": "The bytes `KVFSSEG1`.",
+    "format_version": "1.",
+    "header_kind": "Which of the two pages this is, see HeaderKind.",
+    "pool_uuid": "The pool. Protects against devices of two pools being mixed.",
+    "device_uuid": "The device. Protects against files copied between devices.",
+    "slot": "Slot of the segment; as in its name. Protects against renamed files.",
+    "generation": "Life of the slot, never used twice; as in its name.",
+    "namespace_id": "The namespace all blocks of the segment belong to: 64 random bits.",
+    "layout_digest": "Digest of the namespace's layout; another layout's segment is rejected.",
+    "segment_kind": "How payloads are held, see SegmentKind.",
+    "entry_count": "Seal: how many entries there are. Open: 0.",
+    "segment_bytes": "Size of the log segment, or of the payload file of a file segment.",
+    "payload_bytes": "Seal: end of the last payload (padded to 4096 in a log segment). Open: 0.",
+    "created_ns": "When the segment was opened, nanoseconds since 1970 UTC; for people only.",
+    "entries_xxh3": "Seal: XXH3-128 of all entries in order of their index: protects the set, so "
+    "that a missing entry is noticed. Open: zero.",
+    "reserved": "Zero.",
+    "checksum": "XXH3-64, seed 0, of all bytes before it.",
+}
+SUPERBLOCK_FIELDS: Final = {
+    "magic": "The bytes `KVFSSUP1`.",
+    "format_version": "1.",
+    "device_index": "Number of the device in its pool, at most 255; never reused.",
+    "pool_uuid": "The pool.",
+    "device_uuid": "The device. A device whose uuid is not the catalog's is refused.",
+    "sequence": "Counts writes of this superblock.",
+    "segment_bytes": "Size of a log segment: a power of two from 16 MiB to 1 GiB.",
+    "capacity_bytes": "Hard bound of all bytes on the device, superblock excepted.",
+    "tier": "Tier, 0 the fastest.",
+    "generation_limit": "Generations below it may have been used; the next owner starts here, so "
+    "that none is used twice, whatever the crash took.",
+    "owner_epoch": "Counts owners.",
+    "owner_host": "Host id of the owner. Protects against two hosts on one medium.",
+    "owner_boot": "Boot id of the owner's host.",
+    "owner_pid": "Process of the owner; 0 after a clean close.",
+    "heartbeat_ns": "When the owner last said that it lives, nanoseconds since 1970 UTC.",
+    "location": "Made from the inode of the directory, 0 unknown. Protects against a copied "
+    "directory being taken for the original.",
+    "table_bytes": "Length of the namespace table that follows the page.",
+    "table_xxh3": "XXH3-128 of the namespace table: protects it.",
+    "reserved": "Zero.",
+    "checksum": "XXH3-64, seed 0, of all bytes of the page before it.",
+}
 assert ENTRY.itemsize == ENTRY_BYTES == _native.ENTRY_BYTES
 assert HEADER.itemsize == HEADER_BYTES
 assert SUPERBLOCK.itemsize == HEADER_BYTES
@@ -150,7 +213,8 @@ class Superblock:
 
     Attributes:
         sequence: Counts writes of this superblock.
-        generation_limit: Segment generations below it may have been used; the next owner starts here.
+        generation_limit: Segment generations below it may have been used; the next owner starts
+            here.
         owner_epoch: Counts owners. `owner_pid` is zero after a clean close.
         location: What tells this device from a copy of it (inode of the directory; 0 unknown).
         capacity_bytes: Hard bound of all bytes on the device.
@@ -173,6 +237,9 @@ class Superblock:
     namespaces: tuple[NamespaceRecord, ...] = field(default=())
 
 
+_SEGMENT_KINDS: Final = frozenset(int(kind) for kind in SegmentKind)
+
+
 def _uuid_bytes(value: uuid.UUID) -> npt.NDArray[np.uint8]:
     return np.frombuffer(value.bytes, np.uint8)
 
@@ -186,7 +253,9 @@ def _signed_page(record: npt.NDArray[np.void]) -> bytes:
 def _checked_page(raw: bytes, dtype: np.dtype[np.void], magic: bytes, where: str) -> Any:
     """Verify length, magic, checksum and version, in this order, and return the record."""
     if len(raw) < HEADER_BYTES:
-        raise CorruptionError(f"truncated: {where}: expected {HEADER_BYTES} bytes, found {len(raw)}")
+        raise CorruptionError(
+            f"truncated: {where}: expected {HEADER_BYTES} bytes, found {len(raw)}"
+        )
     page = bytes(raw[:HEADER_BYTES])
     record = np.frombuffer(page, dtype)[0]
     if page[:8] != magic:
@@ -225,13 +294,25 @@ def decode_header(raw: bytes, kind: HeaderKind, where: str) -> SegmentHeader:
     """Decode and verify a segment header page.
 
     Raises:
-        CorruptionError: Truncated, wrong magic, checksum or kind.
+        CorruptionError: Truncated, wrong magic, checksum or kind, or sizes that cannot be.
         FormatVersionError: Written by another format.
     """
     record = _checked_page(raw, HEADER, SEGMENT_MAGIC, where)
-    if int(record["header_kind"]) != kind or int(record["segment_kind"]) not in (1, 2):
+    if int(record["header_kind"]) != kind:
         raise CorruptionError(
             f"wrong header kind: {where}: expected {int(kind)}, found {int(record['header_kind'])}"
+        )
+    if int(record["segment_kind"]) not in _SEGMENT_KINDS:
+        raise CorruptionError(
+            f"unknown segment kind: {where}: expected 1 or 2, found {int(record['segment_kind'])}"
+        )
+    needed = int(record["payload_bytes"])
+    if int(record["segment_kind"]) == SegmentKind.LOG:
+        needed += HEADERS_BYTES + int(record["entry_count"]) * ENTRY_BYTES
+    if needed > int(record["segment_bytes"]):
+        raise CorruptionError(
+            f"payloads and entries overlap: {where}: expected at most "
+            f"{int(record['segment_bytes'])} bytes, found {needed}"
         )
     return SegmentHeader(
         kind=kind,
@@ -257,8 +338,17 @@ _SUPERBLOCK_INTEGERS: Final = (
 
 
 def encode_superblock(superblock: Superblock) -> bytes:
-    """Encode a superblock: header page and namespace table, a multiple of 4096 bytes."""
+    """Encode a superblock: header page and namespace table, a multiple of 4096 bytes.
+
+    Raises:
+        UsageError: The namespaces do not fit into `SUPERBLOCK_BYTES_MAX`.
+    """
     table = msgspec.msgpack.encode(superblock.namespaces)
+    if HEADER_BYTES + align_up(len(table), PAGE) > SUPERBLOCK_BYTES_MAX:
+        raise UsageError(
+            f"too many namespaces: device {superblock.device_index}: expected a table of at most "
+            f"{SUPERBLOCK_BYTES_MAX - HEADER_BYTES} bytes, found {len(table)}; remove some"
+        )
     record = np.zeros(1, SUPERBLOCK)
     record["magic"] = SUPERBLOCK_MAGIC
     record["format_version"] = FORMAT_VERSION
@@ -277,17 +367,25 @@ def decode_superblock(raw: bytes, where: str) -> Superblock:
     """Decode and verify a superblock.
 
     Raises:
-        CorruptionError: Header or namespace table damaged.
+        CorruptionError: Header, namespace table or its padding damaged, or bytes missing or left.
         FormatVersionError: Written by another format.
     """
     record = _checked_page(raw, SUPERBLOCK, SUPERBLOCK_MAGIC, where)
     length = int(record["table_bytes"])
+    expected = HEADER_BYTES + align_up(length, PAGE)
+    if expected > SUPERBLOCK_BYTES_MAX or len(raw) != expected:
+        raise CorruptionError(
+            f"wrong size: {where}: expected {expected} bytes, at most {SUPERBLOCK_BYTES_MAX}, "
+            f"found {len(raw)}"
+        )
     table = raw[HEADER_BYTES : HEADER_BYTES + length]
-    if len(table) != length or _native.xxh3_128(table) != record["table_xxh3"].tobytes():
+    if _native.xxh3_128(table) != record["table_xxh3"].tobytes():
         raise CorruptionError(f"namespace table checksum mismatch: {where}: {length} bytes")
+    if any(raw[HEADER_BYTES + length :]):
+        raise CorruptionError(f"padding is not zero: {where}: after {length} bytes of table")
     try:
         namespaces = msgspec.msgpack.decode(table, type=tuple[NamespaceRecord, ...])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptionError(f"namespace table not understood: {where}: {error}") from error
     return Superblock(
         pool_uuid=uuid.UUID(bytes=record["pool_uuid"].tobytes()),

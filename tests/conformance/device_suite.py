@@ -346,7 +346,11 @@ class DeviceSuite:
         assert device.read(again, 0, 4096) == b"kept" * 1024
         assert device.read_tail(again, 4) == b"tail"
         assert again.nbytes == SEGMENT_BYTES
+        assert put(device, again, (0, b"more")) == (0, [0])  # an unsealed segment is resumed
+        device.write_tail(again, 4, b"next")
         device.persist(again)
+        assert device.read(again, 0, 4) == b"more"
+        assert device.read_tail(again, 4) == b"next"
         device.free(again)
         assert (device.used_bytes, device.segments()) == (0, [])
 

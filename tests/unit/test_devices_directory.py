@@ -391,11 +391,11 @@ def test_maps_outlive_free_and_close(device: DirectoryDevice) -> None:
         assert view[-PAGE:] == b"t" * PAGE
 
 
-def test_an_attached_segment_is_not_writable(device: DirectoryDevice) -> None:
-    device.release(device.create(0, 1, b""))
+def test_an_attached_file_cannot_be_written(device: DirectoryDevice) -> None:
+    device.release(device.adopt(staged(device), 0, 1, b"sidecar"))
     segment = device.attach(device.segments()[0])
     with pytest.raises(OSError, match="Bad file descriptor"):
-        device.write_tail(segment, 1, b"x")
+        os.pwrite(segment.fd, b"x", 0)
 
 
 def test_descriptors_are_given_back(device: DirectoryDevice) -> None:
