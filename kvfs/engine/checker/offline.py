@@ -1,0 +1,198 @@
+"""Checking a pool that nobody has open.
+
+Layer: L3.
+
+- Holds the pool's lock from beginning to end, so that no owner comes in between.
+- Without repair nothing is written: devices are opened read-only and the catalog is read from a
+  copy, because opening SQLite's own file would move its log into it. Lock files are the exception.
+- Volatile devices are empty while nobody has the pool open, and are left out.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, NoReturn
+
+from kvfs.config import DeviceURL, parse_device_url
+from kvfs.devices.base import Device
+from kvfs.devices.directory import DirectoryDevice
+from kvfs.devices.filesystem import OSFile
+from kvfs.devices.osfs import OSFileSystem
+from kvfs.engine.catalog import Catalog
+from kvfs.engine.catalog_schema import DeviceRow
+from kvfs.engine.checker.devices import check_devices
+from kvfs.engine.checker.repair import apply_plan
+from kvfs.engine.checker.report import CheckReport, Severity
+from kvfs.engine.checker.segments import Progress
+from kvfs.errors import BusyError, CorruptionError, KvfsError, NotFoundError, UsageError
+
+_CATALOG: Final = "catalog.sqlite"
+_LOCK: Final = "lock"
+Confirm = Callable[[CheckReport], bool]
+
+
+class ReadOnlyFileSystem(OSFileSystem):
+    """A directory that is locked and read, never changed."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root, create=False)
+
+    def make_directory(self, path: str) -> None:
+        """Leave it as it is; a missing one is found when it is listed."""
+
+    def sync_directory(self, path: str) -> None:
+        """Nothing was changed."""
+
+    def open(self, path: str, *, writable: bool = False) -> OSFile:
+        """Open for reading, whatever was asked for; a write then fails."""
+        return super().open(path)
+
+    def create(self, path: str, nbytes: int = 0) -> OSFile:
+        """Refuse."""
+        self._refuse(path)
+
+    def rename(self, source: str, target: str) -> None:
+        """Refuse."""
+        self._refuse(target)
+
+    def unlink(self, path: str) -> None:
+        """Refuse."""
+        self._refuse(path)
+
+    def remove_tree(self) -> None:
+        """Refuse."""
+        self._refuse(".")
+
+    def _refuse(self, path: str) -> NoReturn:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), f"{self.root}/{path}")
+
+
+def check_pool(
+    path: str | os.PathLike[str],
+    *,
+    data: bool = False,
+    repair: bool = False,
+    progress: Progress | None = None,
+    confirm: Confirm | None = None,
+) -> CheckReport:
+    """Check a pool that is closed, and repair it if asked to.
+
+    Args:
+        path: The pool's directory.
+        data: Read all payloads too and compare their checksums.
+        repair: Apply the plan, then check again (without `data`); see `CheckReport.remaining`.
+        progress: Called with (bytes done, bytes in all) while payloads are read.
+        confirm: Asked before the plan is applied; False leaves everything as it is.
+
+    Returns:
+        What was found; damage of the catalog too.
+
+    Raises:
+        NotFoundError: There is no pool.
+        BusyError: Somebody owns it.
+        FormatVersionError: The catalog was made by another version.
+    """  # fmt: skip
+    root = Path(path).absolute()
+    if not (root / _CATALOG).exists():
+        raise NotFoundError(f"no pool: {root}: {_CATALOG} is missing")
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, _lock(root))
+        report = CheckReport()
+        catalog = _open_catalog(root, stack, report, is_copy=not repair)
+        if catalog is None:
+            return report
+        devices = _open_devices(catalog, stack, report, writable=repair)
+        found = check_devices(devices, catalog, data=data, progress=progress)
+        found.findings[:0] = report.findings
+        if repair and found.plan and (confirm is None or confirm(found)):
+            apply_plan(found, devices, catalog)
+            found.remaining[:0] = report.findings
+        return found
+
+
+def _lock(root: Path) -> int:
+    """Take the pool's lock as an owner would, without writing into it."""
+    fd = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise BusyError(
+            f"pool is in use: {root}: a check needs it closed; unmount or stop its owner first"
+        ) from None
+    return fd
+
+
+def _open_catalog(
+    root: Path, stack: contextlib.ExitStack, report: CheckReport, *, is_copy: bool
+) -> Catalog | None:
+    """Open the catalog, or a copy of it; damage becomes a finding."""
+    source = root / _CATALOG
+    try:
+        if is_copy:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvfs-check-")))
+            for suffix in ("", "-wal"):
+                if Path(f"{source}{suffix}").exists():
+                    shutil.copyfile(f"{source}{suffix}", folder / f"{_CATALOG}{suffix}")
+            source = folder / _CATALOG
+        catalog = Catalog.open(source)
+        stack.callback(catalog.close)
+        # The first queries fail on pages that opening does not read.
+        uuid.UUID(catalog.meta("pool_uuid") or "")
+        catalog.check()
+        catalog.namespaces()
+        catalog.devices()
+    except (CorruptionError, ValueError) as error:
+        report.add(
+            Severity.ERROR, "catalog-damaged", f"{root}/{_CATALOG}", str(error),
+            "put back a copy of the catalog, or destroy the pool and make it anew: it is a cache",
+        )  # fmt: skip
+        return None
+    return catalog
+
+
+def _open_devices(
+    catalog: Catalog, stack: contextlib.ExitStack, report: CheckReport, *, writable: bool
+) -> list[Device]:
+    devices = []
+    for row in catalog.devices():
+        try:
+            url = parse_device_url(row.url)
+            if url.scheme == "dir":
+                device = _open_directory(row, url, writable=writable)
+                stack.callback(device.close)
+                devices.append(device)
+        except BusyError:
+            raise
+        except (KvfsError, OSError) as error:
+            remedy = "mount its filesystem, or make the pool anew without it"
+            if isinstance(error, UsageError):
+                remedy = "put back a copy of the catalog"
+            report.add(Severity.ERROR, "device-missing", row.name, str(error), remedy)
+    return devices
+
+
+def _open_directory(row: DeviceRow, url: DeviceURL, *, writable: bool) -> Device:
+    files = (
+        OSFileSystem(url.location, create=False) if writable else ReadOnlyFileSystem(url.location)
+    )
+    try:
+        return DirectoryDevice(
+            files,
+            index=row.index,
+            uuid=uuid.UUID(bytes=row.uuid),
+            capacity_bytes=url.size_bytes,
+            segment_bytes=url.segment_bytes,
+            name=row.name,
+            tier=url.tier,
+            url=str(url),
+        )
+    except BaseException:
+        files.close()
+        raise
