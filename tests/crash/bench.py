@@ -1,0 +1,333 @@
+"""The operations that scenarios are made of, each reported to the oracle.
+
+An operation tells the oracle when it began and, where it promises durability, when it was acknowledged.
+Everything is deterministic: ids, contents and times come from the seed.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from kvfs.config import PoolOptions
+from kvfs.engine.catalog_schema import NodeState, Origin
+from kvfs.engine.reader import Lease
+from kvfs.keys import KEY_BYTES, NO_PARENT
+from kvfs.layout import Layout
+from kvfs.namespace import Context, Namespace
+from tests.crash.medium import Image, Medium
+from tests.crash.simfs import Commit, Journal
+from tests.crash.world import (
+    SEGMENT_BYTES,
+    SMALL,
+    Geometry,
+    Wrap,
+    World,
+    file_names,
+    resident_keys,
+)
+from tests.oracle import ContextValue, FileValue, NamespaceValue, Oracle, Path
+
+_MILLISECOND = 1_000_000
+_LARGE_FILE = SEGMENT_BYTES // 4
+
+
+class Bench:
+    """One pool, one oracle, one journal."""
+
+    def __init__(
+        self, seed: str, geometry: Geometry | None = None, options: PoolOptions | None = None,
+        *, image: Image | None = None, oracle: Oracle | None = None, wrap: Wrap | None = None,
+    ) -> None:
+        """Make a new pool, or recover one from an image; `base` is the medium before the first operation."""  # fmt: skip
+        self.random = random.Random(seed)
+        self.seed = seed
+        self.oracle = oracle or Oracle()
+        self.journal = Journal()
+        self.world = World(geometry or Geometry(), journal=self.journal)
+        if options is not None:
+            self.world.options = options
+        if wrap is not None:
+            self.world.wrap = wrap
+        self.may_evict = False
+        self.unpublished: dict[Path, FileValue] = {}
+        if image is None:
+            self.world.format()
+            self.start = len(self.journal)
+            self.base = Medium.replay(self.journal.events)
+        else:
+            self.start = 0
+            self.base = Medium.of(image.disks, image.catalog)
+            self.world.recover(image.disks, image.catalog)
+
+    @property
+    def now(self) -> int:
+        """The present position in the journal."""
+        return len(self.journal)
+
+    @property
+    def pool(self) -> Any:
+        return self.world.pool
+
+    @contextmanager
+    def operation(self, *, may_drop: bool = False) -> Iterator[int]:
+        """Run one operation; note what it dropped. Yields where in the journal it began."""
+        begin = self.now
+        self.world.clock.advance(_MILLISECOND)
+        before, files = resident_keys(self.pool), file_names(self.pool)
+        yield begin
+        lost = before - resident_keys(self.pool)
+        assert self.may_evict or may_drop or not lost, f"{len(lost)} blocks were dropped"
+        assert not lost & self._protected(), "protected blocks were dropped"
+        self.oracle.release(lost, begin)
+        for path in files - file_names(self.pool):
+            if self.oracle.value(path) is not None:
+                assert self.may_evict, f"file {path} lost its name"
+                self.oracle.assign(path, None, begin)
+
+    def _protected(self) -> set[bytes]:
+        """Return the blocks that eviction must spare: pinned, or named in a durable namespace."""
+        durable = {
+            path[0]
+            for path in self.oracle.names
+            if isinstance(value := self.oracle.value(path), NamespaceValue)
+            and value.retention == "durable"
+        }
+        found: set[bytes] = set()
+        for path in self.oracle.names:
+            value = self.oracle.value(path)
+            if isinstance(value, ContextValue) and (value.is_pinned or path[0] in durable):
+                found.update(value.keys)
+        return found
+
+    # --- namespaces
+
+    def space(
+        self, name: str = "s", layout: Layout = SMALL, retention: str = "cache"
+    ) -> Namespace:
+        """Make a namespace, its id from the seed, or return it."""
+        if self.oracle.value((name, "")) is not None:
+            return self.pool.namespace(name)
+        with self.operation() as begin:
+            number = random.Random(f"{self.seed}/{name}/{begin}").getrandbits(62) | 1
+            self.oracle.assign((name, ""), NamespaceValue(number, retention), begin)
+            with mock.patch("kvfs.pool.new_namespace_id", lambda: number):
+                space = self.pool.namespace(name, layout, retention=retention)
+        self.oracle.settle_names(self.now)
+        return space
+
+    def drop_space(self, space: Namespace) -> None:
+        """Destroy a namespace with all that is in it."""
+        name = space.info.name
+        with self.operation(may_drop=True) as begin:
+            for path in [p for p in self.oracle.names if p[0] == name]:
+                self.oracle.assign(path, None, begin)
+                self.unpublished.pop(path, None)
+            self.pool.drop_namespace(name)
+        self.oracle.settle_names(self.now)
+
+    # --- blocks
+
+    def blocks(
+        self, space: Namespace, count: int, parent: bytes = NO_PARENT, partial: int = 0
+    ) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
+        """Make keys, parents and payloads; the last block has `partial` bytes if that is not 0."""
+        tokens = [self.random.getrandbits(31) for _ in range(count * space.layout.block_tokens)]
+        keys, parents = space.keys(tokens, parent)
+        payloads = [self.random.randbytes(space.layout.block_bytes) for _ in range(count)]
+        if partial:
+            payloads[-1] = payloads[-1][:partial]
+        return keys, parents, payloads
+
+    def put(
+        self, space: Namespace, count: int = 1, durability: str = "sync", *,
+        parent: bytes = NO_PARENT, partial: int = 0,
+    ) -> np.ndarray:  # fmt: skip
+        """Put new blocks, a chain."""
+        keys, parents, payloads = self.blocks(space, count, parent, partial)
+        self.put_given(space, keys, parents, payloads, durability)
+        return keys
+
+    def put_given(
+        self, space: Namespace, keys: Any, parents: Any, payloads: list[bytes], durability: str
+    ) -> None:
+        """Put blocks that were made before."""
+        with self.operation() as begin:
+            for key, payload in zip(keys, payloads, strict=True):
+                self.oracle.offer(key.tobytes(), payload, begin)
+            space.put(keys, payloads, parents=parents, durability=durability)
+        if durability == "sync":
+            self.oracle.promise([key.tobytes() for key in keys], self.now)
+
+    def put_again(self, space: Namespace, keys: np.ndarray, durability: str) -> None:
+        """Put blocks that were put before; dropped ones are written again."""
+        payloads = [self.oracle.blocks[key.tobytes()].payload for key in keys]
+        self.put_given(space, keys, None, payloads, durability)
+
+    def flush(self) -> None:
+        """Persist all blocks and publish new files."""
+        with self.operation() as begin:
+            self._publish(begin)
+            self.pool.flush()
+        self.oracle.promise(resident_keys(self.pool), self.now)
+
+    def sync(self) -> None:
+        """Persist everything."""
+        with self.operation() as begin:
+            self._publish(begin)
+            self.pool.sync()
+        self.oracle.promise(resident_keys(self.pool), self.now)
+        self.oracle.settle_names(self.now)
+
+    def read(self, space: Namespace, keys: np.ndarray) -> int:
+        """Read blocks; those that are there must be right. Return how many."""
+        out = np.zeros((len(keys), space.layout.stride), np.uint8)
+        with self.operation():
+            done = space.read_into(keys, out)
+        for i in np.flatnonzero(done):
+            payload = self.oracle.blocks[keys[i].tobytes()].payload
+            assert out[i].tobytes()[: len(payload)] == payload
+        return int(done.sum())
+
+    def lease(self, space: Namespace, keys: np.ndarray) -> Lease:
+        """Hold blocks; give back with `release`."""
+        return self.pool.store.lease(space.info.namespace_id, keys)
+
+    def release(self, lease: Lease) -> None:
+        """End a lease, which may give back a segment."""
+        self.pool.store.release(lease)
+
+    # --- contexts
+
+    def context(self, space: Namespace, name: str) -> Context:
+        """Return a context, made if it is not there."""
+        with self.operation() as begin:
+            path = (space.info.name, name)
+            if self.oracle.value(path) is None:
+                self.oracle.assign(path, ContextValue((), ()), begin)
+            return space.context(name)
+
+    def append(
+        self, context: Context, count: int, durability: str = "sync", *,
+        keys: np.ndarray | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        """Append new blocks, or blocks that were put before."""
+        space = context.namespace
+        path = (space.info.name, context.name)
+        before = self.oracle.value(path)
+        assert isinstance(before, ContextValue)
+        with self.operation() as begin:
+            if keys is None:
+                parent = before.keys[-1] if before.keys else NO_PARENT
+                keys, _, payloads = self.blocks(space, count, parent)
+            else:
+                payloads = [self.oracle.blocks[key.tobytes()].payload for key in keys]
+            assert keys.shape[1] == KEY_BYTES
+            names = tuple(key.tobytes() for key in keys)
+            tokens = tuple(self.random.getrandbits(31) for _ in range(4 * len(keys)))
+            for key, payload in zip(names, payloads, strict=True):
+                self.oracle.offer(key, payload, begin)
+            value = ContextValue(
+                before.keys + names, (before.tokens or ()) + tokens, before.is_pinned
+            )
+            self.oracle.assign(path, value, begin)
+            context.append(keys, payloads, tokens=tokens, durability=durability)
+        if durability == "sync":
+            self.oracle.promise(names, self.now)
+            self.oracle.settle_names(self.now)
+        return keys
+
+    def drop_context(self, context: Context) -> None:
+        """Remove a context's name; its blocks stay."""
+        with self.operation() as begin:
+            self.oracle.assign((context.namespace.info.name, context.name), None, begin)
+            context.drop()
+
+    def set_pinned(self, context: Context, *, is_pinned: bool) -> None:
+        """Pin or unpin a context."""
+        with self.operation() as begin:
+            path = (context.namespace.info.name, context.name)
+            before = self.oracle.value(path)
+            assert isinstance(before, ContextValue)
+            self.oracle.assign(path, ContextValue(before.keys, before.tokens, is_pinned), begin)
+            (context.pin if is_pinned else context.unpin)()
+
+    def rename(self, space: Namespace, source: str, target: str) -> None:
+        """Rename a context or file, over whatever is there, as the mount does."""
+        catalog, name = self.pool.catalog, space.info.name
+        node = catalog.resolve(space.info.root_node_id, source)
+        with self.operation(may_drop=True) as begin:
+            self.oracle.rename((name, source), (name, target), begin)
+            old = catalog.resolve(space.info.root_node_id, target)
+            keys = catalog.keys(old.node_id) if old is not None else None
+            catalog.rename(node.node_id, node.parent_id, target, self.world.clock.wall_ns())
+            if old is not None:
+                self.pool.files.forget(old, keys if old.origin is Origin.FILE else None)
+
+    # --- files
+
+    def write_file(
+        self, space: Namespace, name: str, nbytes: int, *, fsync: bool = False, parts: int = 2
+    ) -> None:
+        """Write a file whole, as the mount does: staged, adopted when the last writer closes it."""
+        catalog, files = self.pool.catalog, self.pool.files
+        path = (space.info.name, name)
+        content = self.random.randbytes(nbytes)
+        with self.operation(may_drop=True) as begin:
+            node = catalog.resolve(space.info.root_node_id, name)
+            is_pending = node is None or path in self.unpublished
+            if node is None:
+                node = catalog.create_context(
+                    space.info.root_node_id, name, space.info.namespace_id, Origin.FILE,
+                    NodeState.PENDING, mode=0o644, uid=0, gid=0,
+                    now_ns=self.world.clock.wall_ns(),
+                )  # fmt: skip
+            if is_pending and 0 < nbytes <= _LARGE_FILE:
+                self.unpublished[path] = FileValue(content)
+            else:
+                self.unpublished.pop(path, None)
+                self.oracle.assign(path, FileValue(content), begin)
+            writer = files.open_write(node, truncate=True)
+            step = -(-nbytes // parts) or 1
+            for offset in range(0, nbytes, step):
+                files.write(writer, offset, content[offset : offset + step])
+            if fsync:
+                files.fsync(writer)
+            files.close_write(writer)
+            stride = space.layout.stride
+            for i, key in enumerate(catalog.keys(node.node_id)):
+                self.oracle.offer(key.tobytes(), content[i * stride : (i + 1) * stride], begin)
+
+    def remove_file(self, space: Namespace, name: str) -> None:
+        """Remove a file's name and blocks."""
+        node = self.pool.catalog.resolve(space.info.root_node_id, name)
+        path = (space.info.name, name)
+        with self.operation(may_drop=True) as begin:
+            if self.unpublished.pop(path, None) is None:
+                self.oracle.assign(path, None, begin)
+            self.pool.files.remove(node)
+
+    def _publish(self, begin: int) -> None:
+        for path, value in self.unpublished.items():
+            self.oracle.assign(path, value, begin)
+        self.unpublished.clear()
+
+    # --- life
+
+    def reopen(self) -> None:
+        """Close cleanly and open again."""
+        with self.operation() as begin:
+            self._publish(begin)
+            self.pool.close()
+            self.world._pool = None  # noqa: SLF001 - a closed pool needs no abandoning
+            self.oracle.settle_names(self.now)
+            commits = [e for e in self.journal.events if isinstance(e, Commit)]
+            self.world.open(commits[-1].image)
+        self.oracle.promise(resident_keys(self.pool), self.now)
+
+    def close(self) -> None:
+        """Let go of everything; nothing is flushed."""
+        self.world.discard()

@@ -1,0 +1,203 @@
+"""Pools on simulated disks: opening them through the code that opens real ones, and looking at them."""
+
+import sqlite3
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from kvfs.clock import ManualClock
+from kvfs.config import PoolOptions
+from kvfs.devices.base import Device
+from kvfs.devices.directory import DirectoryDevice
+from kvfs.devices.memory import MemoryDevice
+from kvfs.engine.catalog import Catalog
+from kvfs.engine.catalog_schema import DeviceRow, NodeState, Origin
+from kvfs.engine.device_state import DeviceState
+from kvfs.engine.recovery import Owner, claim_device, format_device
+from kvfs.layout import Layout
+from kvfs.pool import Pool
+from tests.crash.medium import Files
+from tests.crash.simfs import LOCATION, Commit, Journal, SimFileSystem, SyncCatalog
+from tests.oracle import ContextValue, FileValue, NamespaceValue, Path as Name, Value
+
+SEGMENT_BYTES = 64 << 10
+SMALL = Layout("uint8", (1024,), 4, model="small")  # blocks of 4 KiB, stride 4 KiB
+LARGE = Layout("uint8", (3000,), 4, model="large")  # blocks of 12000 bytes, stride 12 KiB
+POOL_UUID = uuid.UUID(int=0x6B766673 << 64)
+OWNER = Owner(bytes(range(16)), bytes(16), 4242)
+Wrap = Callable[[Device], Device]
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The devices of a pool: segments on each disk, and frames of memory (0: none)."""
+
+    disks: tuple[int, ...] = (16,)
+    frames: int = 0
+
+
+def _as_is(device: Device) -> Device:
+    return device
+
+
+@dataclass(slots=True, eq=False)
+class World:
+    """A pool, its disks and its time."""
+
+    geometry: Geometry
+    options: PoolOptions = field(default_factory=lambda: PoolOptions(device_failures_max=1000))
+    clock: ManualClock = field(default_factory=ManualClock)
+    journal: Journal | None = None
+    wrap: Wrap = _as_is
+    disks: list[SimFileSystem] = field(default_factory=list)
+    _pool: Pool | None = None
+
+    @property
+    def pool(self) -> Pool:
+        assert self._pool is not None
+        return self._pool
+
+    def format(self) -> None:
+        """Make a new pool on empty disks."""
+        self.disks = [SimFileSystem(i, self.journal) for i in range(len(self.geometry.disks))]
+        catalog = self._catalog(None)
+        states = []
+        for device in self._devices():
+            states.append(self._format(device))
+            info = device.info
+            catalog.add_device(
+                DeviceRow(info.index, info.uuid.bytes, info.name, info.url, info.tier, "online")
+            )
+        catalog.sync()
+        self._open(catalog, states)
+
+    def recover(self, files: tuple[Files, ...], catalog: bytes | None) -> None:
+        """Open what a power cut left."""
+        self.disks = [
+            SimFileSystem.restore(found, i, self.journal) for i, found in enumerate(files)
+        ]
+        self.open(catalog)
+
+    def open(self, catalog: bytes | None) -> None:
+        """Open the pool on its disks."""
+        states = [
+            claim_device(device, POOL_UUID, LOCATION, OWNER, self.clock)
+            if device.info.is_persistent
+            else self._format(device)
+            for device in self._devices()
+        ]
+        self._open(self._catalog(catalog), states)
+
+    def abandon(self) -> None:
+        """Let go of all descriptors, as a killed process does: nothing is flushed."""
+        if self._pool is not None:
+            state = self._pool.store.state
+            for device in state.devices:
+                device.device.close()
+            for index in state.indexes.values():
+                index.close()
+            self._pool.catalog.close()
+            self._pool = None
+
+    def discard(self) -> None:
+        """Abandon the pool and its disks."""
+        self.abandon()
+        for disk in self.disks:
+            disk.discard()
+
+    def _open(self, catalog: Catalog, states: list[DeviceState]) -> None:
+        self._pool = Pool(
+            Path("/simulated"), catalog, states, options=self.options, clock=self.clock
+        )
+
+    def _format(self, device: Device) -> DeviceState:
+        return format_device(device, POOL_UUID, LOCATION, OWNER, self.clock)
+
+    def _catalog(self, image: bytes | None) -> Catalog:
+        """Open a database in memory; its commits and syncs go into the journal."""
+        connection = sqlite3.connect(":memory:", check_same_thread=False)
+        if image is not None:
+            connection.deserialize(image)
+        journal = self.journal
+        if journal is None:
+            return Catalog.from_connection(connection, pool_uuid=POOL_UUID)
+        return Catalog.from_connection(
+            connection,
+            lambda: journal.add(Commit(connection.serialize())),
+            lambda: journal.add(SyncCatalog()),
+            pool_uuid=POOL_UUID,
+        )
+
+    def _devices(self) -> list[Device]:
+        made: list[Device] = []
+        for number, segments in enumerate(self.geometry.disks):
+            device = DirectoryDevice(
+                self.disks[number],
+                index=number,
+                uuid=uuid.UUID(int=0xD15C << 32 | number),
+                capacity_bytes=segments * SEGMENT_BYTES,
+                segment_bytes=SEGMENT_BYTES,
+                name=f"dir{number}",
+            )
+            made.append(self.wrap(device))
+        if self.geometry.frames:
+            number = len(made)
+            memory = MemoryDevice(
+                index=number,
+                uuid=uuid.UUID(int=0xD7A1 << 32 | number),
+                capacity_bytes=self.geometry.frames * SEGMENT_BYTES,
+                segment_bytes=SEGMENT_BYTES,
+                name="dram0",
+            )
+            made.append(memory)
+        return made
+
+
+# --- looking at a pool
+
+
+def resident_keys(pool: Pool, *, persistent: bool = True) -> set[bytes]:
+    """Return the keys in the index that have a copy on a device of this kind."""
+    state = pool.store.state
+    wanted = [d.info.index for d in state.devices if d.info.is_persistent == persistent]
+    found: set[bytes] = set()
+    for index in state.indexes.values():
+        records = index.snapshot()
+        keys = records["key"][np.isin(records["device"], wanted)]
+        found.update(key.tobytes() for key in keys)
+    return found
+
+
+def names_of(pool: Pool) -> dict[Name, Value]:
+    """Return every name and what it stands for; files are read."""
+    found: dict[Name, Value] = {}
+    for info in pool.catalog.namespaces():
+        found[info.name, ""] = NamespaceValue(info.namespace_id, info.retention)
+        for node in pool.walk(info.root_node_id):
+            if node.state is not NodeState.ACTIVE:
+                continue
+            path = pool.catalog.path_of(node.node_id).partition("/")[2]
+            if node.origin is Origin.FILE:
+                reader = pool.files.open_read(node)
+                content = pool.files.read(reader, 0, node.size_bytes)
+                pool.files.close_read(reader)
+                found[info.name, path] = FileValue(content)
+            else:
+                keys = tuple(key.tobytes() for key in pool.catalog.keys(node.node_id))
+                tokens = pool.catalog.tokens(node.node_id)
+                shown = tuple(tokens.tolist()) if tokens is not None else None
+                found[info.name, path] = ContextValue(keys, shown, node.is_pinned)
+    return found
+
+
+def file_names(pool: Pool) -> set[Name]:
+    """Return the names of all published files."""
+    return {
+        (info.name, pool.catalog.path_of(node.node_id).partition("/")[2])
+        for info in pool.catalog.namespaces()
+        for node in pool.walk(info.root_node_id)
+        if node.origin is Origin.FILE and node.state is NodeState.ACTIVE
+    }
