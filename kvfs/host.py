@@ -1,6 +1,6 @@
 """What tells this host and this boot from others.
 
-Layer: L0.
+Layer: L4.
 """
 
 import os

@@ -10,6 +10,7 @@ Layer: L3.
 """
 
 import dataclasses
+import logging
 import threading
 import uuid
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from kvfs.engine.log import SegmentLog
 from kvfs.engine.segment_table import SegmentState, SegmentStatus
 from kvfs.errors import NoSpaceError, UnavailableError
 
+_log = logging.getLogger("kvfs.engine")
 GENERATIONS_RESERVED: Final = 4096
 _RESERVE_SEGMENTS_FROM: Final = 4  # devices with fewer segments keep none back for relocation
 
@@ -91,6 +93,12 @@ class DeviceState:
             self.superblock.namespaces
         ):
             self.update_superblock(namespaces=(*others, record))
+
+    def unregister(self, namespace_id: int) -> None:
+        """Take a destroyed namespace out of the superblock. REQUIRES: `open_lock`."""
+        left = tuple(n for n in self.superblock.namespaces if n.namespace_id != namespace_id)
+        if left != self.superblock.namespaces:
+            self.update_superblock(namespaces=left)
 
     def claim(self) -> tuple[int, int]:
         """Return a free slot, reserved, and a generation this device never used.
@@ -177,10 +185,18 @@ class DeviceState:
         return state if state is not None and state.handle.generation == generation else None
 
     def discard(self, state: SegmentState) -> None:
-        """Give a segment back whose blocks have left the index; waits for leases by DRAINING."""
+        """Give a segment back whose blocks have left the index; waits for leases by DRAINING.
+
+        If the device cannot free it, the segment stays DRAINING and its space stays used.
+        """
         state.status = SegmentStatus.DRAINING
         if state.leases == 0:
-            self.device.free(state.handle)
+            try:
+                self.device.free(state.handle)
+            except OSError as error:
+                self.failures += 1
+                _log.warning("segment cannot be freed: %s: %s", self.info.name, error)
+                return
             del self.segments[state.handle.slot]
 
     def unsynced_logs(self) -> Iterator[SegmentLog]:

@@ -143,11 +143,11 @@ class Reader:
         records = lease.records[positions]
         starts = records["page"].astype(np.uint64) * np.uint64(PAGE) + offsets
         statuses = self._transfer(records, starts, lengths, addresses, None)
-        bad = statuses != 0
-        if bad.any():
-            self._drop_bad(records[bad], statuses[bad])
-        self._state.counters.bytes_read += int(lengths[~bad].sum())
-        return ~bad
+        good: Mask = statuses == 0
+        if not good.all():
+            self._drop_bad(records[~good], statuses[~good])
+        self._state.counters.bytes_read += int(lengths[good].sum())
+        return good
 
     def verified(self, records: RecordArray) -> Mask:
         """Verify the payloads that were not verified yet; drop bad ones. Misses are False.
@@ -206,7 +206,7 @@ class Reader:
         statuses = self._transfer(records, starts, lengths, addresses, digests)
         hits = np.flatnonzero(records["length"])
         self._settle(np.ascontiguousarray(records[hits]), statuses[hits])
-        good = (statuses == 0) & (records["length"] > 0)
+        good: Mask = (statuses == 0) & (records["length"] > 0)
         self._state.counters.bytes_read += int(lengths[good].sum())
         return good
 

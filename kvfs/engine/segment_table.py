@@ -159,4 +159,5 @@ def group_by_segment(
 
 def is_verified(records: RecordArray) -> npt.NDArray[np.bool_]:
     """Return which records carry the VERIFIED flag."""
-    return (records["flags"] & VERIFIED) != 0
+    flagged: npt.NDArray[np.bool_] = (records["flags"] & VERIFIED) != 0
+    return flagged

@@ -109,7 +109,7 @@ class EngineState:
             records["flags"] = VERIFIED
         with self.lock:
             segment.mark_live(indices)
-            self.mark_dead(self.indexes[segment.namespace_id].insert(records))
+            self.mark_dead(self.index(segment.namespace_id).insert(records))
             segment.last_access_ns = self.clock.monotonic_ns()
             segment.accessed_ns[indices] = segment.last_access_ns
         return records
@@ -117,6 +117,8 @@ class EngineState:
     def forget(self, namespace_id: int, records: RecordArray) -> int:
         """Remove exactly these copies from index and tables; return how many were there."""
         hits = records[records["length"] > 0]
+        if not len(hits):
+            return 0
         with self.lock:
             removed = self.index(namespace_id).remove(hits)
             self.mark_dead(hits)

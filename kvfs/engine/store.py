@@ -255,9 +255,11 @@ class Store:
                     if segment.namespace_id == namespace_id:
                         device.discard(segment)
             self.state.namespaces.pop(namespace_id, None)
-            index = self.state.indexes.pop(namespace_id, None)
-        if index is not None:
-            index.close()
+            # Not closed: readers in flight may hold it; the last one releases the table.
+            self.state.indexes.pop(namespace_id, None)
+        for device in self.state.devices:
+            with device.open_lock:
+                device.unregister(namespace_id)
 
     def device_statistics(self) -> list[DeviceStatistics]:
         """Return a snapshot of every device."""

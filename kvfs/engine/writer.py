@@ -131,6 +131,8 @@ class Writer:
                 if not fits or log.state.status is not SegmentStatus.OPEN:
                     continue
                 part = batch.take(slice(done, done + fits))
+                with self._state.lock:  # growing replaces arrays that others change under the lock
+                    log.state.reserve(log.state.entry_count + fits)
                 try:
                     indices = log.append(part)
                 except (DeviceError, PoisonedError):
