@@ -37,7 +37,7 @@ def copy_hash(
 ) -> int:
     """Copy n memory ranges with non-temporal stores and XXH3-128 in one pass over the source.
 
-    Each item is copied in L2-sized steps: a step is hashed and stored while it is in cache. After the item,
+    Each item is copied in steps of 1 KiB: a step is hashed and stored while it is in cache. After the item,
     zero bytes are written up to the next multiple of `pad_to`. An sfence ends the batch. digests: n x 16.
     Returns the number of items whose status is not 0.
     """
@@ -102,14 +102,19 @@ class Index:
     entry u32 (index in the segment's summary) | sequence u32 (per-bucket seqlock; 0 in results).
     One record per (key, device). Linear probing, tombstones, no shifting: a reader that sees an odd or changed
     sequence retries a bounded number of times, then reports a miss. Lookup prefers the copy whose
-    device has the lowest rank (`set_ranks`), and batches prefetch ahead.
+    device has the lowest rank (`set_ranks`), then the lowest number, and batches prefetch ahead.
+    Length 0 means no record: lookup's misses have it, insert refuses it (ValueError).
+    Writing raises ValueError on an attached table, in a forked child, and once superseded.
     The writer's methods are serialised by an internal mutex; readers need none.
     """
     def __init__(self, capacity: int, seed: int = 0) -> None:
         """Make a table for at least `capacity` records (load factor <= 0.5) in a fresh sealed memfd."""
     @staticmethod
     def attach(fd: int) -> Index:
-        """Map another process's table read-only. Validates magic, version, size (ValueError)."""
+        """Map another process's table read-only; the descriptor is duplicated.
+
+        Validates seals (F_SEAL_SHRINK), magic, version, geometry, size (ValueError).
+        """
     @property
     def fd(self) -> int: ...
     @property
@@ -121,9 +126,14 @@ class Index:
     @property
     def is_writable(self) -> bool: ...
     def set_ranks(self, ranks: Buffer) -> None:
-        """uint8 per device number (at most 256); lower is preferred by lookup."""
+        """uint8 per device number (at most 256); lower is preferred by lookup; the rest get 255.
+
+        The writer's ranks hold for all readers; on an attached table, for this object only.
+        """
     def insert(self, records: Buffer, replaced: Buffer | None = None) -> int:
         """Insert or replace n records; returns how many were done (less than n: table full, grow).
+
+        Tombstones count: grow(capacity) to the same capacity gets rid of them.
 
         `replaced` (n x 64 bytes) receives the record that each insertion replaced, zeroes if none.
         """
@@ -140,17 +150,27 @@ class Index:
     def snapshot(self) -> bytes:
         """All records, in table order, as n x 64 bytes."""
     def grow(self, capacity: int) -> Index:
-        """Copy into a larger table and mark this one superseded (readers re-attach)."""
-    def close(self) -> None: ...
+        """Copy into a larger table and mark this one superseded (readers re-attach).
+
+        Takes over seed and ranks. ValueError if capacity is less than the count.
+        """
+    def close(self) -> None:
+        """Refuse new calls (ValueError); running ones end first. Idempotent."""
 
 @final
 class AccessRing:
     """Single-producer single-consumer ring of 16-byte access events in a memfd.
 
-    Event: device u16 | phase u8 | flags u8 | segment u32 | entry u32 | tag u32. When full, new events are
-    counted as lost, never waited for.
+    Event: device u16 | phase u8 | flags u8 | segment u32 | entry u32 | tag u32; flags are the low
+    byte of the record's. When full, new events are counted as lost, never waited for.
     """
     def __init__(self, capacity: int) -> None: ...
+    @staticmethod
+    def attach(fd: int) -> AccessRing:
+        """Map another process's ring, to drain it; the descriptor is duplicated.
+
+        Validates seals, magic, version, size (ValueError).
+        """
     @property
     def fd(self) -> int: ...
     @property
@@ -166,7 +186,8 @@ class Mapping:
     """A reserved address range into which extents are mapped read-only, one after the other.
 
     Exposes the buffer protocol (read-only, C-contiguous bytes). A SIGBUS inside the range maps an anonymous zero page
-    there, sets `has_failed`, and lets the reader go on.
+    there, sets `has_failed`, and lets the reader go on. What is not mapped reads as zeroes.
+    A SIGBUS within a batch copy is the status of that item and no fault of the mapping.
     """
     def __init__(self, nbytes: int, align: int = 4096) -> None: ...
     @property
@@ -181,7 +202,9 @@ class Mapping:
     def map(self, positions: Buffer, fds: Buffer, offsets: Buffer, lengths: Buffer) -> None:
         """mmap(MAP_SHARED|MAP_FIXED, PROT_READ) n extents: positions, offsets multiples of 4096;
         lengths rounded up to 4096. fds: int32[n]. Neighbours contiguous in file and range are merged.
-        Raises OSError (ENOMEM when out of VMAs); the range stays reserved."""
+        Nothing is mapped if any argument is wrong (ValueError).
+        Raises OSError (ENOMEM when out of VMAs); extents before the failed one stay mapped, the
+        rest of the range reads as zeroes."""
     def map_anonymous(self, position: int, nbytes: int) -> int:
         """Back a part by private writable memory (copy fall-back); returns its address."""
     def protect(self) -> None:
@@ -194,12 +217,15 @@ class Mapping:
 class Arena:
     """A read-write shared mapping of one file descriptor (a memfd slot or a segment file)."""
     def __init__(self, fd: int, nbytes: int, populate: bool = False) -> None:
-        """MAP_SHARED read-write; populate uses MADV_POPULATE_WRITE (OSError when it fails)."""
+        """MAP_SHARED read-write; populate uses MADV_POPULATE_WRITE (OSError when it fails).
+
+        ValueError if a regular file is shorter than nbytes (a device has no size to check)."""
     @property
     def address(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Unmap. BufferError while exports exist."""
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 def memfd(name: str, nbytes: int) -> int:
@@ -208,4 +234,5 @@ def memfd(name: str, nbytes: int) -> int:
 def poison(address: int, nbytes: int) -> None:
     """Test aid: make pages of a private anonymous or memfd mapping raise SIGBUS (UFFDIO_POISON); OSError if unsupported."""
 
-def cpu_features() -> Sequence[str]: ...
+def cpu_features() -> Sequence[str]:
+    """The instruction set in use (base, avx2, avx512; KVFS_ISA lowers it), then "cpu:..." flags."""

@@ -98,6 +98,8 @@ static uint64_t payload_end(const uint8_t *entry)
 static uint64_t entries_above(const struct kvfs_scan *scan, uint64_t high_water)
 {
     uint64_t all = scan->nbytes / KVFS_ENTRY_BYTES;
+    if (high_water == UINT64_MAX)
+        return 0;
     if (high_water <= scan->payload_limit)
         return all;
     uint64_t below = high_water - scan->payload_limit;
