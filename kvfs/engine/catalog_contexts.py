@@ -13,6 +13,7 @@ Layer: L2.
 
 from collections.abc import Sequence
 from dataclasses import replace as with_changes
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -25,12 +26,11 @@ from kvfs.engine.catalog_rows import (
     Blocks,
     RowHead,
     TokenArray,
+    TokenCodec,
     check_size,
     checked_blocks,
-    compress_tokens,
     damaged,
     decode_keys,
-    decompress_tokens,
 )
 from kvfs.engine.catalog_schema import (
     EPOCH_VERSION_BITS,
@@ -47,6 +47,10 @@ _EPOCH_WORN: Final = 1 << (EPOCH_VERSION_BITS - 1)
 
 class CatalogContexts(CatalogTree):
     """Keys and tokens of contexts."""
+
+    @cached_property
+    def _codec(self) -> TokenCodec:
+        return TokenCodec()
 
     def keys(self, node_id: int, start: int = 0, stop: int | None = None) -> KeyArray:
         """Return block keys [start, stop) as (n, 32) uint8, read-only.
@@ -87,9 +91,9 @@ class CatalogContexts(CatalogTree):
                 "ORDER BY row_index",
                 (node_id, node.version),
             )
-        if any(blob is None for blob, _ in rows):
-            return None
-        parts = [decompress_tokens(node, blob, count) for blob, count in rows]
+            if any(blob is None for blob, _ in rows):
+                return None
+            parts = [self._codec.decompress(node, blob, count) for blob, count in rows]
         tokens = np.concatenate(parts) if parts else NO_TOKENS
         if len(tokens) != node.token_count:
             raise damaged(node, f"{node.token_count} tokens", str(len(tokens)))
@@ -105,13 +109,7 @@ class CatalogContexts(CatalogTree):
             if self._is_epoch_due and self._depth == 0:
                 with self.transaction():
                     pass  # its begin persists the epoch
-            node = self._context(node_id)
-            latest = max(node.version, self._reserved.get(node_id, 0))
-            version = max(latest + 1, self._epoch << EPOCH_VERSION_BITS)
-            self._reserved[node_id] = version
-            if version - (self._epoch << EPOCH_VERSION_BITS) >= _EPOCH_WORN:
-                self._is_epoch_due = True
-            return version
+            return self._reserve_version(self._context(node_id))
 
     def append_blocks(
         self, node_id: int, keys: Any, *, block_bytes: int, stride: int, tail_bytes: int,
@@ -240,7 +238,7 @@ class CatalogContexts(CatalogTree):
         with self.transaction():
             node = self._context(node_id)
             if version is None:
-                version = self.next_version(node_id)
+                version = self._reserve_version(node)
             if version <= node.version or version >= 1 << 32:
                 raise UsageError(
                     f"content is out of date: node {node_id}: expected a version above "
@@ -264,6 +262,16 @@ class CatalogContexts(CatalogTree):
                     ctime_ns=now_ns,
                 )
             )
+
+    def _reserve_version(self, node: Node) -> int:
+        """Give out a version. REQUIRES: the lock, an epoch of this session."""
+        epoch_start = self._epoch << EPOCH_VERSION_BITS
+        latest = max(node.version, self._reserved.get(node.node_id, 0))
+        version = max(latest + 1, epoch_start)
+        self._reserved[node.node_id] = version
+        if version - epoch_start >= _EPOCH_WORN:
+            self._is_epoch_due = True  # the next transaction begins with a new one
+        return version
 
     def _active(self, node_id: int) -> Node:
         node = self._context(node_id)
@@ -304,6 +312,7 @@ class CatalogContexts(CatalogTree):
                 node.node_id, version, row_index,
                 head.token_count + token_stop - token_start,
                 head.keys.tobytes() + blocks.keys[start:stop].tobytes(), tokens,
+                is_new=head is EMPTY_ROW,
             )  # fmt: skip
             start, token_start, row_index, head = stop, token_stop, row_index + 1, EMPTY_ROW
 
@@ -339,7 +348,7 @@ class CatalogContexts(CatalogTree):
         if in_row:
             self._write_row(
                 node.node_id, node.version, row_index, head.token_count, head.keys.tobytes(),
-                head.tokens,
+                head.tokens, is_new=False,
             )  # fmt: skip
 
     def _row_head(self, node: Node, row_index: int, in_row: int, cut_tokens: int) -> RowHead:
@@ -354,17 +363,23 @@ class CatalogContexts(CatalogTree):
             raise damaged(node, f"{in_row} keys in row {row_index}", str(len(keys)))
         _, count, blob = rows[0]
         tokens = (
-            None if blob is None else decompress_tokens(node, blob, count)[: count - cut_tokens]
+            None
+            if blob is None
+            else self._codec.decompress(node, blob, count)[: count - cut_tokens]
         )
         return RowHead(keys[:in_row], count - cut_tokens, tokens)
 
     def _write_row(
         self, node_id: int, version: int, row_index: int, token_count: int, keys: bytes,
-        tokens: TokenArray | None,
+        tokens: TokenArray | None, *, is_new: bool,
     ) -> None:  # fmt: skip
-        blob = None if tokens is None else compress_tokens(tokens)
+        blob = None if tokens is None else self._codec.compress(tokens)
+        # OR REPLACE: a replaced tail may have been alone in its row.
         self._write(
             "INSERT OR REPLACE INTO context_rows "
-            "(node_id, version, row_index, token_count, keys, tokens) VALUES (?, ?, ?, ?, ?, ?)",
-            (node_id, version, row_index, token_count, keys, blob),
+            "(token_count, keys, tokens, node_id, version, row_index) VALUES (?, ?, ?, ?, ?, ?)"
+            if is_new
+            else "UPDATE context_rows SET token_count = ?, keys = ?, tokens = ? "
+            "WHERE node_id = ? AND version = ? AND row_index = ?",
+            (token_count, keys, blob, node_id, version, row_index),
         )

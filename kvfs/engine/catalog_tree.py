@@ -13,7 +13,6 @@ from typing import Final
 from kvfs.engine.catalog_nodes import CatalogNodes, require_directory
 from kvfs.engine.catalog_schema import (
     DEFAULT_NAMESPACE,
-    NODE_COLUMNS,
     ROOT_NODE_ID,
     CrossNamespaceError,
     DirectoryNotEmptyError,
@@ -30,8 +29,6 @@ from kvfs.engine.catalog_schema import (
 from kvfs.errors import CorruptionError, ExistsError, RefusedError, UsageError
 
 PATH_BYTES_MAX: Final = 4096
-CHILDREN_LIMIT: Final = 1000
-_SELECT: Final = f"SELECT {NODE_COLUMNS} FROM nodes "
 
 
 class CatalogTree(CatalogNodes):
