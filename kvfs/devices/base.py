@@ -164,7 +164,7 @@ class Device(ABC):
 
     @abstractmethod
     def attach(self, name: SegmentName) -> Segment:
-        """Open an existing segment; a log segment for writing too, as an unsealed one is resumed."""
+        """Open an existing segment; a log segment for writing too, it may be resumed."""
 
     @abstractmethod
     def write_payloads(

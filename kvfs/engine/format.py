@@ -12,7 +12,8 @@ Layer: L2, pure.
 
     superblock: one 4 KiB header page, then the namespace table (MessagePack), zero-padded to 4 KiB.
 
-- All integers are little-endian. Unused bytes are zero.
+- All integers are little-endian; an XXH3-128 is stored as its low, then its high 64 bits. Unused
+  bytes are zero.
 - Every checksum covers all bytes of its structure before it. Header and superblock checksums are
   XXH3-64 with seed 0; entry checksums are seeded by `entry_seed`, so that an entry of another
   device, slot or generation is never valid.
@@ -155,6 +156,14 @@ SUPERBLOCK_FIELDS: Final = {
     "table_xxh3": "XXH3-128 of the namespace table: protects it.",
     "reserved": "Zero.",
     "checksum": "XXH3-64, seed 0, of all bytes of the page before it.",
+}
+VALUES: Final = {
+    "HeaderKind.OPEN": "Written and persisted before the first payload.",
+    "HeaderKind.SEAL": "Written after everything it covers was persisted.",
+    "SegmentKind.LOG": "Payloads and summary share one file or slot.",
+    "SegmentKind.FILE": "The payload file holds one file's bytes; the summary is a sidecar.",
+    "Codec.RAW": "Stored as given.",
+    "EntryFlag.PARTIAL": "The block holds fewer tokens than a full one.",
 }
 assert ENTRY.itemsize == ENTRY_BYTES == _native.ENTRY_BYTES
 assert HEADER.itemsize == HEADER_BYTES
@@ -387,6 +396,8 @@ def decode_superblock(raw: bytes, where: str) -> Superblock:
         namespaces = msgspec.msgpack.decode(table, type=tuple[NamespaceRecord, ...])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptionError(f"namespace table not understood: {where}: {error}") from error
+    if any(not 0 <= namespace.namespace_id < 1 << 64 for namespace in namespaces):
+        raise CorruptionError(f"namespace id out of range: {where}: expected 64 bits")
     return Superblock(
         pool_uuid=uuid.UUID(bytes=record["pool_uuid"].tobytes()),
         device_uuid=uuid.UUID(bytes=record["device_uuid"].tobytes()),
