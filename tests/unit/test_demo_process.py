@@ -1,0 +1,73 @@
+"""kvfs.demo.process: children end, places go, signals become interrupts."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvfs.demo.process import Child, signals_as_interrupts, unmount, workplace
+from kvfs.errors import UnavailableError
+
+ECHO = """
+import json, sys
+print(json.dumps({"ready": True}), flush=True)
+for line in sys.stdin:
+    print(json.dumps({"got": line.strip()}), flush=True)
+"""
+
+
+def test_child_answers_and_ends_with_the_block() -> None:
+    with Child(["-c", ECHO]) as child:
+        assert child.answer() == {"ready": True}
+        assert child.ask("hello") == {"got": "hello"}
+        pid = child.pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_child_that_ends_without_an_answer() -> None:
+    with (
+        Child(["-c", "raise SystemExit(3)"]) as child,
+        pytest.raises(UnavailableError, match="ended with status 3"),
+    ):
+        child.answer()
+
+
+def test_killed_child() -> None:
+    with Child(["-c", ECHO]) as child:
+        child.answer()
+        child.kill()
+        with pytest.raises(UnavailableError, match="ended with status -9"):
+            child.answer()
+
+
+def test_workplace_goes_even_after_an_interrupt(tmp_path: Path) -> None:
+    def work() -> None:
+        with workplace(str(tmp_path)) as root:
+            assert (root / "mount").is_dir()
+            (root / "blocks" / "file").write_bytes(b"x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unmount_of_what_is_not_mounted(tmp_path: Path) -> None:
+    unmount(tmp_path)
+    assert tmp_path.is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_clean_up_like_ctrl_c(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), signals_as_interrupts():
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
+
+
+def test_children_run_the_same_python() -> None:
+    with Child(["-c", "import json, sys; print(json.dumps({'at': sys.executable}))"]) as child:
+        assert child.answer()["at"] == sys.executable
