@@ -4,8 +4,8 @@ Layer: L2 (does I/O through a device).
 
 - Payloads grow upwards from offset 0, entries downwards from the headers. An entry is written
   after its payload was; one persist covers both.
-- A page of entries is only ever rewritten with the same bytes plus new ones, so a torn write
-  cannot lose an entry that was persisted before.
+- A page of entries is only ever rewritten with the same valid entries plus new ones, so a torn
+  write cannot lose an entry that was persisted before.
 - After any failed write or persist the segment is poisoned: never written again, never sealed.
 
 Concurrency: `SegmentLog.lock` admits one appender; `persist_lock` one persister; lock order is
@@ -22,7 +22,14 @@ import numpy.typing as npt
 from kvfs import _native
 from kvfs.devices.base import AddressArray, Device, Segment, SegmentName
 from kvfs.engine import format as fmt
-from kvfs.engine.format import ENTRY, ENTRY_BYTES, HEADERS_BYTES, EntryArray, SegmentHeader
+from kvfs.engine.format import (
+    ENTRY,
+    ENTRY_BYTES,
+    HEADER_BYTES,
+    HEADERS_BYTES,
+    EntryArray,
+    SegmentHeader,
+)
 from kvfs.engine.segment_table import SegmentState, SegmentStatus, page_round
 from kvfs.errors import CorruptionError, DeviceError, FormatVersionError, PoisonedError
 from kvfs.units import PAGE, align_up
@@ -241,7 +248,10 @@ def segment_where(device: Device, segment: Segment | SegmentName) -> str:
 class LoadedSegment:
     """A segment as read from the medium.
 
-    `is_sealed`: the seal header holds and covers the entries.
+    Attributes:
+        is_sealed: The seal header holds and covers the entries.
+        residue: What a crash left in the summary of an unsealed log segment and is neither header
+            nor valid entry: (distance from the end, page as it must be) for each such page.
     """
 
     header: SegmentHeader
@@ -249,6 +259,7 @@ class LoadedSegment:
     indices: npt.NDArray[np.uint32]
     entries: EntryArray
     entry_count: int
+    residue: tuple[tuple[int, bytes], ...] = ()
 
 
 def load_segment(device: Device, handle: Segment) -> LoadedSegment:
@@ -316,4 +327,26 @@ def _scan_unsealed(
         if start <= high_water or device.next_data(handle, high_water) >= start:
             break
         tail = device.read_tail(handle, min(limit, 4 * len(tail)))
-    return LoadedSegment(header, False, np.frombuffer(indices, np.uint32), entries, count)
+    positions = np.frombuffer(indices, np.uint32)
+    residue = () if handle.is_file else _residue(tail, positions, entries, high_water - start)
+    return LoadedSegment(header, False, positions, entries, count, residue)
+
+
+def _residue(
+    tail: bytes, indices: npt.NDArray[np.uint32], entries: EntryArray, payload_end: int
+) -> tuple[tuple[int, bytes], ...]:
+    """Compare the pages of a summary with what its valid entries make of them.
+
+    `payload_end` is the high-water mark, as an offset in `tail`.
+    """
+    found = np.frombuffer(tail, np.uint8)
+    wanted = np.zeros(len(tail) - HEADERS_BYTES, np.uint8)
+    wanted.view(ENTRY)[::-1][indices] = entries
+    wanted = np.concatenate([wanted, np.zeros(HEADER_BYTES, np.uint8), found[-HEADER_BYTES:]])
+    pages = wanted.reshape(-1, PAGE)
+    differs = (found.reshape(-1, PAGE) != pages).any(axis=1)
+    differs[: max(0, payload_end) // PAGE] = False
+    return tuple(
+        ((len(pages) - number) * PAGE, pages[number].tobytes())
+        for number in np.flatnonzero(differs).tolist()
+    )

@@ -5,13 +5,17 @@ Layer: L3.
 - Reads superblock and summaries, never payloads: the cost follows the number of blocks, not their
   size.
 - Whatever is found is persisted once, so that from then on "found" means "durable".
-- A segment whose open header never made it to the medium held nothing that was acknowledged: it is
-  freed. One with a damaged open header is set aside: nothing in it is served, its space comes back
-  by eviction, `check` reports it.
+- A segment whose open header never made it to the medium, or only in part, held nothing that was
+  acknowledged: it is freed. One with a damaged open header and something else in it is set aside:
+  nothing in it is served, its space comes back by eviction, `check` reports it.
+- Of two segments on one slot the older was freed before the slot was used again, and a crash took
+  the change of its name: it is freed again.
 - The last unsealed log segment of a namespace is resumed; its old payloads stay subject to
   verification.
+- Torn entries and a torn seal header are overwritten with zeros, so that `check` can tell what a
+  crash left from damage.
 - Recovery writes nothing that a crash during it could turn into harm: claims bump counters, frees
-  repeat.
+  and zeros repeat.
 """
 
 import uuid
@@ -144,8 +148,15 @@ def load_devices(state: EngineState) -> RecoveryReport:
     found: list[_Found] = []
     for device in state.devices:
         device.device.reap_staging()
-        for name in device.device.segments():
+        names = device.device.segments()
+        newest: dict[int, int] = {}
+        for name in names:
+            newest[name.slot] = max(name.generation, newest.get(name.slot, 0))
+        for name in names:
             handle = device.device.attach(name)
+            if name.generation < newest[name.slot]:
+                _free(device, handle, report)
+                continue
             loaded = _load(state, device, handle, report)
             if loaded is not None:
                 found.append(_Found(device, handle, loaded))
@@ -172,7 +183,7 @@ def _load(
     try:
         loaded = load_segment(device.device, handle)
     except CorruptionError as error:
-        if not any(device.device.read_tail(handle, fmt.HEADER_BYTES)):
+        if _is_unborn(device, handle):
             _free(device, handle, report)
         else:
             report.problems.append(f"{error}; the segment is set aside, nothing in it is served")
@@ -198,6 +209,15 @@ def _load(
         _free(device, handle, report)
         return None
     return loaded
+
+
+def _is_unborn(device: DeviceState, handle: Segment) -> bool:
+    """Whether a crash left the segment before its first payload: only a torn header, if that."""
+    if not any(device.device.read_tail(handle, fmt.HEADER_BYTES)):
+        return True
+    if handle.is_file:  # a sidecar is persisted before its payload gets a name
+        return False
+    return device.device.next_data(handle, 0) >= handle.nbytes - fmt.HEADER_BYTES
 
 
 def _free(device: DeviceState, handle: Segment, report: RecoveryReport) -> None:
@@ -230,6 +250,8 @@ def _enter(state: EngineState, item: _Found, report: RecoveryReport) -> None:
     report.blocks += len(loaded.entries)
     if not loaded.is_sealed:
         report.unsealed += 1
+        for distance, page in loaded.residue:
+            device.device.write_tail(handle, distance, page)
         device.device.persist(handle)
         if not handle.is_file:
             _resume(device, segment, header)

@@ -8,7 +8,7 @@ Layer: L3.
 - Nothing here knows names: contexts and files are the pool's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,8 @@ from kvfs.engine.state import EngineState
 from kvfs.engine.writer import Durability, PutResult, Writer
 from kvfs.errors import BusyError, ClosedError, DeviceError, NoSpaceError, UsageError
 from kvfs.keys import KEY_BYTES, KeyArray
+
+_ROOM_ATTEMPTS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,12 +204,18 @@ class Store:
     ) -> None:
         """Write to a staging file; evicts when the device is full. Durability: flush."""
         device = self.state.device(device_index)
-        try:
-            device.device.write_staging(staging, offset, data)
-        except NoSpaceError:
-            if not self._evictor.make_room(device, max(len(data), device.info.segment_bytes)):
-                raise
-            device.device.write_staging(staging, offset, data)
+        self._with_room(
+            device, len(data), lambda: device.device.write_staging(staging, offset, data)
+        )
+
+    def resize_staging(self, device_index: int, staging: Staging, nbytes: int) -> None:
+        """Cut or extend a staging file with zeros; evicts when the device is full."""
+        device = self.state.device(device_index)
+        self._with_room(
+            device,
+            max(0, nbytes - staging.nbytes),
+            lambda: device.device.resize_staging(staging, nbytes),
+        )
 
     def staging_device(self, device_index: int) -> DeviceState:
         """Return the device of a staging file."""
@@ -283,13 +291,24 @@ class Store:
         for device in self.state.devices:
             try:
                 device.update_superblock(owner_pid=0)
-            except OSError as error:
+            except (OSError, NoSpaceError) as error:
                 failure = failure or DeviceError(f"close failed: {device.info.name}: {error}")
             device.device.close()
         for index in self.state.indexes.values():
             index.close()
         if failure is not None:
             raise failure
+
+    def _with_room(self, device: DeviceState, nbytes: int, operation: Callable[[], None]) -> None:
+        """Run what needs space, evicting until it fits or nothing can go."""
+        for _ in range(_ROOM_ATTEMPTS):
+            try:
+                return operation()
+            except NoSpaceError:
+                # Others may take what a round frees, so one round need not be enough.
+                if not self._evictor.make_room(device, max(nbytes, device.info.segment_bytes)):
+                    raise
+        return operation()
 
     def _namespace(self, namespace_id: int) -> NamespaceSpec:
         self.state.index(namespace_id)

@@ -319,8 +319,12 @@ class Writer:
         return log
 
     def persist_holding(self, records: RecordArray) -> None:
-        """Persist the open segments that hold these copies."""
-        for device_index, slot, _, positions in group_by_segment(records):
+        """Persist the open segments that hold these copies.
+
+        Raises:
+            DeviceError: A persist failed, here or in another thread; what it covered is dropped.
+        """
+        for device_index, slot, generation, positions in group_by_segment(records):
             device = self._state.device(device_index)
             if not device.info.is_persistent:
                 continue
@@ -328,11 +332,18 @@ class Writer:
             with self._state.lock:
                 log = next((log for log in [*device.full, *device.logs.values()]
                             if log.state.handle.slot == slot), None)  # fmt: skip
-            if log is None:
-                continue  # sealed meanwhile, so persisted
-            failure = self._guarded(device, log, partial(log.persist, wanted=wanted))
-            if failure is not None:
-                raise failure
+            if log is not None:
+                failure = self._guarded(device, log, partial(log.persist, wanted=wanted))
+                if failure is not None:
+                    raise failure
+                continue
+            # Sealed meanwhile, so persisted; or evicted, which is no failure; or poisoned.
+            segment = self._state.segment_of(device_index, slot, generation)
+            if segment is not None and segment.persisted_count < wanted:
+                raise PoisonedError(
+                    f"a persist failed meanwhile: {device.info.name} segment {slot}; the blocks "
+                    "it would have covered are dropped"
+                )
 
     def _guarded(
         self, device: DeviceState, log: SegmentLog, operation: Callable[[], None]
