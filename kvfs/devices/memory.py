@@ -144,7 +144,6 @@ class MemoryDevice(Device):
         self._segments: dict[tuple[int, int], _Open] = {}
         self._staging: set[_Open] = set()
         self._free_frames: list[_Frame] = []
-        self._frame_count = 0
         self._bytes_written = 0
         self._is_closed = False
         self._populate(progress)
@@ -154,7 +153,6 @@ class MemoryDevice(Device):
         try:
             for done in range(total):
                 self._free_frames.append(self._make_frame())
-                self._frame_count += 1
                 if progress is not None:
                     progress(done + 1, total)
         except BaseException:
@@ -214,9 +212,7 @@ class MemoryDevice(Device):
             try:
                 frame = self._make_frame()
             except BaseException:
-                with self._lock:
-                    self._ledger.drop(key)
-                    self._frame_count -= 1
+                self._ledger.drop(key)
                 raise
         frame.tag = tag
         state = _Open(frame.file, key, frame=frame)
@@ -448,8 +444,6 @@ class MemoryDevice(Device):
                     return self._free_frames.pop(index)
         if self._free_frames:
             self._free_frames.pop(0).close()
-        else:
-            self._frame_count += 1
         return None
 
     def _trim_frames(self) -> None:
@@ -460,7 +454,6 @@ class MemoryDevice(Device):
             if self._ledger.used_bytes + free_bytes <= self.info.capacity_bytes:
                 break
             self._free_frames.pop(0).close()
-            self._frame_count -= 1
 
     @contextlib.contextmanager
     def _resizing(self, staging: Staging, state: _Open, nbytes: int) -> Iterator[None]:

@@ -9,60 +9,30 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
-from uuid import UUID
 
 import numpy as np
 import pytest
 
 from kvfs import _native
-from kvfs.devices.base import Device, Segment, SegmentName, slot_count_of
-from kvfs.errors import ClosedError, NoSpaceError, UsageError
-from kvfs.units import KIB, MIB, PAGE
-
-SEGMENT_BYTES = MIB
-CAPACITY_BYTES = 8 * MIB
-DEVICE_UUID = UUID("6d1f02c4-0000-4000-8000-00000000abcd")
-TAG = b"tenant-1"
-OTHER_TAG = b"tenant-2"
-
-Opener = Callable[..., Device]
-
-
-def random_bytes(nbytes: int, seed: int = 1) -> bytes:
-    """Return bytes that repeat from run to run."""
-    return np.random.default_rng(seed).bytes(nbytes)
-
-
-def put(device: Device, segment: Segment, *payloads: tuple[int, Any]) -> tuple[int, list[int]]:
-    """Write payloads; check the digests of those that were written; return (failed, statuses)."""
-    buffers = [np.frombuffer(data, np.uint8) for _, data in payloads]
-    offsets = np.array([offset for offset, _ in payloads], np.uint64)
-    sources = np.array([buffer.ctypes.data for buffer in buffers], np.uint64)
-    lengths = np.array([len(data) for _, data in payloads], np.uint64)
-    digests = np.zeros((len(payloads), 16), np.uint8)
-    statuses = np.full(len(payloads), 99, np.int32)
-    failed = device.write_payloads(segment, offsets, sources, lengths, digests, statuses)
-    for (_, data), digest, status in zip(payloads, digests, statuses, strict=True):
-        assert status != 0 or digest.tobytes() == _native.xxh3_128(data)
-    return failed, [int(status) for status in statuses]
+from kvfs.devices.base import Device, SegmentName, slot_count_of
+from kvfs.errors import ClosedError, NoSpaceError
+from kvfs.units import KIB, PAGE
+from tests.conformance.file_suite import FileSuite
+from tests.conformance.helpers import (
+    CAPACITY_BYTES,
+    DEVICE_UUID,
+    OTHER_TAG,
+    SEGMENT_BYTES,
+    TAG,
+    Opener,
+    make_file,
+    name_of,
+    put,
+    random_bytes,
+)
 
 
-def name_of(segment: Segment) -> SegmentName:
-    """Return the name under which `segments` lists a handle."""
-    return SegmentName(segment.slot, segment.generation, segment.is_file, segment.nbytes)
-
-
-def make_file(device: Device, data: bytes, slot: int = 5, generation: int = 9,
-              sidecar: bytes = b"s" * 8192) -> Segment:  # fmt: skip
-    """Stage and adopt a file."""
-    staging = device.create_staging(f"make-{slot}-{generation}")
-    device.write_staging(staging, 0, data)
-    device.persist_staging(staging)
-    return device.adopt(staging, slot, generation, sidecar)
-
-
-class DeviceSuite:
+class DeviceSuite(FileSuite):
     """Subclasses give `opener`: a fixture that returns a function (capacity_bytes=...) -> Device.
 
     For a persistent device a second call, after close, opens the same medium.
@@ -365,117 +335,19 @@ class DeviceSuite:
             with pytest.raises(FileNotFoundError):
                 device.attach(SegmentName(1, 1, is_file, 0))
 
-    # --- staging and file segments
-
-    def test_staging_grows_and_serves_reads(self, device: Device) -> None:
-        staging = device.create_staging("file-1.part")
-        assert (staging.name, staging.nbytes) == ("file-1.part", 0)
-        device.write_staging(staging, 10, memoryview(b"abcdef"))
-        assert staging.nbytes == 16
-        assert os.pread(staging.fd, 100, 0) == bytes(10) + b"abcdef"
-        device.write_staging(staging, 0, np.arange(4, dtype=np.uint8).data)
-        device.resize_staging(staging, 12)
-        device.resize_staging(staging, 14)
-        assert os.pread(staging.fd, 100, 0) == bytes([0, 1, 2, 3]) + bytes(6) + b"ab\0\0"
-        device.persist_staging(staging)
-        assert device.bytes_written == 10
-        device.drop_staging(staging)
-        device.drop_staging(staging)
-        assert device.used_bytes == 0
-        with pytest.raises(ClosedError):
-            device.write_staging(staging, 0, b"x")
-
-    @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "../x", "a\0", "x" * 128])
-    def test_staging_names_stay_inside(self, device: Device, name: str) -> None:
-        with pytest.raises(UsageError):
-            device.create_staging(name)
-
-    def test_staging_names_are_unique(self, device: Device) -> None:
-        staging = device.create_staging("same")
-        with pytest.raises(FileExistsError):
-            device.create_staging("same")
-        device.drop_staging(staging)
-        device.create_staging("same")
-
-    def test_adopt_makes_a_file_segment(self, device: Device) -> None:
-        data = random_bytes(100_001)
-        sidecar = random_bytes(8192 + 128, 2)
-        segment = make_file(device, data, 5, 9, sidecar)
-        assert (segment.slot, segment.generation, segment.is_file) == (5, 9, True)
-        assert segment.nbytes == len(data) == os.fstat(segment.fd).st_size
-        assert device.read(segment, 0, len(data)) == data
-        assert device.read(segment, 100_000, 100, uncached=True) == data[-1:]
-        assert device.read_tail(segment, 128) == sidecar[-128:]
-        assert device.read_tail(segment, 1 << 20) == sidecar
-        assert device.segments() == [SegmentName(5, 9, True, len(data))]
-        assert device.next_data(segment, len(data)) == len(data)
-        assert device.bytes_written == len(data) + len(sidecar)
-        device.persist(segment)
-        device.persist_names()
-        with pytest.raises(AssertionError):
-            put(device, segment, (0, b"x"))
-
-    def test_adopt_consumes_the_staging_handle(self, device: Device) -> None:
-        staging = device.create_staging("once")
-        device.write_staging(staging, 0, b"data")
-        fd = staging.fd
-        segment = device.adopt(staging, 0, 1, b"sidecar")
-        assert segment.fd == fd
-        device.drop_staging(staging)
-        with pytest.raises(ClosedError):
-            device.adopt(staging, 1, 1, b"sidecar")
-        assert device.read(segment, 0, 10) == b"data"
-        device.create_staging("once")
-
-    def test_an_adopted_file_is_attached_again(self, device: Device) -> None:
-        segment = make_file(device, b"payload", 1, 2, b"sidecar")
-        device.release(segment)
-        again = device.attach(device.segments()[0])
-        assert (again.is_file, again.nbytes) == (True, 7)
-        assert device.read(again, 0, 7) == b"payload"
-        assert device.read_tail(again, 100) == b"sidecar"
-        device.free(again)
-        assert (device.used_bytes, device.segments()) == (0, [])
-
-    def test_sidecar_bytes_can_be_rewritten(self, device: Device) -> None:
-        segment = make_file(device, b"payload", 1, 2, b"0123456789")
-        device.write_tail(segment, 4, b"ab")
-        device.persist(segment)
-        assert device.read_tail(segment, 6) == b"45ab89"
-        with pytest.raises(AssertionError):
-            device.write_tail(segment, 11, b"x")
-
-    def test_adopt_of_a_name_in_use_leaves_the_staging_file(self, device: Device) -> None:
-        make_file(device, b"first", 1, 2)
-        staging = device.create_staging("second")
-        device.write_staging(staging, 0, b"second")
-        used = device.used_bytes
-        with pytest.raises(FileExistsError):
-            device.adopt(staging, 1, 2, b"sidecar")
-        assert device.used_bytes == used
-        assert os.pread(staging.fd, 10, 0) == b"second"
-        assert device.adopt(staging, 1, 3, b"sidecar").nbytes == 6
-
-    def test_an_empty_file_can_be_adopted(self, device: Device) -> None:
-        segment = make_file(device, b"", 1, 2, b"sidecar")
-        assert device.read(segment, 0, 10) == b""
-        assert device.next_data(segment, 0) == 0
-        assert device.used_bytes == PAGE
-
-    def test_reap_spares_what_is_held(self, device: Device) -> None:
-        staging = device.create_staging("held")
-        make_file(device, b"file", 1, 1)
-        assert device.reap_staging() == 0
-        device.write_staging(staging, 0, b"still here")
-        assert len(device.segments()) == 1
-
     # --- surviving a close
 
-    def test_segments_survive_a_close(self, opener: Opener) -> None:
+    def test_what_survives_a_close(self, opener: Opener) -> None:
         device = opener()
-        if not device.info.is_persistent:
-            device.close()
-            pytest.skip("volatile device")
+        is_persistent = device.info.is_persistent
+        device.close()
+        if is_persistent:
+            self.check_that_segments_survive(opener)
+        else:
+            self.check_that_nothing_survives(opener)
+
+    def check_that_segments_survive(self, opener: Opener) -> None:
+        device = opener()
         log = device.create(7, 11, TAG)
         put(device, log, (0, b"log" * 1000))
         device.write_tail(log, 3, b"end")
@@ -505,11 +377,8 @@ class DeviceSuite:
         assert (device.used_bytes, device.segments()) == (0, [])
         device.close()
 
-    def test_a_volatile_device_forgets(self, opener: Opener) -> None:
+    def check_that_nothing_survives(self, opener: Opener) -> None:
         device = opener()
-        if device.info.is_persistent:
-            device.close()
-            pytest.skip("persistent device")
         put(device, device.create(0, 1, TAG), (0, b"secret" * 1000))
         device.write_superblock(b"superblock")
         device.close()

@@ -13,13 +13,8 @@ from kvfs.devices.directory import DirectoryDevice
 from kvfs.devices.memory import MemoryDevice
 from kvfs.devices.osfs import OSFileSystem
 from kvfs.devices.wrappers import CountingDevice, FaultyDevice
-from tests.conformance.device_suite import (
-    CAPACITY_BYTES,
-    DEVICE_UUID,
-    SEGMENT_BYTES,
-    DeviceSuite,
-    Opener,
-)
+from tests.conformance.device_suite import DeviceSuite
+from tests.conformance.helpers import CAPACITY_BYTES, DEVICE_UUID, SEGMENT_BYTES, Opener
 
 _IDENTITY: dict[str, Any] = {
     "index": 3,

@@ -113,4 +113,4 @@ def test_pool_options_have_limits() -> None:
         {"pinned_share": 1.1},
     ):  # fmt: skip
         with pytest.raises(UsageError, match=next(iter(changes))):
-            PoolOptions(**changes)  # type: ignore[arg-type]
+            PoolOptions(**changes)
