@@ -1,0 +1,222 @@
+"""`kvfs mount` and `kvfs umount`.
+
+Layer: L5.
+
+- Mounting opens the pool, so the mounting process is its owner until it is unmounted.
+- Unmounting returns only when the owner has closed the pool, so that the next command finds it
+  free.
+"""
+
+import argparse
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Final
+
+from kvfs.cli.console import Console
+from kvfs.cli.daemon import Ready, end_on_sigterm, log_to, run_in_background
+from kvfs.cli.runner import Parser, exit_codes, set_up_logging
+from kvfs.config import PoolOptions
+from kvfs.control_client import owners
+from kvfs.errors import BusyError, NotFoundError, UnavailableError, UsageError
+
+if TYPE_CHECKING:
+    from kvfs.pool import Pool
+
+LOCK_NAME: Final = "lock"
+_DEFAULTS: Final = PoolOptions()
+_MOUNTS: Final = "/proc/self/mountinfo"
+
+
+def add_mount(parser: Parser) -> None:
+    """Define `kvfs mount`."""
+    parser.description = (
+        "Open a pool and show its contexts as files below DIR. Returns when the mount is ready; "
+        "the daemon stays the pool's owner until 'kvfs umount DIR'."
+    )
+    parser.epilog = exit_codes(2, 10, 11, 13, 14, 15, 16)
+    parser.add_argument("pool", metavar="POOL", help="directory of the pool")
+    parser.add_argument("directory", metavar="DIR", help="empty directory to mount on")
+    parser.add_argument(
+        "-f", "--foreground", action="store_true", help="stay here and log to stderr"
+    )
+    parser.add_argument("--allow-other", action="store_true", help="let other users see the mount")
+    parser.add_argument(
+        "--allow-moved", action="store_true",
+        help="accept devices that were copied, moved, or left by another host",
+    )  # fmt: skip
+    parser.add_argument(
+        "--async-delay", type=int, metavar="MS", default=_DEFAULTS.async_delay_ms,
+        help="bound on how long an async block stays unpersisted (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pinned-share", type=float, metavar="SHARE", default=_DEFAULTS.pinned_share,
+        help="share of the persistent tiers that open files of a namespace may pin "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-verify-reads", action="store_true",
+        help="do not verify a block's checksum at its first read",
+    )  # fmt: skip
+    parser.add_argument(
+        "--log", metavar="FILE", default="", help="log file (default: the system's log)"
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="log more")
+
+
+def run_mount(arguments: argparse.Namespace, console: Console) -> int:
+    """Mount."""
+    pool_path = Path(arguments.pool).absolute()
+    directory = Path(arguments.directory).absolute()
+    if not directory.is_dir():
+        raise NotFoundError(f"mount point is no directory: {directory}; make it first")
+    if directory.is_mount():
+        raise BusyError(f"mount point is in use: {directory}; 'kvfs umount' it first")
+    log = str(Path(arguments.log).absolute()) if arguments.log else ""
+    options = PoolOptions(
+        async_delay_ms=arguments.async_delay,
+        pinned_share=arguments.pinned_share,
+        verify_reads=not arguments.no_verify_reads,
+    )
+
+    def serve(ready: Ready) -> int:
+        end_on_sigterm()
+        if arguments.foreground:
+            set_up_logging(is_verbose=arguments.verbose)
+        else:
+            log_to(log)
+        return _serve(pool_path, directory, options, arguments, ready)
+
+    if arguments.foreground:
+        return serve(lambda: console.say(f"mounted {pool_path} on {directory}"))
+    code = run_in_background(serve)
+    console.say(f"mounted {pool_path} on {directory}")
+    return code
+
+
+def _serve(
+    pool_path: Path, directory: Path, options: PoolOptions, arguments: argparse.Namespace,
+    ready: Ready,
+) -> int:  # fmt: skip
+    """Own the pool until it is unmounted."""
+    from kvfs.control import ControlServer
+    from kvfs.fuse.mount import mount
+    from kvfs.pool import open_pool
+
+    pool: Pool = open_pool(pool_path, options=options, allow_moved=arguments.allow_moved)
+    with pool, ControlServer(pool, mount=str(directory)):
+        mount(pool, str(directory), on_ready=ready, allow_other=arguments.allow_other)
+    return 0
+
+
+def add_umount(parser: Parser) -> None:
+    """Define `kvfs umount`."""
+    parser.description = (
+        "Unmount DIR and wait until its owner has written everything and closed the pool."
+    )
+    parser.epilog = exit_codes(2, 10, 11, 13)
+    parser.add_argument("directory", metavar="DIR", help="where the pool is mounted")
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS", default=60.0,
+        help="how long to wait for the owner (default: %(default)s)",
+    )  # fmt: skip
+
+
+def run_umount(arguments: argparse.Namespace, console: Console) -> int:
+    """Unmount."""
+    if arguments.timeout <= 0:
+        raise UsageError(f"timeout must be positive, found {arguments.timeout}")
+    directory = Path(arguments.directory).absolute()
+    source = mount_source(str(directory))
+    if source is None:
+        raise NotFoundError(f"not a mount of kvfs: {directory}")
+    pool_path = _pool_at(str(directory), source)
+    _unmount(str(directory))
+    if pool_path is None:
+        console.say(f"unmounted {directory}; its pool is not known, so nothing was waited for")
+        return 0
+    wait_closed(pool_path, arguments.timeout)
+    console.say(f"unmounted {directory}; pool {pool_path} is closed")
+    return 0
+
+
+def mount_source(directory: str) -> str | None:
+    """Return the source of the kvfs mount on a directory, or None if there is no such mount."""
+    real = os.path.realpath(directory)
+    found = None
+    with open(_MOUNTS, encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            before, _, after = line.partition(" - ")
+            fields, kinds = before.split(" "), after.split(" ")
+            if _unescape(fields[4]) in (directory, real) and kinds[0].startswith("fuse"):
+                is_ours = kinds[0] == "fuse.kvfs" or "kvfs" in kinds[1]
+                found = _unescape(kinds[1]) if is_ours else None
+    return found
+
+
+def _unescape(text: str) -> str:
+    """Undo the octal escapes of mountinfo."""
+    for code in ("\\040", "\\011", "\\012", "\\134"):
+        text = text.replace(code, chr(int(code[1:], 8)))
+    return text
+
+
+def _pool_at(directory: str, source: str) -> Path | None:
+    """Return the pool's directory: as its owner registered it, else as the mount names it."""
+    real = os.path.realpath(directory)
+    for entry in owners():
+        if entry.mount and entry.mount in (directory, real):
+            return Path(entry.pool)
+    named = Path(source.partition("#")[2] or source)
+    return named if named.is_absolute() and (named / LOCK_NAME).exists() else None
+
+
+def _unmount(directory: str) -> None:
+    """Take the mount away.
+
+    Raises:
+        BusyError: Files are open.
+        UnavailableError: It failed otherwise.
+    """
+    tool = shutil.which("fusermount3")
+    command = [tool, "-u", directory] if tool else ["umount", directory]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return
+    reason = done.stderr.strip()
+    if "busy" in reason.lower():
+        raise BusyError(f"mount is in use: {directory}: {reason}; close its files and try again")
+    raise UnavailableError(f"unmount failed: {directory}: {reason}")
+
+
+def wait_closed(pool_path: Path, timeout_s: float) -> None:
+    """Wait until nobody owns the pool.
+
+    Raises:
+        BusyError: Somebody still does after `timeout_s`.
+    """
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        raise TimeoutError
+
+    try:
+        fd = os.open(pool_path / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    previous = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, timeout_s)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+    except TimeoutError:
+        raise BusyError(
+            f"unmounted, but the owner has not closed the pool after {timeout_s:g} s: {pool_path}"
+        ) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+        os.close(fd)
