@@ -301,6 +301,8 @@ class Store:
 
     def _with_room(self, device: DeviceState, nbytes: int, operation: Callable[[], None]) -> None:
         """Run what needs space, evicting until it fits or nothing can go."""
+        if nbytes > device.info.capacity_bytes:
+            return operation()  # it will fail, and nothing need go for that
         for _ in range(_ROOM_ATTEMPTS):
             try:
                 return operation()
