@@ -54,7 +54,7 @@ def pwrite_hash(
     fd: int, offsets: Buffer, sources: Buffer, lengths: Buffer, digests: Buffer, statuses: Buffer,
     pad_to: int = 1,
 ) -> int:
-    """Write n memory ranges to a file and hash them in one pass (steps of 1 MiB: hash, then pwrite).
+    """Write n memory ranges to a file and hash them in one pass (steps of 256 KiB: hash, then pwrite).
 
     Retries EINTR and short writes. After each item zero bytes are written up to the next multiple
     of `pad_to` of the item's length. A failed item does not stop the others.

@@ -34,7 +34,8 @@ static bool check_size(int fd, uint64_t nbytes)
     }
     if (!S_ISREG(stat.st_mode) || (uint64_t)stat.st_size >= nbytes)
         return true;
-    PyErr_Format(PyExc_ValueError, "nbytes: expected at most the size of the file, %lld, found %llu",
+    PyErr_Format(PyExc_ValueError,
+                 "nbytes: expected at most the size of the file, %lld, found %llu",
                  (long long)stat.st_size, (unsigned long long)nbytes);
     return false;
 }

@@ -40,8 +40,10 @@ END
 tsan)
     configure thread
     "$cmake" --build "build/$mode" --target index_stress
-    # Without address randomisation: TSan of GCC 12 cannot place its shadow under large vm.mmap_rnd_bits.
-    TSAN_OPTIONS=halt_on_error=1 exec setarch "$(uname -m)" -R "build/$mode/index_stress" "${1:-200000}"
+    # Without address randomisation: GCC 12's TSan cannot place its shadow where
+    # vm.mmap_rnd_bits is large.
+    export TSAN_OPTIONS=halt_on_error=1
+    exec setarch "$(uname -m)" -R "build/$mode/index_stress" "${1:-200000}"
     ;;
 *)
     echo "usage: $0 asan|tsan [arguments]" >&2

@@ -108,6 +108,10 @@ static bool insert_one(struct kvfs_table *table, const uint8_t *record, uint8_t 
 {
     uint64_t words[SLOT_WORDS], before[SLOT_WORDS] = {0};
     slot_from_record(words, record);
+    /* Checked on the copy: the caller's memory may change under us, and a slot of length 0 would
+     * count as a record while being none. */
+    if (!slot_is_live(words))
+        return false;
     struct place place = locate(table, words);
     if (place.match != NULL) {
         slot_peek(place.match, before);
