@@ -21,6 +21,8 @@ import os
 import sqlite3
 import uuid
 from collections.abc import Iterable, Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Final
 
@@ -28,6 +30,7 @@ from kvfs.engine.catalog_check import find_problems
 from kvfs.engine.catalog_database import Hook
 from kvfs.engine.catalog_file import connect, open_wal, translate, verify_identity
 from kvfs.engine.catalog_namespaces import CatalogNamespaces
+from kvfs.engine.catalog_rows import damaged, decode_keys
 from kvfs.engine.catalog_schema import (
     APPLICATION_ID,
     INSERT_NODE,
@@ -43,8 +46,9 @@ from kvfs.engine.catalog_schema import (
 from kvfs.errors import ExistsError, NotFoundError
 from kvfs.keys import KeyArray, file_contexts
 
-BATCH: Final = 256
+BATCH: Final = 64  # contexts per query of an iterator
 _ID_BATCH: Final = 500  # ids per query; SQLite before 3.32 allows 999 parameters
+_THEIR_ROWS: Final = "LEFT JOIN context_rows r ON r.node_id = n.node_id AND r.version = n.version"
 
 
 class Catalog(CatalogNamespaces):
@@ -165,34 +169,38 @@ class Catalog(CatalogNamespaces):
         """Yield every ACTIVE context made through POSIX with its keys, by node id."""
         last = 0
         while True:
-            with self._lock:
-                rows = self._read(
-                    f"SELECT {NODE_COLUMNS} FROM nodes WHERE node_id > ? AND kind = 2 "
-                    "AND origin = 2 AND state = 1 ORDER BY node_id LIMIT ?",
-                    (last, batch),
-                )
-                nodes = [node_from_row(row) for row in rows]
-                pairs = [(node, self.keys(node.node_id)) for node in nodes]
-            yield from pairs
-            if len(pairs) < batch:
+            rows = self._read(
+                f"SELECT n.*, r.keys FROM (SELECT {NODE_COLUMNS} FROM nodes WHERE node_id > ? "
+                "AND kind = 2 AND origin = 2 AND state = 1 ORDER BY node_id LIMIT ?) n "
+                f"{_THEIR_ROWS} ORDER BY n.node_id, r.row_index",
+                (last, batch),
+            )
+            count = 0
+            for last, group in groupby(rows, key=itemgetter(0)):
+                found = list(group)
+                node = node_from_row(found[0][:-1])
+                keys = decode_keys(last, [row[-1:] for row in found if row[-1] is not None])
+                if len(keys) != node.block_count:
+                    raise damaged(last, f"{node.block_count} keys", str(len(keys)))
+                yield node, keys
+                count += 1
+            if count < batch:
                 return
-            last = nodes[-1].node_id
 
     def durable_keys(self, namespace_id: int, batch: int = BATCH) -> Iterator[KeyArray]:
-        """Yield the keys that names of a namespace reach, in (n, 32) arrays, in no useful order."""
+        """Yield the keys that names of a namespace reach, those of some contexts in each array."""
         last = 0
         while True:
-            with self._lock:
-                rows = self._read(
-                    "SELECT node_id FROM nodes WHERE namespace_id = ? AND node_id > ? "
-                    "AND block_count > 0 ORDER BY node_id LIMIT ?",
-                    (namespace_id, last, batch),
-                )
-                arrays = [self.keys(row[0]) for row in rows]
-            yield from arrays
-            if len(rows) < batch:
+            rows = self._read(
+                "SELECT r.keys, n.node_id FROM (SELECT node_id, version FROM nodes "
+                "WHERE namespace_id = ? AND node_id > ? AND block_count > 0 "
+                f"ORDER BY node_id LIMIT ?) n {_THEIR_ROWS} ORDER BY n.node_id, r.row_index",
+                (namespace_id, last, batch),
+            )
+            if not rows:
                 return
-            last = rows[-1][0]
+            last = rows[-1][1]
+            yield decode_keys(last, [row for row in rows if row[0] is not None])
 
     def pinned_contexts(self) -> list[Node]:
         """Return the contexts whose blocks must not be dropped."""

@@ -73,9 +73,9 @@ class CatalogContexts(CatalogTree):
                 (node_id, node.version, first_row, (stop - 1) // ROW_KEYS),
             )
         begin = first_row * ROW_KEYS
-        found = decode_keys(node, rows)
+        found = decode_keys(node.node_id, rows)
         if len(found) < stop - begin:
-            raise damaged(node, f"{stop - begin} keys from block {begin}", str(len(found)))
+            raise damaged(node.node_id, f"{stop - begin} keys from block {begin}", str(len(found)))
         return found[start - begin : stop - begin]
 
     def tokens(self, node_id: int) -> TokenArray | None:
@@ -93,10 +93,10 @@ class CatalogContexts(CatalogTree):
             )
             if any(blob is None for blob, _ in rows):
                 return None
-            parts = [self._codec.decompress(node, blob, count) for blob, count in rows]
+            parts = [self._codec.decompress(node.node_id, blob, count) for blob, count in rows]
         tokens = np.concatenate(parts) if parts else NO_TOKENS
         if len(tokens) != node.token_count:
-            raise damaged(node, f"{node.token_count} tokens", str(len(tokens)))
+            raise damaged(node.node_id, f"{node.token_count} tokens", str(len(tokens)))
         return tokens
 
     def next_version(self, node_id: int) -> int:
@@ -343,7 +343,7 @@ class CatalogContexts(CatalogTree):
             )
         self._write(
             "DELETE FROM context_rows WHERE node_id = ? AND row_index >= ?",
-            (node.node_id, row_index),
+            (node.node_id, row_index + int(in_row > 0)),
         )
         if in_row:
             self._write_row(
@@ -358,14 +358,14 @@ class CatalogContexts(CatalogTree):
             "WHERE node_id = ? AND version = ? AND row_index = ?",
             (node.node_id, node.version, row_index),
         )
-        keys = decode_keys(node, rows)
+        keys = decode_keys(node.node_id, rows)
         if len(keys) < in_row or rows[0][1] < cut_tokens:
-            raise damaged(node, f"{in_row} keys in row {row_index}", str(len(keys)))
+            raise damaged(node.node_id, f"{in_row} keys in row {row_index}", str(len(keys)))
         _, count, blob = rows[0]
         tokens = (
             None
             if blob is None
-            else self._codec.decompress(node, blob, count)[: count - cut_tokens]
+            else self._codec.decompress(node.node_id, blob, count)[: count - cut_tokens]
         )
         return RowHead(keys[:in_row], count - cut_tokens, tokens)
 

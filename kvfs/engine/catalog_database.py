@@ -159,6 +159,9 @@ class CatalogDatabase:
             sqlite3.IntegrityError: A name or id is taken; nothing was changed.
         """
         assert self._depth > 0, "a write outside a transaction"
+        if self._failure is not None:
+            # SQLite may have rolled back already; what came now would be committed by itself.
+            raise self._failure
         try:
             return self._connection.execute(sql, parameters).rowcount
         except sqlite3.IntegrityError:

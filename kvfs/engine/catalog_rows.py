@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from kvfs.engine.catalog_schema import Node, Row
+from kvfs.engine.catalog_schema import Row
 from kvfs.errors import CorruptionError, UsageError
 from kvfs.keys import KEY_BYTES, KeyArray, as_key_array
 
@@ -89,18 +89,18 @@ def check_size(block_count: int, stride: int, tail_bytes: int) -> None:
         )
 
 
-def decode_keys(node: Node, rows: list[Row]) -> KeyArray:
+def decode_keys(node_id: int, rows: list[Row]) -> KeyArray:
     """Return the keys of rows in order, read-only; each row starts with its keys."""
     raw = b"".join(row[0] for row in rows)
     if len(raw) % KEY_BYTES:
-        raise damaged(node, f"whole keys of {KEY_BYTES} bytes", f"{len(raw)} bytes")
+        raise damaged(node_id, f"whole keys of {KEY_BYTES} bytes", f"{len(raw)} bytes")
     return np.frombuffer(raw, np.uint8).reshape(-1, KEY_BYTES)
 
 
-def damaged(node: Node, expected: str, found: str) -> CorruptionError:
+def damaged(node_id: int, expected: str, found: str) -> CorruptionError:
     """Return the error for rows that do not fit their node."""
     return CorruptionError(
-        f"context does not hold what it says: node {node.node_id} version {node.version}: "
+        f"context does not hold what it says: node {node_id}: "
         f"expected {expected}, found {found}; run 'kvfs-admin check'"
     )
 
@@ -120,7 +120,7 @@ class TokenCodec:
         """Return the frame of some token ids."""
         return self._compressor.compress(tokens.tobytes())
 
-    def decompress(self, node: Node, blob: bytes, token_count: int) -> TokenArray:
+    def decompress(self, node_id: int, blob: bytes, token_count: int) -> TokenArray:
         """Return the token ids of a row; never allocates more than the row may hold.
 
         Raises:
@@ -131,7 +131,7 @@ class TokenCodec:
             found = zstandard.get_frame_parameters(blob).content_size
             raw = self._decompressor.decompress(blob) if found == nbytes else b""
         except zstandard.ZstdError as error:
-            raise damaged(node, f"{nbytes} bytes of tokens", str(error)) from error
+            raise damaged(node_id, f"{nbytes} bytes of tokens", str(error)) from error
         if len(raw) != nbytes:
-            raise damaged(node, f"{nbytes} bytes of tokens", str(found))
+            raise damaged(node_id, f"{nbytes} bytes of tokens", str(found))
         return np.frombuffer(raw, "<u4")

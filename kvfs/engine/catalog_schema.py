@@ -94,8 +94,8 @@ CREATE TABLE nodes (
     # Partial: holds the few rows that are asked for, and costs the others nothing. PENDING nodes
     # have none: each new file would go in and out of it (10 us), to spare one scan at open.
     "CREATE INDEX nodes_pinned ON nodes (node_id) WHERE is_pinned = 1",
-    # Not WITHOUT ROWID: that keeps whole rows in inner pages too, at most four a page; reading a row
-    # of 300 keys took 56 us instead of 10 us.
+    # Not WITHOUT ROWID: that keeps whole rows in inner pages too, at most four a page; reading a
+    # row of 300 keys took 56 us instead of 10 us.
     """
 CREATE TABLE context_rows (
     node_id INTEGER NOT NULL,
@@ -254,11 +254,16 @@ def node_from_row(row: Row) -> Node:
     Raises:
         CorruptionError: An enum has a value that was never written.
     """
-    node_id, parent_id, namespace_id, name, kind, origin, state, *middle, pinned, mtime, ctime = row
+    (
+        node_id, parent_id, namespace_id, name, kind, origin, state, mode, uid, gid, size_bytes,
+        block_count, token_count, tail_bytes, tail_tokens, version, pinned, mtime_ns, ctime_ns,
+    ) = row  # fmt: skip
     try:
         return Node(
             node_id, parent_id, namespace_id, name.decode("utf-8", "surrogateescape"),
-            _KINDS[kind], _ORIGINS[origin], _STATES[state], *middle, pinned == 1, mtime, ctime,
+            _KINDS[kind], _ORIGINS[origin], _STATES[state], mode, uid, gid, size_bytes,
+            block_count, token_count, tail_bytes, tail_tokens, version, pinned == 1, mtime_ns,
+            ctime_ns,
         )  # fmt: skip
     except (KeyError, AttributeError) as error:
         raise CorruptionError(
