@@ -1,12 +1,15 @@
-"""Files on the mount: reading contexts by byte range, writing files whole.
+"""Files on the mount: writing whole, on top of reading by byte range.
 
 Layer: L4.
 
-- A file is written into a staging file and adopted when its last writer closes it: small ones are appended to the log, large ones
-  become a file segment. Before that nobody but its writers sees its bytes; a crash leaves no file.
-- Blocks first, name second: a new file's row stays PENDING in the catalog until its blocks are persisted, and pending rows are
-  deleted at open. A rewritten file keeps its old content until the new one is persisted.
-- An open file is pinned: eviction passes it over. Its keys are fixed at open; a later version is another file.
+- A file is written into a staging file and adopted when its last writer closes it, or before when
+  somebody who needs it whole comes and no writer is at work. Small ones are appended to the log,
+  large ones become a file segment. A crash before leaves no file, or its former content.
+- Until then only its writers see its bytes. Others get the former content, or BusyError.
+- A file one of whose writes failed is not adopted: it would be neither whole nor absent.
+- Staging begins at the first write: opening for writing moves no bytes.
+
+Locks: a writer's `lock`, then those of `FileContents`.
 """
 
 import mmap
@@ -14,6 +17,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from dataclasses import replace as with_changes
 
 import numpy as np
 import numpy.typing as npt
@@ -21,385 +25,445 @@ import numpy.typing as npt
 from kvfs import _native
 from kvfs.clock import Clock
 from kvfs.devices.base import Staging
-from kvfs.engine.catalog import Catalog, Node, NodeState, Origin
+from kvfs.engine.catalog import Catalog
+from kvfs.engine.catalog_schema import Node, NodeState, Origin
 from kvfs.engine.store import Store
 from kvfs.engine.writer import Durability
-from kvfs.errors import KvfsError, MediaError, NotFoundError, UsageError
-from kvfs.keys import KeyArray, file_keys
+from kvfs.errors import BusyError, DeviceError, KvfsError, NotFoundError, RefusedError
+from kvfs.file_contents import Adopted, FileContents, FileReader
+from kvfs.keys import file_keys
 from kvfs.layout import Layout
 
 _COPY_BYTES = 4 << 20
 
 
 @dataclass(slots=True, eq=False)
-class FileReader:
-    """An open file: node, keys and size as they were at open."""
+class WriteHandle:
+    """One open of a file for writing."""
 
-    node: Node
-    stride: int
-    keys: KeyArray
-    size_bytes: int
-    pinned_bytes: int = 0
+    writer: "FileWriter"
+    is_active: bool = False
+    """Wrote since its last flush: more may come."""
+    has_adopted: bool = False
+    """Its flush has adopted the file once; later ones leave that to the last close."""
 
 
 @dataclass(slots=True, eq=False)
 class FileWriter:
-    """A file being written; shared by all its open handles."""
+    """A file that is open for writing; shared by all its handles. Fields are guarded by `lock`."""
 
     node: Node
-    device_index: int
-    staging: Staging
-    handles: int = 1
-    is_dirty: bool = True
+    mtime_ns: int
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    handles: list[WriteHandle] = field(default_factory=list)
+    device_index: int = -1
+    staging: Staging | None = None
+    base: FileReader | None = None
+    """The content so far, while nothing is staged."""
+    is_ready: bool = False
+    is_dirty: bool = False
+    """Differs from what was adopted."""
+    is_written: bool = False
+    """Bytes were written since it was last adopted; not only made or emptied."""
     is_removed: bool = False
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    failure: KvfsError | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes as its writers see them."""
+        staging, base = self.staging, self.base
+        if staging is not None:
+            return staging.nbytes
+        return base.size_bytes if base is not None else 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a handle has written and not closed yet."""
+        return any(handle.is_active for handle in self.handles)
 
 
-class Files:
+class Files(FileContents):
     """Opens, adopts and removes the files of a pool. Thread-safe."""
 
     def __init__(
         self, store: Store, catalog: Catalog, layout_of: Callable[[int], Layout], clock: Clock
     ) -> None:
-        """Bind to a pool.
-
-        Args:
-            store: Blocks.
-            catalog: Names.
-            layout_of: Layout of a namespace by id.
-            clock: For times of files.
-        """
-        self._store = store
-        self._catalog = catalog
-        self._layout_of = layout_of
-        self._clock = clock
-        self._lock = threading.Lock()
+        """Bind to a pool; see FileContents."""
+        super().__init__(store, catalog, layout_of, clock)
         self._writers: dict[int, FileWriter] = {}
-        self._readers: dict[int, int] = {}
-        self._orphans: dict[int, tuple[int, list[KeyArray]]] = {}
-        self._unpublished: list[int] = []
 
-    # --- reading
+    def writer_of(self, node_id: int) -> FileWriter | None:
+        """Return the writer of a file that is open for writing."""
+        return self._writers.get(node_id)
 
-    def resident(self, node: Node) -> tuple[KeyArray, int]:
-        """Return the leading resident keys of a context and the bytes they cover."""
-        keys = self._catalog.keys(node.node_id)
-        if node.origin is Origin.FILE:
-            return keys, node.size_bytes
-        count = self._store.match_prefix(node.namespace_id, keys)
-        stride = self._layout_of(node.namespace_id).stride
-        if count == len(keys):
-            return keys, node.size_bytes
-        return keys[:count], count * stride
+    def awaits_content(self, node_id: int) -> bool:
+        """Say whether new content is on its way, so that the name outlives the former one."""
+        return node_id in self._writers or node_id in self._adopted
+
+    def current(self, node: Node) -> Node:
+        """Return a node with the size and times that stat shows: of bytes being written, too."""
+        writer = self.writer_of(node.node_id)
+        if writer is None or not writer.is_dirty:
+            return super().current(node)
+        return with_changes(node, size_bytes=writer.size_bytes, mtime_ns=writer.mtime_ns)
 
     def size_of(self, node: Node) -> int:
-        """Return the size that stat shows: of the bytes being written, or of the resident prefix."""
-        writer = self._writers.get(node.node_id)
-        if writer is not None:
-            return writer.staging.nbytes
-        if node.origin is Origin.FILE:
-            return node.size_bytes
-        return self.resident(node)[1]
+        """Return the size that stat shows."""
+        return self.current(node).size_bytes
 
     def open_read(self, node: Node) -> FileReader:
-        """Open for reading and pin the blocks.
+        """Open the content a node has now, and pin its blocks.
+
+        A file whose writers have all closed or flushed is adopted first.
 
         Raises:
-            BusyError: The namespace has too much open.
-            MediaError: A block of a file is gone (the name is removed).
+            BusyError: It is being written for the first time; or the namespace has too much open.
+            NotFoundError: The node is gone, or lost a block and with it its name.
         """
-        with self._lock:
-            keys, size = self.resident(node)
-            pinned = self._store.pin(node.namespace_id, keys) if len(keys) else 0
-            self._readers[node.node_id] = self._readers.get(node.node_id, 0) + 1
-        reader = FileReader(
-            node, self._layout_of(node.namespace_id).stride, keys, size, pinned_bytes=pinned
-        )
-        if self._store.match_prefix(node.namespace_id, keys) < len(keys):
-            self.close_read(reader)
-            if node.origin is Origin.FILE:
-                self.remove(node)
-            raise MediaError(f"file lost a block: {node.name!r}; its name was removed")
-        return reader
-
-    def read(self, reader: FileReader, offset: int, nbytes: int) -> bytes:
-        """Read a range, short at the end of the file. Bytes between a block's end and its stride are zero.
-
-        Raises:
-            MediaError: A block cannot be read back.
-        """
-        end = min(offset + nbytes, reader.size_bytes)
-        if end <= offset:
-            return b""
-        stride = reader.stride
-        first, last = offset // stride, (end - 1) // stride
-        out = bytearray(end - offset)
-        base, _ = _native.buffer_address(out, True)
-        lease = self._store.lease(reader.node.namespace_id, reader.keys[first : last + 1])
-        try:
-            lengths = lease.records["length"].astype(np.int64)
-            if not lengths.all():
-                raise MediaError(f"block cannot be read: {reader.node.name!r} offset {offset:#x}")
-            starts = np.arange(first, last + 1, dtype=np.int64) * stride
-            lows = np.maximum(offset - starts, 0)
-            highs = np.minimum(end - starts, lengths)
-            some = np.flatnonzero(highs > lows)
-            lows, highs, starts = lows[some], highs[some], starts[some]
-            targets = (base + starts + lows - offset).astype(np.uint64)
-            good = self._store.reader.read_ranges(
-                lease, some, lows.astype(np.uint64), (highs - lows).astype(np.uint64), targets
-            )
-        finally:
-            self._store.release(lease)
-        if not good.all():
-            raise MediaError(f"block cannot be read: {reader.node.name!r} offset {offset:#x}")
-        return bytes(out)
-
-    def close_read(self, reader: FileReader) -> None:
-        """Unpin; the last close of a removed file drops its blocks."""
-        node = reader.node
-        if len(reader.keys):
-            self._store.unpin(node.namespace_id, reader.keys, reader.pinned_bytes)
-        with self._lock:
-            self._readers[node.node_id] -= 1
-            if self._readers[node.node_id]:
-                return
-            del self._readers[node.node_id]
-            orphan = self._orphans.pop(node.node_id, None)
-        if orphan is not None:
-            self._drop(*orphan)
+        writer = self.writer_of(node.node_id)
+        if writer is not None:
+            with writer.lock:
+                if writer.is_dirty and not writer.is_removed and writer.failure is None:
+                    if not writer.is_busy:
+                        self._adopt(writer)
+                    elif not self._has_content(writer):
+                        raise BusyError(
+                            f"file is being written: {node.name!r}; open it when it is closed"
+                        )
+        return super().open_read(node)
 
     # --- writing
 
-    def open_write(self, node: Node, *, truncate: bool) -> FileWriter:
-        """Open for writing: a new staging file, or the one other handles write to.
-
-        Without `truncate` the content so far is copied into it.
+    def open_write(self, node: Node, *, truncate: bool) -> WriteHandle:
+        """Open for writing, from the content so far or from nothing.
 
         Raises:
-            UsageError: A context made through the API; its blocks mean something, bytes cannot be put in.
+            RefusedError: A context made through the API: its blocks mean something.
+            BusyError: The namespace has too much open.
         """
-        if node.origin is Origin.API and not truncate:
-            raise UsageError(f"context cannot be changed in place: {node.name!r}; append to it by the API")
+        if node.origin is Origin.API:
+            raise RefusedError(
+                f"context was made through the API: {node.name!r}; append to it there, "
+                "or remove it first"
+            )
         with self._lock:
-            writer = self._writers.get(node.node_id)
-            if writer is not None:
-                writer.handles += 1
-            else:
-                name = f"{node.node_id:x}-{self._clock.monotonic_ns():x}"
-                device_index, staging = self._store.create_staging(name, node.namespace_id)
-                writer = FileWriter(node, device_index, staging)
-                self._writers[node.node_id] = writer
-                if not truncate and node.size_bytes:
-                    self._copy_in(writer)
-                writer.is_dirty = truncate or node.state is NodeState.PENDING
-                return writer
-        if truncate:
-            self.truncate(writer, 0)
-        return writer
+            writer = self._writers.setdefault(node.node_id, FileWriter(node, node.mtime_ns))
+            handle = WriteHandle(writer)
+            writer.handles.append(handle)
+        try:
+            with writer.lock:
+                self._make_ready(writer, truncate=truncate)
+                if truncate:
+                    self._resize(writer, 0)
+                    handle.is_active = True
+        except BaseException:
+            self.close_write(handle)
+            raise
+        return handle
 
-    def writer_of(self, node_id: int) -> FileWriter | None:
-        """Return the writer of a file that is being written."""
-        return self._writers.get(node_id)
-
-    def write(self, writer: FileWriter, offset: int, data: bytes | memoryview) -> int:
+    def write(self, handle: WriteHandle, offset: int, data: bytes | memoryview) -> int:
         """Write into the staging file. Durability: flush.
+
+        Raises:
+            NoSpaceError: Nothing more can be evicted. The file will not be adopted.
+            DeviceError: The device failed. The file will not be adopted.
+        """
+        writer = handle.writer
+        with writer.lock:
+            handle.is_active = writer.is_dirty = writer.is_written = True
+            writer.mtime_ns = self._clock.wall_ns()
+            try:
+                staging = self._staged(writer, writer.size_bytes)
+                self._store.write_staging(writer.device_index, staging, offset, data)
+            except OSError as error:
+                writer.failure = DeviceError(f"write failed: {writer.node.name!r}: {error}")
+                raise writer.failure from error
+            except KvfsError as error:
+                writer.failure = error
+                raise
+        return len(data)
+
+    def read_staged(self, handle: WriteHandle, offset: int, nbytes: int) -> bytes | bytearray:
+        """Read what the writers see."""
+        writer = handle.writer
+        with writer.lock:
+            staging, base = writer.staging, writer.base
+            if staging is not None:
+                nbytes = min(nbytes, staging.nbytes - offset)
+                return os.pread(staging.fd, nbytes, offset) if nbytes > 0 else b""
+            return self.read(base, offset, nbytes) if base is not None else b""
+
+    def truncate(self, handle: WriteHandle, nbytes: int) -> None:
+        """Cut or extend with zeros. Cutting to nothing forgives writes that failed.
 
         Raises:
             NoSpaceError: Nothing more can be evicted.
         """
+        writer = handle.writer
         with writer.lock:
-            self._store.write_staging(writer.device_index, writer.staging, offset, data)
-            writer.is_dirty = True
-        return len(data)
+            if nbytes == writer.size_bytes and writer.failure is None:
+                return
+            handle.is_active = True
+            self._resize(writer, nbytes)
+            writer.is_written = True
 
-    def read_staged(self, writer: FileWriter, offset: int, nbytes: int) -> bytes:
-        """Read back what was written."""
+    def truncate_node(self, node: Node, nbytes: int) -> None:
+        """Cut or extend a file that the caller has not open."""
+        handle = self.open_write(node, truncate=False)
+        try:
+            self.truncate(handle, nbytes)
+            self.flush(handle)
+        finally:
+            self.close_write(handle)
 
+    def set_mtime(self, node: Node, mtime_ns: int) -> None:
+        """Let content that is not in the catalog yet arrive there with this time."""
+        writer = self.writer_of(node.node_id)
+        if writer is not None:
+            with writer.lock:
+                writer.mtime_ns = mtime_ns
+        with self._lock:
+            adopted = self._adopted.get(node.node_id)
+            if adopted is not None:
+                adopted.mtime_ns = mtime_ns
 
-        end = min(offset + nbytes, writer.staging.nbytes)
-        return os.pread(writer.staging.fd, end - offset, offset) if end > offset else b""
+    def fsync(self, handle: WriteHandle) -> None:
+        """Persist the bytes. A file not adopted yet appears only when it is closed.
 
-    def truncate(self, writer: FileWriter, nbytes: int) -> None:
-        """Cut or extend with zeros."""
+        Durability: persist.
+        """
+        writer = handle.writer
         with writer.lock:
-            device = self._store.staging_device(writer.device_index).device
-            device.resize_staging(writer.staging, nbytes)
-            writer.is_dirty = True
+            if writer.failure is not None:
+                raise writer.failure
+            if writer.is_dirty:
+                self._persist_staging(writer)
+                return
+        self.publish()
+        self._catalog.sync()
 
-    def fsync(self, writer: FileWriter) -> None:
-        """Persist the staged bytes. The file appears only when it is closed. Durability: persist."""
-        with writer.lock:
-            self._store.staging_device(writer.device_index).device.persist_staging(writer.staging)
+    def flush(self, handle: WriteHandle) -> None:
+        """Note that a descriptor of this handle was closed; adopt if that looks like the last.
 
-    def close_write(self, writer: FileWriter) -> None:
-        """Close one handle; the last one adopts the file.
+        So what close(2) returns is true of the whole, and the file is there for others when it
+        does: the kernel announces the last close itself only later, to nobody.
 
         Raises:
-            NoSpaceError: The bytes do not fit; the file keeps its former content, or vanishes if it is new.
+            NoSpaceError, DeviceError: The bytes could not be adopted, or a write had failed.
+        """
+        writer = handle.writer
+        with writer.lock:
+            handle.is_active = False
+            if writer.failure is not None:
+                raise writer.failure
+            is_due = writer.is_dirty and writer.is_written and not handle.has_adopted
+            if is_due and not writer.is_removed and not writer.is_busy:
+                handle.has_adopted = True
+                self._adopt(writer)
+
+    def close_write(self, handle: WriteHandle, *, is_abandoned: bool = False) -> None:
+        """Close one handle; the last one adopts the file.
+
+        With `is_abandoned`, what the handle wrote since its last flush makes the file not whole.
+
+        Raises:
+            NoSpaceError: The bytes do not fit; the file keeps its former content, or vanishes if it
+                is new.
             DeviceError: The device failed.
         """
-        with self._lock:
-            writer.handles -= 1
-            if writer.handles:
-                return
-        try:
-            if writer.is_removed or not writer.is_dirty:
-                self._discard(writer)
-            else:
-                self._adopt(writer)
-        except KvfsError:
-            self._discard(writer)
-            node = self._catalog.node(writer.node.node_id)
-            if node is not None and node.state is NodeState.PENDING:
-                self._catalog.remove(node.node_id)
-            raise
-        finally:
+        writer = handle.writer
+        with writer.lock:
+            if is_abandoned and handle.is_active and writer.failure is None:
+                writer.failure = DeviceError(f"file was not closed: {writer.node.name!r}")
+            handle.is_active = False
             with self._lock:
-                self._writers.pop(writer.node.node_id, None)
+                writer.handles.remove(handle)
+                if writer.handles:
+                    return
+            try:
+                if writer.is_dirty and not writer.is_removed:
+                    if writer.failure is None:
+                        self._adopt(writer)
+                    else:
+                        self._remove_if_pending(writer.node.node_id)
+            except KvfsError:
+                self._remove_if_pending(writer.node.node_id)
+                raise
+            finally:
+                self._retire(writer)
+
+    def settle(self, node: Node) -> None:
+        """Adopt what a file holds now, and let the catalog name it.
+
+        For a rename over another file, which must not be lost if this one never arrives.
+        Durability: persist (names: flush).
+        """
+        writer = self.writer_of(node.node_id)
+        if writer is not None:
+            with writer.lock:
+                if writer.failure is not None:
+                    raise writer.failure
+                if writer.is_dirty and not writer.is_removed:
+                    self._adopt(writer)
+        if node.node_id in self._adopted:
+            self.publish()
 
     # --- names
 
-    def remove(self, node: Node) -> None:
-        """Remove a file's name; its blocks follow when nobody reads them."""
-        keys = self._catalog.keys(node.node_id) if node.origin is Origin.FILE else None
-        self._catalog.remove(node.node_id)
-        self.forget(node, keys)
-
-    def forget(self, node: Node, keys: KeyArray | None) -> None:
-        """Let go of the bytes of a node whose name is gone already."""
-        with self._lock:
-            writer = self._writers.get(node.node_id)
-            if writer is not None:
+    def forget(self, node: Node, keys: npt.NDArray[np.uint8] | None) -> None:
+        """Let go of the bytes of a node whose name is gone already. `keys`: None for an API's."""
+        writer = self.writer_of(node.node_id)
+        if writer is not None:
+            with writer.lock:
                 writer.is_removed = True
-            if keys is None or not len(keys):
-                return
-            if node.node_id in self._readers:
-                self._orphans.setdefault(node.node_id, (node.namespace_id, []))[1].append(keys)
-                return
-        self._drop(node.namespace_id, [keys])
-
-    def publish(self) -> None:
-        """Persist all blocks, then give new files their names for good. Durability: persist (names: flush).
-
-        Raises:
-            DeviceError: A persist failed; new files that lost blocks by it are removed.
-        """
-        with self._lock:
-            batch, self._unpublished = self._unpublished, []
-        try:
-            self._store.flush()
-        except KvfsError:
-            for node_id in batch:
-                self._remove_if_broken(node_id)
-            self._activate(batch)
-            raise
-        self._activate(batch)
-
-    @property
-    def has_unpublished(self) -> bool:
-        """Whether new files wait for their blocks to be persisted."""
-        return bool(self._unpublished)
+        super().forget(node, keys)
 
     # --- internals
 
-    def _activate(self, node_ids: list[int]) -> None:
-        if node_ids:
-            self._catalog.activate(node_ids)
+    def _has_content(self, writer: FileWriter) -> bool:
+        """Whether there is content besides what is being written."""
+        node_id = writer.node.node_id
+        return (
+            node_id in self._adopted or self._catalog.node(node_id).state is not NodeState.PENDING
+        )
 
-    def _remove_if_broken(self, node_id: int) -> None:
-        node = self._catalog.node(node_id)
-        if node is None:
+    def _make_ready(self, writer: FileWriter, *, truncate: bool) -> None:
+        """Find the content so far, at the first open."""
+        if writer.is_ready:
             return
-        keys = self._catalog.keys(node_id)
-        if self._store.match_prefix(node.namespace_id, keys) < len(keys):
-            self.remove(node)
+        if not self._has_content(writer):
+            writer.is_dirty = True
+        elif not truncate:
+            writer.base = super().open_read(writer.node)
+        writer.is_ready = True
 
-    def _copy_in(self, writer: FileWriter) -> None:
-        """Fill a staging file with the file's present content. REQUIRES: `_lock`."""
-        node = writer.node
-        keys = self._catalog.keys(node.node_id)
-        reader = FileReader(node, self._layout_of(node.namespace_id).stride, keys, node.size_bytes)
-        for offset in range(0, node.size_bytes, _COPY_BYTES):
-            part = self.read(reader, offset, _COPY_BYTES)
-            self._store.write_staging(writer.device_index, writer.staging, offset, part)
+    def _staged(self, writer: FileWriter, kept_bytes: int) -> Staging:
+        """Return the staging file, made from the first bytes of the content so far."""
+        if writer.staging is not None:
+            return writer.staging
+        name = f"{writer.node.node_id:x}-{self._clock.monotonic_ns():x}"
+        device_index, staging = self._store.create_staging(name, writer.node.namespace_id)
+        try:
+            buffer = bytearray(min(_COPY_BYTES, kept_bytes))
+            for offset in range(0, kept_bytes, _COPY_BYTES):
+                part = memoryview(buffer)[: kept_bytes - offset]
+                assert writer.base is not None
+                self.read_into(writer.base, offset, part)
+                self._store.write_staging(device_index, staging, offset, part)
+        except BaseException:
+            self._store.staging_device(device_index).device.drop_staging(staging)
+            raise
+        writer.device_index, writer.staging = device_index, staging
+        self._close_base(writer)
+        return staging
+
+    def _resize(self, writer: FileWriter, nbytes: int) -> None:
+        """Cut or extend. REQUIRES: the writer's lock."""
+        if nbytes == 0:
+            self._close_base(writer)
+            writer.failure = None
+        if nbytes or writer.staging is not None:
+            staging = self._staged(writer, min(nbytes, writer.size_bytes))
+            self._store.resize_staging(writer.device_index, staging, nbytes)
+        writer.is_dirty = True
+        writer.mtime_ns = self._clock.wall_ns()
 
     def _adopt(self, writer: FileWriter) -> None:
-        """Turn the staged bytes into blocks and publish them under the file's name."""
-        node = self._catalog.node(writer.node.node_id)
-        if node is None:
-            self._discard(writer)
-            return
+        """Turn the bytes into blocks and serve them under the file's name.
+
+        REQUIRES: the writer's lock, dirty.
+        """
+        node, nbytes = writer.node, writer.size_bytes
         stride = self._layout_of(node.namespace_id).stride
-        staging, nbytes = writer.staging, writer.staging.nbytes
         count = -(-nbytes // stride)
-        keys = file_keys(node.namespace_id, node.node_id, node.version + 1, count)
+        try:
+            version = self._catalog.next_version(node.node_id)
+        except NotFoundError:
+            writer.is_removed = True
+            return
+        keys = file_keys(node.namespace_id, node.node_id, version, count)
         lengths = np.full(count, stride, np.uint64)
         if count:
             lengths[-1] = nbytes - (count - 1) * stride
-        old = self._catalog.keys(node.node_id)
+        now = self._clock.wall_ns()
+        adopted = Adopted(
+            node.node_id, node.namespace_id, version, keys, nbytes,
+            int(lengths[-1]) if count else 0, writer.mtime_ns, now,
+        )  # fmt: skip
+        is_persisted = not count or self._store_content(writer, adopted, lengths)
+        self._note_adopted(adopted)
+        writer.is_dirty = writer.is_written = False
+        if is_persisted:
+            self._name([adopted])
+        if writer.staging is None and writer.handles:
+            writer.base = super().open_read(node)
+
+    def _store_content(
+        self, writer: FileWriter, adopted: Adopted, lengths: npt.NDArray[np.uint64]
+    ) -> bool:
+        """Put the staged bytes into the store; return whether they are persisted already."""
+        staging = writer.staging
+        assert staging is not None
         device = self._store.staging_device(writer.device_index)
-        is_large = nbytes > device.info.segment_bytes // 4
+        is_large = adopted.size_bytes > device.info.segment_bytes // 4
         if is_large:
-            device.device.persist_staging(staging)
-        if count:
-            with mmap.mmap(staging.fd, nbytes, prot=mmap.PROT_READ) as mapped:
-                address, _ = _native.buffer_address(mapped)
-                addresses = np.uint64(address) + np.cumsum(lengths) - lengths
-                if is_large:
-                    digests = _digests(mapped, stride, count)
-                    self._store.adopt(
-                        writer.device_index, staging, node.namespace_id, keys, lengths, digests
-                    )
-                else:
-                    self._store.put(
-                        node.namespace_id, keys, addresses, lengths, durability=Durability.ASYNC
-                    )
-        if not is_large:
-            self._discard(writer)
-        self._name(node, keys, nbytes, lengths, is_persisted=is_large or not count)
-        if len(old):
-            self.forget(node, old)
-
-    def _name(
-        self, node: Node, keys: KeyArray, nbytes: int, lengths: npt.NDArray[np.uint64], *, is_persisted: bool
-    ) -> None:
-        """Write the new content's row; PENDING until persisted, unless it replaces published content."""
-        state = NodeState.ACTIVE
-        if not is_persisted:
-            if node.state is NodeState.ACTIVE:
-                self._store.flush()
-            else:
-                state = NodeState.PENDING
-        self._catalog.replace_content(
-            node.node_id,
-            keys,
-            size_bytes=nbytes,
-            tail_bytes=int(lengths[-1]) if len(lengths) else 0,
-            state=state,
-            now_ns=self._clock.wall_ns(),
+            self._persist_staging(writer)
+        with mmap.mmap(staging.fd, adopted.size_bytes, prot=mmap.PROT_READ) as mapped:
+            address, _ = _native.buffer_address(mapped)
+            addresses = np.uint64(address) + np.cumsum(lengths) - lengths
+            if not is_large:
+                self._store.put(
+                    adopted.namespace_id, adopted.keys, addresses, lengths,
+                    durability=Durability.ASYNC,
+                )  # fmt: skip
+                return False
+            digests = _digests(addresses, lengths)
+        self._store.adopt(
+            writer.device_index, staging, adopted.namespace_id, adopted.keys, lengths, digests
         )
-        if state is NodeState.PENDING:
-            with self._lock:
-                self._unpublished.append(node.node_id)
+        writer.staging = None
+        return True
 
-    def _discard(self, writer: FileWriter) -> None:
-        if writer.staging.fd >= 0:
-            self._store.staging_device(writer.device_index).device.drop_staging(writer.staging)
+    def _persist_staging(self, writer: FileWriter) -> None:
+        if writer.staging is None:
+            return
+        device = self._store.staging_device(writer.device_index).device
+        try:
+            device.persist_staging(writer.staging)
+        except OSError as error:
+            # What the medium holds now is unknown, so the bytes are given up.
+            writer.failure = DeviceError(f"persist failed: {writer.node.name!r}: {error}")
+            raise writer.failure from error
 
-    def _drop(self, namespace_id: int, parts: list[KeyArray]) -> None:
-        for keys in parts:
-            try:
-                self._store.drop(namespace_id, keys)
-            except NotFoundError:
-                return  # the namespace went first, and its blocks with it
+    def _retire(self, writer: FileWriter) -> None:
+        """Free what a writer holds, unless it was opened again meanwhile."""
+        with self._lock:
+            if writer.handles:
+                return
+            self._writers.pop(writer.node.node_id, None)
+        self._close_base(writer)
+        if writer.staging is not None:
+            device = self._store.staging_device(writer.device_index).device
+            device.drop_staging(writer.staging)
+            writer.staging = None
+
+    def _close_base(self, writer: FileWriter) -> None:
+        if writer.base is not None:
+            self.close_read(writer.base)
+            writer.base = None
 
 
-def _digests(mapped: mmap.mmap, stride: int, count: int) -> npt.NDArray[np.uint8]:
-    """Return the XXH3-128 of each stride of a file, (n, 16)."""
-    digests = np.zeros((count, 16), np.uint8)
-    with memoryview(mapped) as whole:
-        for i in range(count):
-            with whole[i * stride : (i + 1) * stride] as part:
-                digests[i] = np.frombuffer(_native.xxh3_128(part), np.uint8)
+def _digests(
+    addresses: npt.NDArray[np.uint64], lengths: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.uint8]:
+    """Return the XXH3-128 of memory ranges, (n, 16).
+
+    Through a copy, because the native copy survives a page that cannot be read.
+    """
+    digests = np.zeros((len(lengths), 16), np.uint8)
+    statuses = np.zeros(len(lengths), np.int32)
+    scratch = np.empty(int(lengths.max()), np.uint8)
+    targets = np.full(len(lengths), scratch.ctypes.data, np.uint64)
+    if _native.copy_hash(targets, addresses, lengths, digests, statuses):
+        raise DeviceError("staged file could not be read back: close it and write it again")
     return digests

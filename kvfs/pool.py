@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,7 @@ from kvfs.devices.base import Device
 from kvfs.devices.open import capacity_of, location_of, open_device
 from kvfs.engine.catalog import Catalog
 from kvfs.engine.catalog_schema import (
+    ROOT_NODE_ID,
     DeviceRow,
     NamespaceInfo,
     Node,
@@ -93,18 +94,30 @@ class PoolStatistics:
 class _CatalogNames:
     """What eviction asks of the catalog."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(
+        self, catalog: Catalog, awaits_content: Callable[[int], bool], clock: Clock
+    ) -> None:
         self._catalog = catalog
+        self._awaits_content = awaits_content
+        self._clock = clock
 
     def reachable_keys(self, namespace_id: int) -> Iterable[KeyArray]:
         """Yield the keys that names of the namespace reach."""
         return self._catalog.durable_keys(namespace_id)
 
-    def forget_files(self, context_ids: list[int]) -> list[KeyArray]:
-        """Remove these files' names; return the keys each had."""
-        node_ids = self._catalog.file_nodes(context_ids)
-        keys = [self._catalog.keys(node_id) for node_id in node_ids]
-        self._catalog.remove_nodes(node_ids)
+    def forget_files(self, lost: KeyArray) -> list[KeyArray]:
+        """Remove the names of files that need one of these keys; return all keys of each.
+
+        A file that is being written again keeps its name, for the content to come.
+        """
+        keys, now = [], self._clock.wall_ns()
+        with self._catalog.transaction():
+            for node_id in self._catalog.files_reaching(lost):
+                keys.append(self._catalog.keys(node_id))
+                if self._awaits_content(node_id):
+                    self._catalog.clear_content(node_id, now)
+                else:
+                    self._catalog.remove(node_id, now)
         return keys
 
 
@@ -139,7 +152,8 @@ class Pool:
         self.catalog = catalog
         self._lock_fd = lock_fd
         self._is_closed = False
-        state = EngineState(self.uuid, list(devices), _CatalogNames(catalog), options, clock)
+        names = _CatalogNames(catalog, lambda node_id: self.files.awaits_content(node_id), clock)
+        state = EngineState(self.uuid, list(devices), names, options, clock)
         self.store = Store(state)
         for info in catalog.namespaces():
             state.add_namespace(_spec(info))
@@ -219,18 +233,38 @@ class Pool:
         self.store.state.add_namespace(_spec(info))
         return info
 
-    def drop_namespace(self, name: str) -> None:
+    def drop_namespace(self, name: str, *, only_empty: bool = False) -> None:
         """Destroy a namespace: names first, then its segments.
 
         Nothing of it comes back. Durability: persist.
+
+        Raises:
+            ExistsError: With `only_empty`, it holds a name; blocks without one do not count.
         """
         info = self.namespace(name).info
-        self.catalog.drop_namespace(info.namespace_id)
+        if only_empty:
+            self.catalog.remove(info.root_node_id, self.clock.wall_ns())
+        else:
+            self.catalog.drop_namespace(info.namespace_id)
         self.catalog.sync()
         self.store.destroy_namespace(info.namespace_id)
         del self._layouts[info.namespace_id]
         if name == DEFAULT_NAMESPACE:
             self.make_namespace(DEFAULT_NAMESPACE)
+
+    def rename_namespace(self, name: str, new_name: str) -> None:
+        """Give a namespace another name. Durability: persist.
+
+        Raises:
+            ExistsError: The new name is taken.
+            RefusedError: Files at the root belong to it.
+        """
+        info = self.namespace(name).info
+        self.catalog.rename(
+            info.root_node_id, ROOT_NODE_ID, new_name, self.clock.wall_ns(), replace=False
+        )
+        self.catalog.sync()
+        self.store.state.add_namespace(_spec(self.namespace(new_name).info))
 
     def set_retention(self, name: str, retention: Retention) -> None:
         """Change what a full pool may do to a namespace: "cache" or "durable".
@@ -473,6 +507,9 @@ def create_pool(
         pool = Pool(root, catalog, opened, options=options or PoolOptions(), clock=clock,
                     lock_fd=lock_fd)  # fmt: skip
         pool.make_namespace(DEFAULT_NAMESPACE)
+        catalog.set_attributes(
+            ROOT_NODE_ID, uid=os.getuid(), gid=os.getgid(), now_ns=clock.wall_ns()
+        )
     except BaseException:
         _abandon(root, opened, catalog, lock_fd)
         raise

@@ -273,6 +273,21 @@ class CatalogContexts(CatalogTree):
             self._is_epoch_due = True  # the next transaction begins with a new one
         return version
 
+    def clear_content(self, node_id: int, now_ns: int) -> Node:
+        """Forget what a file holds; it is PENDING until `replace_content`. Durability: flush.
+
+        For a file that loses its blocks while new content is being written to it.
+        """
+        with self.transaction():
+            node = self._context(node_id)
+            self._write("DELETE FROM context_rows WHERE node_id = ?", (node_id,))
+            return self._publish(
+                with_changes(
+                    node, state=NodeState.PENDING, size_bytes=0, block_count=0, token_count=0,
+                    tail_bytes=0, tail_tokens=0, ctime_ns=now_ns,
+                )
+            )  # fmt: skip
+
     def _active(self, node_id: int) -> Node:
         node = self._context(node_id)
         if node.state is not NodeState.ACTIVE:

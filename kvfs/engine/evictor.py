@@ -259,10 +259,9 @@ class Evictor:
 
     def _forget_files(self, namespace_id: int, doomed: KeyArray) -> KeyArray:
         """Remove the names of files that lose a block; return all keys that leave the pool."""
-        contexts = file_contexts(doomed)
-        if not contexts:
+        if not file_contexts(doomed):
             return doomed
-        whole = self._state.names.forget_files(contexts)
+        whole = self._state.names.forget_files(doomed)
         self._state.counters.files_evicted += len(whole)
         return np.ascontiguousarray(np.concatenate([doomed, *whole]))
 

@@ -33,8 +33,8 @@ class Names(Protocol):
     def reachable_keys(self, namespace_id: int) -> Iterable[KeyArray]:
         """Yield the keys that a name of the namespace reaches."""
 
-    def forget_files(self, context_ids: list[int]) -> list[KeyArray]:
-        """Remove the names of files that lost a block; return all keys of each file removed.
+    def forget_files(self, lost: KeyArray) -> list[KeyArray]:
+        """Remove the names of files that need one of these keys; return all keys of each.
 
         Durability: flush.
         """

@@ -1,0 +1,427 @@
+"""Contents of files: reading by byte range, and naming new content once it is persisted.
+
+Layer: L4.
+
+- Blocks first, name second: new content of a file is *adopted* (its blocks are in the store, this
+  process serves it) and later *published* (its blocks are persisted, the catalog names them). Until
+  then the catalog keeps the former content, or a PENDING row that the next open deletes.
+- An open file is pinned: eviction passes it over. Its keys are fixed at open; a later version is
+  another file.
+- A file that lost a block loses its name; whoever has it open gets MediaError for that block.
+
+Locks: the catalog's transaction and `_lock` are never held together, nor the catalog's transaction
+while the store is called: eviction takes the store's locks first and the catalog's after them.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from dataclasses import replace as with_changes
+
+import numpy as np
+
+from kvfs import _native
+from kvfs.clock import Clock
+from kvfs.engine.catalog import Catalog
+from kvfs.engine.catalog_schema import Node, NodeState, Origin
+from kvfs.engine.store import Store
+from kvfs.errors import BusyError, KvfsError, MediaError, NotFoundError
+from kvfs.keys import KeyArray
+from kvfs.layout import Layout
+
+_OPEN_ATTEMPTS = 4
+
+
+@dataclass(slots=True, eq=False)
+class FileReader:
+    """Open content: keys and size as they were at open. `node_id` 0: a bare block, not a file."""
+
+    node_id: int
+    name: str
+    namespace_id: int
+    origin: Origin
+    version: int
+    stride: int
+    keys: KeyArray
+    size_bytes: int
+    pinned_bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Adopted:
+    """New content of a file that the catalog does not name yet."""
+
+    node_id: int
+    namespace_id: int
+    version: int
+    keys: KeyArray
+    size_bytes: int
+    tail_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+class FileContents:
+    """Reads, publishes and drops what files hold. Thread-safe."""
+
+    def __init__(
+        self, store: Store, catalog: Catalog, layout_of: Callable[[int], Layout], clock: Clock
+    ) -> None:
+        """Bind to a pool.
+
+        Args:
+            store: Blocks.
+            catalog: Names.
+            layout_of: Layout of a namespace by id.
+            clock: For times of files.
+        """
+        self._store = store
+        self._catalog = catalog
+        self._layout_of = layout_of
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._publish_lock = threading.Lock()
+        self._adopted: dict[int, Adopted] = {}
+        self._readers: dict[int, int] = {}
+        self._orphans: dict[int, tuple[int, list[KeyArray]]] = {}
+
+    # --- looking
+
+    def resident(self, node: Node) -> tuple[KeyArray, int]:
+        """Return the leading resident keys of a context and the bytes they cover.
+
+        All keys of a file: it is whole, or its name is about to go.
+        """
+        keys, size, _ = self._content(node)
+        return keys, size
+
+    def current(self, node: Node) -> Node:
+        """Return a node with the size and times that stat shows, of content adopted or resident."""
+        adopted = self._adopted.get(node.node_id)
+        if adopted is not None:
+            return with_changes(
+                node,
+                size_bytes=adopted.size_bytes,
+                block_count=len(adopted.keys),
+                tail_bytes=adopted.tail_bytes,
+                version=adopted.version,
+                mtime_ns=adopted.mtime_ns,
+                ctime_ns=max(node.ctime_ns, adopted.ctime_ns),
+            )
+        if node.origin is Origin.FILE or node.is_directory or not node.block_count:
+            return node
+        return with_changes(node, size_bytes=self.resident(node)[1])
+
+    # --- reading
+
+    def open_read(self, node: Node) -> FileReader:
+        """Open the content a node has now, and pin its blocks.
+
+        Raises:
+            BusyError: The namespace has too much open.
+            NotFoundError: The node is gone, or lost a block and with it its name.
+        """
+        for _ in range(_OPEN_ATTEMPTS):
+            reader = self._pinned(self._catalog.node(node.node_id))
+            if self._is_whole(reader):
+                return reader
+            self.close_read(reader)
+            if reader.origin is Origin.FILE:
+                self._vanish(reader.node_id, reader.version)
+                raise NotFoundError(f"file lost a block: {node.name!r}; its name was removed")
+        raise BusyError(f"context is losing blocks: {node.name!r}; open it again")
+
+    def open_block(self, namespace_id: int, key: KeyArray) -> FileReader:
+        """Open one block, (1, 32) uint8, as if it were a file.
+
+        Raises:
+            NotFoundError: It is not resident.
+            BusyError: The namespace has too much open.
+        """
+        pinned = self._store.pin(namespace_id, key)
+        length = int(self._store.lookup(namespace_id, key)["length"][0])
+        reader = FileReader(
+            0, key.tobytes().hex(), namespace_id, Origin.API, 0,
+            self._layout_of(namespace_id).stride, key, length, pinned,
+        )  # fmt: skip
+        if not length:
+            self.close_read(reader)
+            raise NotFoundError(f"no such block: {reader.name}")
+        return reader
+
+    def read(self, reader: FileReader, offset: int, nbytes: int) -> bytearray:
+        """Read a range, short at the end of the file; see `read_into`."""
+        out = bytearray(max(0, min(nbytes, reader.size_bytes - offset)))
+        if out:
+            self.read_into(reader, offset, memoryview(out))
+        return out
+
+    def read_into(self, reader: FileReader, offset: int, target: memoryview) -> int:
+        """Fill memory from `offset` on; return the bytes there were, fewer at the end of the file.
+
+        Bytes between a block's end and its stride are zero. The target must not be resized
+        meanwhile.
+
+        Raises:
+            MediaError: A block cannot be read back. A file has lost its name by it.
+        """
+        end = min(offset + target.nbytes, reader.size_bytes)
+        if end <= offset:
+            return 0
+        stride = reader.stride
+        first, last = offset // stride, (end - 1) // stride
+        base, _ = _native.buffer_address(target, True)
+        lease = self._store.lease(reader.namespace_id, reader.keys[first : last + 1])
+        try:
+            lengths = lease.records["length"].astype(np.int64)
+            good = bool(lengths.all())
+            if good:
+                starts = np.arange(first, last + 1, dtype=np.int64) * stride
+                lows = np.maximum(offset - starts, 0)
+                highs = np.minimum(end - starts, lengths)
+                some = np.flatnonzero(highs > lows)
+                lows, highs, starts = lows[some], highs[some], starts[some]
+                if int((highs - lows).sum()) < end - offset:
+                    target[: end - offset] = bytes(end - offset)  # padding between blocks
+                good = bool(
+                    self._store.reader.read_ranges(
+                        lease,
+                        some,
+                        lows.astype(np.uint64),
+                        (highs - lows).astype(np.uint64),
+                        (base + starts + lows - offset).astype(np.uint64),
+                    ).all()
+                )
+        finally:
+            self._store.release(lease)
+        if not good:
+            if reader.origin is Origin.FILE:
+                self._vanish(reader.node_id, reader.version)
+            raise MediaError(
+                f"block cannot be read: {reader.name!r}: offset {offset:#x} to {end:#x}; "
+                "it is a miss now"
+            )
+        return end - offset
+
+    def close_read(self, reader: FileReader) -> None:
+        """Unpin; the last close of a removed file drops its blocks."""
+        if len(reader.keys):
+            self._store.unpin(reader.namespace_id, reader.keys, reader.pinned_bytes)
+        if not reader.node_id:
+            return
+        with self._lock:
+            self._readers[reader.node_id] -= 1
+            if self._readers[reader.node_id]:
+                return
+            del self._readers[reader.node_id]
+            orphan = self._orphans.pop(reader.node_id, None)
+        if orphan is not None:
+            self._drop(*orphan)
+
+    # --- names
+
+    def remove(self, node: Node) -> None:
+        """Remove a context's name; a file's blocks follow when nobody reads them.
+
+        Raises:
+            NotFoundError: It is gone already.
+        """
+        with self._catalog.transaction():
+            is_file = node.origin is Origin.FILE
+            keys = self._catalog.keys(node.node_id) if is_file else None
+            self._catalog.remove(node.node_id, self._clock.wall_ns())
+        self.forget(node, keys)
+
+    def forget(self, node: Node, keys: KeyArray | None) -> None:
+        """Let go of the bytes of a node whose name is gone already. `keys`: None for an API's."""
+        with self._lock:
+            adopted = self._adopted.pop(node.node_id, None)
+        if adopted is not None:
+            self._release(node.node_id, node.namespace_id, adopted.keys)
+        if keys is not None:
+            self._release(node.node_id, node.namespace_id, keys)
+
+    # --- publishing
+
+    @property
+    def has_unpublished(self) -> bool:
+        """Whether adopted content waits for its blocks to be persisted."""
+        return bool(self._adopted)
+
+    def publish(self) -> None:
+        """Persist all blocks, then let the catalog name new content.
+
+        Durability: persist (names: flush).
+
+        Raises:
+            DeviceError: A persist failed; new content that lost blocks by it is dropped.
+        """
+        with self._publish_lock:
+            with self._lock:
+                batch = list(self._adopted.values())
+            try:
+                self._store.flush()
+            except KvfsError:
+                for adopted in batch:
+                    self._drop_if_broken(adopted)
+                raise
+            self._name(batch)
+
+    def _note_adopted(self, adopted: Adopted) -> None:
+        """Serve this content from now on."""
+        with self._lock:
+            before = self._adopted.get(adopted.node_id)
+            self._adopted[adopted.node_id] = adopted
+        if before is not None:
+            self._release(before.node_id, before.namespace_id, before.keys)
+
+    def _name(self, batch: list[Adopted]) -> None:
+        """Let the catalog name persisted content, and release what it replaces."""
+        if not batch:
+            return
+        former: list[tuple[Adopted, KeyArray | None]] = []
+        with self._catalog.transaction():
+            for adopted in batch:
+                if self._adopted.get(adopted.node_id) is not adopted:
+                    continue  # newer content has come, and this was released
+                try:
+                    keys = self._catalog.keys(adopted.node_id)
+                    self._write_content(adopted)
+                    former.append((adopted, keys))
+                except NotFoundError:
+                    former.append((adopted, None))
+        for adopted, old in former:
+            with self._lock:
+                is_latest = self._adopted.get(adopted.node_id) is adopted
+                if is_latest:
+                    del self._adopted[adopted.node_id]
+            if old is None:
+                if is_latest:
+                    self._release(adopted.node_id, adopted.namespace_id, adopted.keys)
+                continue
+            self._release(adopted.node_id, adopted.namespace_id, old)
+            # Eviction may have taken a block before it could know the name that needs it.
+            if is_latest and not self._is_resident(adopted.namespace_id, adopted.keys):
+                self._vanish(adopted.node_id, adopted.version)
+
+    def _write_content(self, adopted: Adopted) -> None:
+        self._catalog.replace_content(
+            adopted.node_id,
+            adopted.keys,
+            stride=self._layout_of(adopted.namespace_id).stride,
+            tail_bytes=adopted.tail_bytes,
+            version=adopted.version,
+            now_ns=adopted.mtime_ns,
+        )
+        if adopted.ctime_ns != adopted.mtime_ns:
+            self._catalog.set_attributes(adopted.node_id, now_ns=adopted.ctime_ns)
+
+    def _drop_if_broken(self, adopted: Adopted) -> None:
+        """Give up content that lost a block before it was named; former content stays."""
+        if self._is_resident(adopted.namespace_id, adopted.keys):
+            return
+        with self._lock:
+            if self._adopted.get(adopted.node_id) is not adopted:
+                return
+            del self._adopted[adopted.node_id]
+        self._release(adopted.node_id, adopted.namespace_id, adopted.keys)
+        self._remove_if_pending(adopted.node_id)
+
+    def _remove_if_pending(self, node_id: int) -> None:
+        """Remove a new file that never got content."""
+        with self._catalog.transaction():
+            try:
+                if self._catalog.node(node_id).state is NodeState.PENDING:
+                    self._catalog.remove(node_id, self._clock.wall_ns())
+            except NotFoundError:
+                return
+
+    # --- internals
+
+    def _content(self, node: Node) -> tuple[KeyArray, int, int]:
+        """Return resident keys, the bytes they cover, and the version."""
+        while True:
+            adopted = self._adopted.get(node.node_id)
+            if adopted is not None:
+                return adopted.keys, adopted.size_bytes, adopted.version
+            keys = self._catalog.keys(node.node_id)
+            if len(keys) == node.block_count:
+                again = self._catalog.node(node.node_id)
+                if again.version == node.version and again.block_count == node.block_count:
+                    break
+                node = again
+            else:
+                node = self._catalog.node(node.node_id)
+        if node.origin is Origin.FILE:
+            return keys, node.size_bytes, node.version
+        count = self._store.match_prefix(node.namespace_id, keys)
+        if count == len(keys):
+            return keys, node.size_bytes, node.version
+        stride = self._layout_of(node.namespace_id).stride
+        return keys[:count], count * stride, node.version
+
+    def _pinned(self, node: Node) -> FileReader:
+        """Open content without looking whether it is whole."""
+        with self._lock:
+            self._readers[node.node_id] = self._readers.get(node.node_id, 0) + 1
+        # From here on nothing that the node reaches is dropped, only orphaned.
+        reader = FileReader(
+            node.node_id, node.name, node.namespace_id, node.origin, 0,
+            self._layout_of(node.namespace_id).stride, np.zeros((0, 32), np.uint8), 0,
+        )  # fmt: skip
+        try:
+            keys, size, reader.version = self._content(self._catalog.node(node.node_id))
+            reader.pinned_bytes = self._store.pin(node.namespace_id, keys) if len(keys) else 0
+            reader.keys, reader.size_bytes = keys, size
+        except BaseException:
+            self.close_read(reader)
+            raise
+        return reader
+
+    def _is_whole(self, reader: FileReader) -> bool:
+        return self._is_resident(reader.namespace_id, reader.keys)
+
+    def _is_resident(self, namespace_id: int, keys: KeyArray) -> bool:
+        try:
+            return self._store.match_prefix(namespace_id, keys) == len(keys)
+        except NotFoundError:
+            return False
+
+    def _vanish(self, node_id: int, version: int) -> None:
+        """Remove the name of a file that lost a block, unless it has other content by now."""
+        with self._lock:
+            adopted = self._adopted.get(node_id)
+            if adopted is not None and adopted.version == version:
+                del self._adopted[node_id]
+        if adopted is not None:
+            if adopted.version == version:
+                self._release(node_id, adopted.namespace_id, adopted.keys)
+                self._remove_if_pending(node_id)
+            return
+        with self._catalog.transaction():
+            try:
+                node = self._catalog.node(node_id)
+                if node.version != version:
+                    return
+                keys = self._catalog.keys(node_id)
+                self._catalog.remove(node_id, self._clock.wall_ns())
+            except NotFoundError:
+                return
+        self._release(node_id, node.namespace_id, keys)
+
+    def _release(self, node_id: int, namespace_id: int, keys: KeyArray) -> None:
+        """Drop blocks that no name reaches any more, once nobody has the file open."""
+        if not len(keys):
+            return
+        with self._lock:
+            if node_id in self._readers:
+                self._orphans.setdefault(node_id, (namespace_id, []))[1].append(keys)
+                return
+        self._drop(namespace_id, [keys])
+
+    def _drop(self, namespace_id: int, parts: list[KeyArray]) -> None:
+        for keys in parts:
+            try:
+                self._store.drop(namespace_id, keys)
+            except NotFoundError:
+                return  # the namespace went first, and its blocks with it
