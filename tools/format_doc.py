@@ -62,9 +62,9 @@ _RECOVERY: Final = """\
 A segment is read from its end; payloads are not looked at.
 
 1. The **open header**, {open} bytes before the end, must hold: magic, checksum, version, kind,
-   and slot and generation as in the name. If its page is all zero, the segment never held
-   anything that was acknowledged: it is freed. If it is damaged, the segment is set aside and
-   nothing in it is served.
+   and slot and generation as in the name. If its page is all zero, or torn with nothing else
+   written in the segment, nothing in it was ever acknowledged: it is freed. If it is damaged
+   otherwise, the segment is set aside and nothing in it is served.
 2. If the pool, device or layout digest is another, the segment is set aside. If its namespace
    is not known, it is freed.
 3. If the **seal header**, {seal} bytes before the end, holds for the same slot and generation,
@@ -76,15 +76,19 @@ A segment is read from its end; payloads are not looked at.
    entries found so far. The scan never stops at a bad entry: pages of entries reach the medium
    in any order, and an entry that was acknowledged may lie behind one that never was.
 5. An entry is valid if its checksum is, under the seed of this device, slot and generation. All
-   others are skipped: torn, never written, or of an earlier life of the same space.
+   others are skipped: torn, never written, or of an earlier life of the same space. The owner
+   overwrites with zeros what is neither header nor valid entry, so that damage is told from it.
 6. The payload of a sealed segment was written and persisted; the payload of an unsealed one is
    verified against `payload_xxh3`, read from the medium itself, before it is served for the
    first time. A payload that does not match is dropped: its block is missing, never wrong.
 7. An unsealed log segment may be appended to again, behind its last valid entry.
 
-A page of entries is only ever rewritten with the bytes it had and new entries added, and no
-entry straddles a sector of 512 bytes; so a torn write cannot lose an entry that was persisted
+A page of entries is only ever rewritten with the valid entries it had and new ones added, and
+no entry straddles a sector of 512 bytes; so a torn write cannot lose an entry that was persisted
 before.
+
+Of two segments on one slot the one of the lower generation was freed before the slot was used
+again, and a crash took the change of its name: it is freed again.
 
 A `.file` without `.sum` holds no header and is freed; a `.sum` without `.file` is deleted. A
 file segment whose name the catalog does not know is freed. Where a key has several valid
