@@ -101,7 +101,7 @@ class Index:
     generation u32 | page u32 (payload offset / 4096) | length u32 (stored bytes) | tokens u32 |
     entry u32 (index in the segment's summary) | sequence u32 (per-bucket seqlock; 0 in results).
     One record per (key, device). Linear probing, tombstones, no shifting: a reader that sees an odd or changed
-    sequence retries a bounded number of times, then reports a miss. Lookup prefers the copy whose
+    sequence tries again, waits up to about 10 ms per batch, then reports a miss. Lookup prefers the copy whose
     device has the lowest rank (`set_ranks`), then the lowest number, and batches prefetch ahead.
     Length 0 means no record: lookup's misses have it, insert refuses it (ValueError).
     Writing raises ValueError on an attached table, in a forked child, and once superseded.

@@ -19,7 +19,6 @@
 #ifndef KVFS_SLOT_H
 #define KVFS_SLOT_H
 
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -27,11 +26,8 @@
 
 enum { SLOT_WORDS = 8 };
 
-/* Tries before a slot counts as unreadable: first spinning, then giving the processor away (the
- * writer may have been interrupted between its two stores). About 50 us if the writer is dead.
- * Each failure halves the tries for the rest of the batch, so that a table whose writer died, or
- * means harm, costs no more than one pass over its slots. */
-enum { READ_SPINS = 64, READ_TRIES = READ_SPINS + 64 };
+/* Tries before a slot counts as busy: far more than a change of 64 bytes takes. */
+enum { READ_SPINS = 64 };
 
 #define TOMBSTONE_WORD UINT64_MAX
 
@@ -76,33 +72,29 @@ static inline bool slot_has_key(const uint64_t words[SLOT_WORDS], const uint64_t
             (words[3] ^ key[3])) == 0;
 }
 
-static inline void slot_pause(unsigned attempt)
+static inline void slot_pause(void)
 {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
-    if (attempt >= READ_SPINS)
-        sched_yield();
 }
 
-/* Copy a slot; returns false if it did not hold still. tries starts at READ_TRIES in a batch. */
+/* Copy a slot; returns false if it did not hold still within so many tries; word 7 is then what
+ * was seen last. */
 static inline bool slot_read(const _Atomic uint64_t *slot, uint64_t words[SLOT_WORDS],
-                             unsigned *tries)
+                             unsigned tries)
 {
-    for (unsigned attempt = 0; attempt < *tries; attempt++) {
-        uint64_t before = atomic_load_explicit(&slot[7], memory_order_acquire);
-        if ((before & WRITING_BIT) == 0) {
+    while (tries-- > 0) {
+        words[7] = atomic_load_explicit(&slot[7], memory_order_acquire);
+        if ((words[7] & WRITING_BIT) == 0) {
             for (int i = 0; i < 7; i++)
                 words[i] = atomic_load_explicit(&slot[i], memory_order_relaxed);
             atomic_thread_fence(memory_order_acquire);
-            if (atomic_load_explicit(&slot[7], memory_order_relaxed) == before) {
-                words[7] = before;
+            if (atomic_load_explicit(&slot[7], memory_order_relaxed) == words[7])
                 return true;
-            }
         }
-        slot_pause(attempt);
+        slot_pause();
     }
-    *tries = (*tries + 1) / 2;
     return false;
 }
 

@@ -28,6 +28,7 @@ static int map_table(struct kvfs_table *table, size_t nbytes, int protection)
     table->slots = (_Atomic uint64_t *)(void *)((char *)mapped + HEADER_BYTES);
     table->mapped_bytes = nbytes;
     table->owner = getpid();
+    table->patience = kvfs_table_patience;
     atomic_store(&table->ranks, table->header->ranks);
     return 0;
 }

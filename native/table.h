@@ -4,7 +4,7 @@
  * the writer's own threads). Each slot is a sequence lock: the sequence is odd while the slot is
  * written. Linear probing; a removed record leaves a tombstone, nothing is ever shifted, so a
  * record that stays in the table is always found. A reader that cannot get a stable copy of a slot
- * after a bounded number of tries passes over it.
+ * waits for it, about 10 ms per batch in all, and then passes over it.
  *
  * The header and slots are shared with processes that may misbehave: readers check the geometry
  * once against the size of the sealed file, and never index, loop or copy by anything they read
@@ -61,7 +61,10 @@ struct kvfs_table {
     /* A byte per device; the header's, or own_ranks after kvfs_table_set_ranks on a reader. */
     _Atomic(const _Atomic uint64_t *) ranks;
     _Atomic uint64_t own_ranks[KVFS_RANKS / 8];
-    int fd; /* owned */
+    /* A change that was waited for in vain, so that it is not again: word 7 and slot, mixed. */
+    _Atomic uint64_t stuck_change;
+    unsigned patience; /* waits per batch; tests raise it */
+    int fd;            /* owned */
     bool is_writable;
     pid_t owner; /* a forked child must not write */
     pthread_mutex_t lock;

@@ -55,6 +55,9 @@ static inline uint64_t table_probes(const struct kvfs_table *table)
     return table->mask < PROBES_MAX ? table->mask + 1 : PROBES_MAX;
 }
 
+/* Waits that a batch may spend on busy slots. */
+extern const unsigned kvfs_table_patience;
+
 /* Home of a key. */
 uint64_t kvfs_table_hash(const struct kvfs_table *table, const uint64_t key[4]);
 

@@ -428,7 +428,8 @@ def test_a_writer_that_died_within_a_change_costs_that_slot_only() -> None:
     key = table["key"][stuck].copy()
     fd = forge(bytes(image))
     index = _native.Index.attach(fd)
-    assert index.lookup(make_keys(20), np.zeros(20, RECORD)) == 19
+    for _ in range(3):
+        assert index.lookup(make_keys(20), np.zeros(20, RECORD)) == 19
     assert index.match_prefix(key[None]) == 0
     assert len(index.snapshot()) == 19 * 64
     os.close(fd)
@@ -442,7 +443,7 @@ def test_readers_survive_scribbling() -> None:
     index = _native.Index.attach(fd)
     keys, rng = make_keys(20), np.random.default_rng(1)
     view = np.frombuffer(scribbler, np.uint8)
-    for _ in range(200):
+    for _ in range(30):
         view[:] = rng.integers(0, 256, len(image), np.uint8)
         index.lookup(keys, np.zeros(20, RECORD))
         index.match_prefix(keys)
