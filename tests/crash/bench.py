@@ -78,7 +78,14 @@ class Bench:
         begin = self.now
         self.world.clock.advance(_MILLISECOND)
         before, files = resident_keys(self.pool), file_names(self.pool)
-        yield begin
+        try:
+            yield begin
+        finally:
+            self._note_dropped(begin, before, files, may_drop=may_drop)
+
+    def _note_dropped(
+        self, begin: int, before: set[bytes], files: set[Path], *, may_drop: bool
+    ) -> None:
         lost = before - resident_keys(self.pool)
         assert self.may_evict or may_drop or not lost, f"{len(lost)} blocks were dropped"
         assert not lost & self._protected(), "protected blocks were dropped"
@@ -181,6 +188,19 @@ class Bench:
             self.pool.sync()
         self.oracle.promise(resident_keys(self.pool), self.now)
         self.oracle.settle_names(self.now)
+
+    def flush_failing(self) -> None:
+        """Persist all blocks while a device fails; what was not persisted is gone."""
+        with self.operation(may_drop=True):
+            self.pool.flush()
+
+    def put_failing(self, space: Namespace, count: int) -> None:
+        """Put while a device fails."""
+        with self.operation(may_drop=True) as begin:
+            keys, parents, payloads = self.blocks(space, count)
+            for key, payload in zip(keys, payloads, strict=True):
+                self.oracle.offer(key.tobytes(), payload, begin)
+            space.put(keys, payloads, parents=parents, durability="sync")
 
     def read(self, space: Namespace, keys: np.ndarray) -> int:
         """Read blocks; those that are there must be right. Return how many."""

@@ -191,16 +191,19 @@ class Medium:
         """Return which commits may be the last one found."""
         return range(self.synced, len(self.commits))
 
-    def choices(self, seed: str, random_count: int) -> Iterator[Choice]:
-        """Yield the choices to try: all, none, each alone, all but each, and seeded random ones."""
+    def choices(self, seed: str, random_count: int, turn: int = 0) -> Iterator[Choice]:
+        """Yield the choices to try: all, none, each alone, all but each, and seeded random ones.
+
+        Turns after the first leave out the singles.
+        """
         slots = self._slots()
         yield self._pick("all", set(slots))
         if not slots:
             return
         yield self._pick("none", set())
-        rng = random.Random(f"{seed}/singles")
-        singles = slots if len(slots) <= _SINGLES_MAX else rng.sample(slots, _SINGLES_MAX)
-        if len(slots) > 1:
+        if turn == 0 and len(slots) > 1:
+            rng = random.Random(f"{seed}/singles")
+            singles = slots if len(slots) <= _SINGLES_MAX else rng.sample(slots, _SINGLES_MAX)
             for i, slot in enumerate(singles):
                 yield self._pick(f"drop {i}", set(slots) - {slot})
                 yield self._pick(f"keep {i}", {slot})

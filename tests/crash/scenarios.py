@@ -1,19 +1,51 @@
 """What is crashed: small histories that together touch every kind of write."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from unittest import mock
 
+from kvfs.config import PoolOptions
+from kvfs.errors import KvfsError
 from tests.crash.bench import Bench
 from tests.crash.world import LARGE, Geometry
 
-Scenario = Callable[[Bench], None]
-SCENARIOS: dict[str, tuple[Geometry, Scenario]] = {}
+Play = Callable[[Bench], None]
 
 
-def scenario(*disks: int, frames: int = 0) -> Callable[[Scenario], Scenario]:
-    """Register a scenario on a pool of this shape."""
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A history on a pool of some shape."""
 
-    def register(function: Scenario) -> Scenario:
-        SCENARIOS[function.__name__] = (Geometry(disks or (16,), frames), function)
+    name: str
+    geometry: Geometry
+    play: Play
+
+    def run(self, seed: str) -> Bench:
+        """Play it; the caller closes the bench."""
+        bench = Bench(f"{seed}/{self.name}", self.geometry, OPTIONS)
+        try:
+            self.play(bench)
+        except BaseException:
+            bench.close()
+            raise
+        return bench
+
+
+OPTIONS = PoolOptions(device_failures_max=1000)
+SCENARIOS: dict[str, Scenario] = {}
+
+
+def scenario_named(name: str) -> Scenario:
+    """Return a scenario by name."""
+    return SCENARIOS[name]
+
+
+def scenario(*disks: int, frames: int = 0) -> Callable[[Play], Play]:
+    """Register a scenario on a pool with disks of so many segments, and frames of memory."""
+
+    def register(function: Play) -> Play:
+        name = function.__name__
+        SCENARIOS[name] = Scenario(name, Geometry(disks or (16,), frames), function)
         return function
 
     return register
@@ -21,11 +53,215 @@ def scenario(*disks: int, frames: int = 0) -> Callable[[Scenario], Scenario]:
 
 @scenario()
 def put(bench: Bench) -> None:
-    """Sync puts of different shapes, one after the other."""
+    """Sync puts of different shapes, one after the other, in two namespaces."""
     space = bench.space()
     first = bench.put(space, 1)
     bench.put(space, 3, parent=first[-1].tobytes())
     bench.put(space, 1, partial=700)
     bench.put_again(space, first, "sync")
     wide = bench.space("wide", LARGE)
-    bench.put(wide, 2)
+    bench.put(wide, 2, "async")
+    bench.put(wide, 1)
+
+
+@scenario()
+def group_commit(bench: Bench) -> None:
+    """Several async puts that one flush persists; a sync put that carries async ones along."""
+    space = bench.space()
+    for _ in range(3):
+        bench.put(space, 2, "async")
+    bench.flush()
+    bench.put(space, 1, "none")
+    bench.put(space, 1, "async")
+    bench.put(space, 1, "sync")
+    bench.put(space, 2, "async")
+    bench.sync()
+
+
+@scenario()
+def entries(bench: Bench) -> None:
+    """More entries than one page of the summary holds, so that pages are rewritten and added."""
+    space = bench.space("tiny")
+    for size in (20, 11, 2):
+        keys, parents, payloads = bench.blocks(space, size)
+        short = [payload[: 64 + i] for i, payload in enumerate(payloads)]
+        for start in range(0, size, 7):
+            part = slice(start, start + 7)
+            bench.put_given(space, keys[part], parents[part], short[part], "async")
+        bench.flush()
+
+
+@scenario()
+def seal(bench: Bench) -> None:
+    """Segments that fill up: set aside, persisted, sealed; the next one opened."""
+    space = bench.space()
+    bench.put(space, 10, "async")
+    bench.put(space, 10, "async")
+    bench.flush()
+    bench.put(space, 13, "sync")
+    bench.put(space, 13, "sync")
+    bench.flush()
+
+
+@scenario(5)
+def evict(bench: Bench) -> None:
+    """A full disk: segments are given back and their slots used again."""
+    space = bench.space()
+    bench.may_evict = True
+    chains = [bench.put(space, 8, "sync") for _ in range(3)]
+    for _ in range(4):
+        bench.read(space, chains[0])
+        chains.append(bench.put(space, 8, "async"))
+        bench.flush()
+    bench.put(space, 6, "sync")
+
+
+@scenario(5)
+def relocate(bench: Bench) -> None:
+    """Eviction that copies what is pinned before it gives its segment back."""
+    space = bench.space()
+    bench.may_evict = True
+    pinned = bench.context(space, "pinned")
+    bench.append(pinned, 3)
+    bench.set_pinned(pinned, is_pinned=True)
+    bench.sync()
+    for _ in range(6):
+        bench.put(space, 9, "sync")
+    bench.set_pinned(pinned, is_pinned=False)
+    bench.sync()
+    bench.put(space, 9, "sync")
+
+
+@scenario(6)
+def durable(bench: Bench) -> None:
+    """A durable namespace beside one that is cache, on a full disk."""
+    keep = bench.space("keep", retention="durable")
+    cache = bench.space("cache")
+    bench.may_evict = True
+    named = bench.context(keep, "named")
+    for _ in range(6):
+        bench.append(named, 2)
+        bench.put(cache, 8, "async")
+        bench.put(keep, 3, "async")
+    bench.drop_context(named)
+    bench.sync()
+
+
+@scenario()
+def contexts(bench: Bench) -> None:
+    """Contexts that grow, share blocks, are renamed, replaced and dropped."""
+    space = bench.space()
+    one = bench.context(space, "one")
+    keys = bench.append(one, 2)
+    bench.append(one, 1, "async")
+    two = bench.context(space, "two")
+    bench.append(two, 0, "sync", keys=keys)
+    bench.append(two, 2, "async")
+    bench.rename(space, "two", "three")
+    bench.sync()
+    bench.rename(space, "three", "one")
+    bench.put(space, 1)
+    bench.sync()
+    bench.drop_context(bench.context(space, "one"))
+    bench.put(space, 1)
+    bench.sync()
+    bench.context(space, "deep/down/here")
+
+
+@scenario(8, 8)
+def two_disks(bench: Bench) -> None:
+    """Two disks, the first of which fills up."""
+    space = bench.space()
+    bench.may_evict = True
+    for _ in range(5):
+        bench.put(space, 12, "sync")
+    bench.context(space, "name")
+    bench.sync()
+
+
+@scenario(6, frames=6)
+def memory_tier(bench: Bench) -> None:
+    """A memory tier that takes copies; blocks that are only there are no promise."""
+    space = bench.space()
+    bench.may_evict = True
+    bench.put(space, 4, "none")
+    bench.put(space, 4, "sync")
+    bench.put(space, 4, "async")
+    keys = bench.put(space, 2, "none")
+    bench.flush()
+    bench.put_again(space, keys, "sync")
+    for _ in range(4):
+        bench.put(space, 9, "sync")
+
+
+@scenario()
+def superblock(bench: Bench) -> None:
+    """Superblock updates: new namespaces, generations reserved, a clean close, a new owner."""
+    with mock.patch("kvfs.engine.device_state.GENERATIONS_RESERVED", 2):
+        space = bench.space()
+        bench.reopen()
+        for _ in range(4):
+            space = bench.space("other", LARGE) if space.info.name == "s" else bench.space()
+            bench.put(space, 4 if space.info.name == "other" else 12)
+        bench.reopen()
+    space = bench.space()
+    bench.put(space, 2)
+    bench.drop_space(bench.space("other"))
+    bench.put(space, 2)
+
+
+@scenario()
+def resume(bench: Bench) -> None:
+    """A new owner appends to the segment that its predecessor left open."""
+    space = bench.space()
+    bench.put(space, 5)
+    bench.reopen()
+    space = bench.space()
+    bench.put(space, 3, "async")
+    bench.put(space, 2)
+    bench.reopen()
+    bench.put(bench.space(), 9)
+
+
+@scenario()
+def failing_sync(bench: Bench) -> None:
+    """A persist that fails: the segment is poisoned, what it held unpersisted is no promise."""
+    space = bench.space()
+    bench.put(space, 3)
+    bench.put(space, 3, "async")
+    bench.world.disks[0].failing_syncs = 1
+    try:
+        bench.flush_failing()
+    except KvfsError:
+        pass
+    else:
+        raise AssertionError("the failure was not reported")
+    bench.put(space, 3)
+    bench.world.disks[0].failing_syncs = 1
+    try:
+        bench.put_failing(space, 2)
+    except KvfsError:
+        pass
+    else:
+        raise AssertionError("the failure was not reported")
+    bench.put(space, 2)
+    bench.sync()
+
+
+@scenario()
+def namespaces(bench: Bench) -> None:
+    """Namespaces that come and go; one comes back under the same name, with another id."""
+    one = bench.space("one")
+    bench.put(one, 2)
+    bench.append(bench.context(one, "c"), 2)
+    bench.drop_space(one)
+    one = bench.space("one", LARGE)
+    bench.put(one, 1)
+    bench.drop_space(one)
+    bench.put(bench.space("two"), 1)
+
+
+def names_of_turn(turn: int) -> list[str]:
+    """Return the scenarios to walk in a turn."""
+    del turn
+    return list(SCENARIOS)

@@ -1,10 +1,12 @@
 """Recovering from an image and comparing what is found with the oracle."""
 
 import os
-from dataclasses import dataclass
 
 import numpy as np
 
+from kvfs.devices.base import Device
+from kvfs.engine.catalog import Catalog
+from kvfs.engine.checker import Severity, check_devices
 from kvfs.pool import Pool
 from kvfs.units import PAGE
 from tests.crash.medium import Image
@@ -15,14 +17,6 @@ from tests.oracle import NamespaceValue, Oracle
 
 _STRIDE_MAX = 16 << 10
 Found = dict[bytes, bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """An image together with what the oracle must be asked: the position in the journal."""
-
-    image: Image
-    position: int
 
 
 def recover(image: Image, geometry: Geometry, journal: Journal | None = None) -> World:
@@ -81,6 +75,27 @@ def _read_leased(pool: Pool, namespace_id: int, keys: np.ndarray) -> Found:
         pool.store.release(lease)
 
 
+def check_crashed(image: Image, geometry: Geometry) -> None:
+    """`kvfs-admin check` must take what a power cut leaves for what it is, before any recovery."""
+    world = World(geometry)
+    world.restore(image.disks)
+    devices, catalog = world.open_parts(image.catalog)
+    try:
+        check_medium(devices, catalog)
+    finally:
+        for device in devices:
+            device.close()
+        catalog.close()
+        world.discard()
+
+
+def check_medium(devices: list[Device], catalog: Catalog) -> None:
+    """`kvfs-admin check` must find nothing but what the next opening puts right by itself."""
+    report = check_devices(devices, catalog)
+    bad = [str(finding) for finding in report.findings if finding.severity > Severity.NOTE]
+    assert not bad, "; ".join(bad)
+
+
 def check_world(world: World, oracle: Oracle, position: int, *, by_lease: bool) -> None:
     """Compare a recovered pool with the oracle.
 
@@ -89,6 +104,7 @@ def check_world(world: World, oracle: Oracle, position: int, *, by_lease: bool) 
     pool = world.pool
     assert not pool.recovery.problems, pool.recovery.problems
     check_engine(pool.store.state)
+    check_medium([state.device for state in pool.store.state.devices], pool.catalog)
     oracle.check_names(names_of(pool), position)
     found = read_blocks(pool, by_lease=by_lease)
     oracle.check_blocks(found, position)

@@ -76,10 +76,14 @@ class World:
 
     def recover(self, files: tuple[Files, ...], catalog: bytes | None) -> None:
         """Open what a power cut left."""
+        self.restore(files)
+        self.open(catalog)
+
+    def restore(self, files: tuple[Files, ...]) -> None:
+        """Make disks that hold these files."""
         self.disks = [
             SimFileSystem.restore(found, i, self.journal) for i, found in enumerate(files)
         ]
-        self.open(catalog)
 
     def open(self, catalog: bytes | None) -> None:
         """Open the pool on its disks."""
@@ -90,6 +94,11 @@ class World:
             for device in self._devices()
         ]
         self._open(self._catalog(catalog), states)
+
+    def open_parts(self, catalog: bytes | None) -> tuple[list[Device], Catalog]:
+        """Open persistent devices and catalog without making a pool of them."""
+        devices = [device for device in self._devices() if device.info.is_persistent]
+        return devices, self._catalog(catalog)
 
     def abandon(self) -> None:
         """Let go of all descriptors, as a killed process does: nothing is flushed."""
