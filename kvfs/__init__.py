@@ -34,8 +34,9 @@ from kvfs.layout import Layout
 
 if TYPE_CHECKING:
     from kvfs.config import PoolOptions
+    from kvfs.lifecycle import create_pool, destroy_pool, open_pool
     from kvfs.namespace import Context, Namespace
-    from kvfs.pool import Pool, create_pool, destroy_pool, open_pool
+    from kvfs.pool import Pool
     from kvfs.views import View
 
 __version__ = "0.1.0"
@@ -46,9 +47,9 @@ _LAZY = {
     "Pool": "kvfs.pool",
     "PoolOptions": "kvfs.config",
     "View": "kvfs.views",
-    "create_pool": "kvfs.pool",
-    "destroy_pool": "kvfs.pool",
-    "open_pool": "kvfs.pool",
+    "create_pool": "kvfs.lifecycle",
+    "destroy_pool": "kvfs.lifecycle",
+    "open_pool": "kvfs.lifecycle",
 }
 
 

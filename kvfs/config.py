@@ -57,7 +57,7 @@ def parse_device_url(text: str) -> DeviceURL:
     unknown = set(options) - {"size", "segment", "tier", "name"}
     if unknown:
         raise UsageError(
-            f"unknown device option {sorted(unknown)[0]!r} in {text!r}: "
+            f"unknown device option {min(unknown)!r} in {text!r}: "
             "expected size, segment, tier or name"
         )
     if scheme == "dir" and not location.startswith("/"):

@@ -10,29 +10,21 @@ Layer: L4.
 Directory of a pool: `catalog.sqlite` (and its -wal, -shm), `lock`, `control.sock`.
 """
 
-import dataclasses
-import fcntl
-import json
 import logging
 import os
-import shutil
-import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Final, Self
 
 from kvfs.background import Background
-from kvfs.clock import Clock, SystemClock
-from kvfs.config import DeviceURL, PoolOptions, default_segment_bytes, parse_device_url
-from kvfs.devices.base import Device
-from kvfs.devices.open import capacity_of, location_of, open_device
+from kvfs.clock import Clock
+from kvfs.config import PoolOptions
 from kvfs.engine.catalog import Catalog
 from kvfs.engine.catalog_schema import (
     ROOT_NODE_ID,
-    DeviceRow,
     NamespaceInfo,
     Node,
     NodeKind,
@@ -42,26 +34,20 @@ from kvfs.engine.catalog_schema import (
 )
 from kvfs.engine.device_state import DeviceState, NamespaceSpec
 from kvfs.engine.recovery import (
-    Owner,
     RecoveryReport,
-    claim_device,
-    format_device,
     reap_unnamed_files,
 )
 from kvfs.engine.state import EngineState
 from kvfs.engine.store import DeviceStatistics, Store
 from kvfs.errors import (
-    BusyError,
     ClosedError,
-    ExistsError,
     KvfsError,
     NotFoundError,
     RefusedError,
     UsageError,
 )
 from kvfs.files import Files
-from kvfs.host import this_process
-from kvfs.keys import KeyArray, new_namespace_id, new_uuid
+from kvfs.keys import KeyArray, new_namespace_id
 from kvfs.layout import OPAQUE, Layout
 from kvfs.namespace import Namespace
 from kvfs.units import format_bytes
@@ -386,7 +372,7 @@ class Pool:
         if failure is not None:
             raise failure
 
-    def __enter__(self) -> "Pool":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -450,267 +436,3 @@ def _spec(info: NamespaceInfo) -> NamespaceSpec:
         stride=info.layout.stride,
         is_durable=info.retention == "durable",
     )
-
-
-def create_pool(
-    path: str | os.PathLike[str],
-    devices: Sequence[str],
-    *,
-    name: str | None = None,
-    options: PoolOptions | None = None,
-    clock: Clock | None = None,
-) -> Pool:
-    """Format devices and open them as a new pool.
-
-    Args:
-        path: Directory for catalog and lock; made if missing, must be empty, on a persistent local
-            filesystem.
-        devices: URLs such as 'dram:?size=4GiB' and 'dir:/mnt/nvme/kv?size=500GiB'.
-        name: For people; the directory's name when missing.
-        options: How this process runs it.
-        clock: Time; the system's when missing.
-
-    Raises:
-        ExistsError: The directory holds a pool, or a device does.
-        UsageError: A URL is wrong or a device too small.
-
-    Durability: persist.
-    """
-    root = Path(path).absolute()
-    clock = clock or SystemClock()
-    urls = [parse_device_url(text) for text in devices]
-    plan = plan_devices(urls)
-    root.mkdir(parents=True, exist_ok=True)
-    if (root / CATALOG_NAME).exists():
-        raise ExistsError(f"a pool is there already: {root}; 'kvfs-admin pool destroy' removes it")
-    if any(root.iterdir()):
-        raise ExistsError(f"directory is not empty: {root}")
-    lock_fd = _lock(root)
-    pool_uuid = new_uuid()
-    opened: list[DeviceState] = []
-    catalog: Catalog | None = None
-    try:
-        for row, url in plan:
-            device = _open_device(row, url)
-            if device.read_superblock() is not None:
-                device.close()
-                raise ExistsError(
-                    f"device belongs to a pool: {url}; destroy that pool or delete the directory"
-                )
-            opened.append(
-                format_device(device, pool_uuid, location_of(device), this_process(), clock)
-            )
-        catalog = Catalog.create(root / CATALOG_NAME, pool_uuid)
-        catalog.set_meta("name", name or root.name)
-        for row, _ in plan:
-            catalog.add_device(row)
-        pool = Pool(root, catalog, opened, options=options or PoolOptions(), clock=clock,
-                    lock_fd=lock_fd)  # fmt: skip
-        pool.make_namespace(DEFAULT_NAMESPACE)
-        catalog.set_attributes(
-            ROOT_NODE_ID, uid=os.getuid(), gid=os.getgid(), now_ns=clock.wall_ns()
-        )
-    except BaseException:
-        _abandon(root, opened, catalog, lock_fd)
-        raise
-    pool.start_background()
-    return pool
-
-
-def plan_devices(urls: Sequence[DeviceURL]) -> list[tuple[DeviceRow, DeviceURL]]:
-    """Return row and URL, all sizes chosen, for each device of a pool to be made.
-
-    Raises:
-        UsageError: None given, a name twice, or one too small for its segments.
-    """
-    if not urls:
-        raise UsageError("a pool needs at least one device, e.g. 'dir:/mnt/nvme/kv?size=100GiB'")
-    plan = []
-    names: set[str] = set()
-    counts: dict[str, int] = {}
-    for index, url in enumerate(urls):
-        number = counts.get(url.scheme, 0)
-        counts[url.scheme] = number + 1
-        name = url.name or f"{url.scheme}{number}"
-        if name in names:
-            raise UsageError(f"two devices are called {name!r}; give one another name=")
-        names.add(name)
-        capacity = capacity_of(url)
-        segment = url.segment_bytes or default_segment_bytes(capacity)
-        if capacity < SEGMENTS_MIN * segment:
-            raise UsageError(
-                f"device too small: {url} has {format_bytes(capacity)}, with segments of "
-                f"{format_bytes(segment)} it needs at least {format_bytes(SEGMENTS_MIN * segment)}"
-            )
-        capacity = capacity // segment * segment
-        # The sizes go into the URL that is kept: what was left to choose is chosen once.
-        url = dataclasses.replace(
-            url, size_bytes=capacity, segment_bytes=segment,
-            options={**url.options, "size": str(capacity), "segment": str(segment)},
-        )  # fmt: skip
-        plan.append((DeviceRow(index, new_uuid().bytes, name, str(url), url.tier, "online"), url))
-    return plan
-
-
-def open_pool(
-    path: str | os.PathLike[str],
-    *,
-    options: PoolOptions | None = None,
-    clock: Clock | None = None,
-    allow_moved: bool = False,
-    background: bool = True,
-) -> Pool:
-    """Open a pool and become its owner.
-
-    Args:
-        path: The pool's directory.
-        options: How this process runs it.
-        clock: Time; the system's when missing.
-        allow_moved: Accept devices that were copied, moved, or left by another host.
-        background: Start the background thread; without it nothing persists async blocks but
-            `flush`.
-
-    Raises:
-        NotFoundError: There is no pool.
-        BusyError: Another process owns it; the message has its pid.
-        DataError: Catalog or superblock damaged, or of another format.
-    """
-    root = Path(path).absolute()
-    if not (root / CATALOG_NAME).exists():
-        raise NotFoundError(f"no pool: {root}: make one with 'kvfs-admin pool create'")
-    clock = clock or SystemClock()
-    lock_fd = _lock(root)
-    opened: list[DeviceState] = []
-    catalog: Catalog | None = None
-    try:
-        catalog = Catalog.open(root / CATALOG_NAME)
-        pool_uuid = uuid.UUID(catalog.meta("pool_uuid") or "")
-        for row in catalog.devices():
-            opened.append(_open_row(row, pool_uuid, clock, allow_moved=allow_moved))
-        pool = Pool(root, catalog, opened, options=options or PoolOptions(), clock=clock,
-                    lock_fd=lock_fd)  # fmt: skip
-    except BaseException:
-        for state in opened:
-            state.device.close()
-        if catalog is not None:
-            catalog.close()
-        os.close(lock_fd)
-        raise
-    if background:
-        pool.start_background()
-    return pool
-
-
-def _open_device(row: DeviceRow, url: DeviceURL) -> Device:
-    return open_device(
-        url, index=row.index, uuid=uuid.UUID(bytes=row.uuid), capacity_bytes=url.size_bytes,
-        segment_bytes=url.segment_bytes, name=row.name,
-    )  # fmt: skip
-
-
-def _open_row(
-    row: DeviceRow, pool_uuid: uuid.UUID, clock: Clock, *, allow_moved: bool
-) -> DeviceState:
-    """Open one device of an existing pool and claim it; a volatile one starts empty."""
-    device = _open_device(row, parse_device_url(row.url))
-    try:
-        location = location_of(device)
-        if not device.info.is_persistent:
-            return format_device(device, pool_uuid, location, this_process(), clock)
-        return claim_device(
-            device, pool_uuid, location, this_process(), clock, allow_moved=allow_moved
-        )
-    except BaseException:
-        device.close()
-        raise
-
-
-def destroy_pool(path: str | os.PathLike[str]) -> None:
-    """Delete a pool: what kvfs made on its devices, then its directory.
-
-    Raises:
-        NotFoundError: There is no pool.
-        BusyError: Somebody owns it.
-    """
-    root = Path(path).absolute()
-    if not (root / CATALOG_NAME).exists():
-        raise NotFoundError(f"no pool: {root}")
-    lock_fd = _lock(root)
-    try:
-        catalog = Catalog.open(root / CATALOG_NAME)
-        rows = catalog.devices()
-        catalog.close()
-        for row in rows:
-            _open_device(row, parse_device_url(row.url)).destroy()
-    finally:
-        os.close(lock_fd)
-    for name in (
-        CATALOG_NAME,
-        f"{CATALOG_NAME}-wal",
-        f"{CATALOG_NAME}-shm",
-        CONTROL_NAME,
-        LOCK_NAME,
-    ):
-        (root / name).unlink(missing_ok=True)
-    if not any(root.iterdir()):
-        root.rmdir()
-
-
-def owner_of(path: str | os.PathLike[str]) -> dict[str, object] | None:
-    """Return who owns the pool (pid, command, since), or None if nobody does."""
-    file = Path(path).absolute() / LOCK_NAME
-    try:
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _lock_content(fd)
-    finally:
-        os.close(fd)
-    return None
-
-
-def _lock(root: Path) -> int:
-    """Take the pool's lock.
-
-    Raises:
-        BusyError: Another process has it.
-    """
-    fd = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        content = _lock_content(fd)
-        os.close(fd)
-        raise BusyError(
-            f"pool is in use: {root}: held by pid {content.get('pid', 'unknown')} "
-            f"({content.get('command', 'unknown')}); unmount or stop it first"
-        ) from None
-    command = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
-    text = json.dumps({"pid": os.getpid(), "command": command})
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, text.encode(), 0)
-    return fd
-
-
-def _lock_content(fd: int) -> dict[str, object]:
-    try:
-        content = json.loads(os.pread(fd, 4096, 0))
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _abandon(root: Path, opened: list[DeviceState], catalog: Catalog | None, lock_fd: int) -> None:
-    """Undo a creation that failed half-way."""
-    for state in opened:
-        state.device.destroy()
-    if catalog is not None:
-        catalog.close()
-    os.close(lock_fd)
-    for name in (CATALOG_NAME, f"{CATALOG_NAME}-wal", f"{CATALOG_NAME}-shm", LOCK_NAME):
-        (root / name).unlink(missing_ok=True)
-    if not any(root.iterdir()):
-        shutil.rmtree(root, ignore_errors=True)

@@ -37,7 +37,8 @@ def parse_bytes(text: str) -> int:
         raise UsageError(
             f"size not understood: {text!r}: expected a number with KiB, MiB, GiB or TiB"
         )
-    return int(float(match.group(1)) * factor)
+    number = match.group(1)
+    return int(float(number) * factor) if "." in number else int(number) * factor
 
 
 def format_bytes(count: int) -> str:

@@ -12,7 +12,7 @@ Layer: L4.
 
 import errno
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -165,7 +165,7 @@ class View:
             self._mapping = None
         self._store.release(self._lease)
 
-    def __enter__(self) -> "View":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -105,7 +105,7 @@ def _serve(
     """Own the pool until it is unmounted."""
     from kvfs.control import ControlServer
     from kvfs.fuse.mount import mount
-    from kvfs.pool import open_pool
+    from kvfs.lifecycle import open_pool
 
     pool: Pool = open_pool(pool_path, options=options, allow_moved=arguments.allow_moved)
     with pool, ControlServer(pool, mount=str(directory)):

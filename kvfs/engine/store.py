@@ -286,7 +286,7 @@ class Store:
         failure: Exception | None = None
         try:
             self.flush()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised again when the devices are closed
             failure = error
         for device in self.state.devices:
             try:
