@@ -247,7 +247,7 @@ class CatalogContexts(CatalogTree):
             if node.block_count:
                 self._write("DELETE FROM context_rows WHERE node_id = ?", (node_id,))
             self._write_rows(node, version, 0, 0, blocks)
-            self._published.append(node_id)
+            self._published.append((node_id, version))
             return self._publish(
                 with_changes(
                     node,

@@ -80,7 +80,7 @@ class CatalogDatabase:
         self._is_epoch_due = True
         self._next_node_id = 0
         self._reserved: dict[int, int] = {}  # node: last version given out and not yet published
-        self._published: list[int] = []  # nodes whose reservation ends with this transaction
+        self._published: list[tuple[int, int]] = []  # node, version: in this transaction
 
     @property
     def is_poisoned(self) -> bool:
@@ -237,8 +237,9 @@ class CatalogDatabase:
         finally:
             # Also when interrupted: one count too many costs a sync, one too few loses a commit.
             self._committed += 1
-        for node_id in self._published:
-            self._reserved.pop(node_id, None)
+        for node_id, version in self._published:
+            if self._reserved.get(node_id) == version:
+                del self._reserved[node_id]  # the node remembers it from here on
         self._published.clear()
         if self._on_commit is not None:
             self._on_commit()
