@@ -84,6 +84,7 @@ class FileContents:
         self._adopted: dict[int, Adopted] = {}
         self._readers: dict[int, int] = {}
         self._orphans: dict[int, tuple[int, list[KeyArray]]] = {}
+        self.on_gone: Callable[[int], None] = lambda _: None  # told of pinned nodes that went
 
     # --- looking
 
@@ -234,6 +235,8 @@ class FileContents:
 
     def forget(self, node: Node, keys: KeyArray | None) -> None:
         """Let go of the bytes of a node whose name is gone already. `keys`: None for an API's."""
+        if node.is_pinned:
+            self.on_gone(node.node_id)
         with self._lock:
             adopted = self._adopted.pop(node.node_id, None)
         if adopted is not None:

@@ -256,6 +256,8 @@ class Context:
 
         Raises:
             UsageError: The context ends in a partial block and `replace_tail` is not set.
+            BusyError: The context is pinned and has outgrown its share; the blocks are appended,
+                the new ones not pinned.
         """
         pool, layout = self.namespace.pool, self.namespace.layout
         keys = as_key_array(keys, self.namespace.info.namespace_id)
@@ -286,6 +288,7 @@ class Context:
             now_ns=pool.clock.wall_ns(),
             replace_tail=replace_tail,
         )
+        pool.pins.follow(self.node)
         if durability == "sync":
             pool.catalog.sync()
         return result
@@ -296,11 +299,11 @@ class Context:
 
     def pin(self) -> None:
         """Keep the blocks from eviction until `unpin`, across restarts."""
-        self.namespace.pool.set_pinned(self.node, is_pinned=True)
+        self.namespace.pool.pins.pin(self.node)
 
     def unpin(self) -> None:
         """Let the blocks be evicted again."""
-        self.namespace.pool.set_pinned(self.node, is_pinned=False)
+        self.namespace.pool.pins.unpin(self.node)
 
     def drop(self) -> None:
         """Remove the name. Blocks stay as cache until evicted; other contexts may share them."""

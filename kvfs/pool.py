@@ -50,6 +50,7 @@ from kvfs.files import Files
 from kvfs.keys import KeyArray, new_namespace_id
 from kvfs.layout import OPAQUE, Layout
 from kvfs.namespace import Namespace
+from kvfs.pins import Pins
 from kvfs.units import format_bytes
 
 CATALOG_NAME: Final = "catalog.sqlite"
@@ -116,6 +117,7 @@ class Pool:
         catalog: Names (for kvfs's own layers).
         store: Blocks (for kvfs's own layers).
         files: Files on the mount (for kvfs's own layers).
+        pins: Pinned contexts (for kvfs's own layers).
         recovery: What opening found.
     """
 
@@ -145,6 +147,8 @@ class Pool:
             state.add_namespace(_spec(info))
         self._layouts = {info.namespace_id: info.layout for info in catalog.namespaces()}
         self.files = Files(self.store, catalog, self._layouts.__getitem__, clock)
+        self.pins = Pins(self.store, catalog, lambda number: self._layouts[number].stride)
+        self.files.on_gone = self.pins.release
         self.recovery = self.store.load()
         self._reconcile(self.recovery)
         self._background: Background | None = None
@@ -233,6 +237,7 @@ class Pool:
         else:
             self.catalog.drop_namespace(info.namespace_id)
         self.catalog.sync()
+        self.pins.release_namespace(info.namespace_id)
         self.store.destroy_namespace(info.namespace_id)
         del self._layouts[info.namespace_id]
         if name == DEFAULT_NAMESPACE:
@@ -288,18 +293,6 @@ class Pool:
                 else:
                     yield node
             after = page[-1].name
-
-    def set_pinned(self, node: Node, *, is_pinned: bool) -> None:
-        """Pin or unpin the blocks a context has now, across restarts."""
-        if node.is_pinned == is_pinned:
-            return
-        keys = self.catalog.keys(node.node_id)
-        if is_pinned:
-            self.store.pin(node.namespace_id, keys)
-        else:
-            nbytes = len(keys) * self._layouts[node.namespace_id].stride
-            self.store.unpin(node.namespace_id, keys, nbytes)
-        self.catalog.set_pinned(node.node_id, is_pinned)
 
     # --- life
 
@@ -404,11 +397,7 @@ class Pool:
             self.catalog.remove_nodes(broken)
             report.files_dropped = len(broken)
         reap_unnamed_files(self.store.state, versions, report)
-        for node in self.catalog.pinned_contexts():
-            keys = self.catalog.keys(node.node_id)
-            with self.store.state.lock:
-                stride = self._layouts[node.namespace_id].stride
-                self.store.state.pin(node.namespace_id, keys, len(keys) * stride)
+        self.pins.load()
         for problem in report.problems:
             _log.warning("%s", problem)
 
