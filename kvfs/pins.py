@@ -8,11 +8,14 @@ Layer: L4.
 
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from kvfs.engine.catalog import Catalog
 from kvfs.engine.catalog_schema import Node
 from kvfs.engine.store import Store
-from kvfs.keys import KeyArray
+
+if TYPE_CHECKING:
+    from kvfs.keys import KeyArray
 
 
 class Pins:

@@ -278,8 +278,6 @@ def context_drop(pool: Pool, owner: Owner, question: msg.ContextDrop) -> msg.Con
         if node.is_directory or (node.version, node.mtime_ns) != (item.version, item.mtime_ns):
             skipped.append(item.name)
             continue
-        if node.is_pinned:
-            pool.set_pinned(node, is_pinned=False)
         pool.files.remove(node)
         nbytes += node.size_bytes
         dropped.append(item.name)
