@@ -1,0 +1,56 @@
+"""A stopwatch for ways of doing the same thing that take turns.
+
+Layer: L5.
+
+The turns are short (tens of milliseconds) and their order rotates, so that what else the machine
+does, and what one way leaves in the caches, falls on all of them alike.
+"""
+
+from collections.abc import Callable, Mapping
+
+from kvfs.bench.figure import Samples, rates
+from kvfs.clock import Clock, SystemClock
+
+
+class Stopwatch:
+    """Sums up the time of each way over a repeat; a repeat is one sample."""
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._clock = clock or SystemClock()
+        self._running: dict[str, int] = {}
+        self._laps: dict[str, list[int]] = {}
+
+    def time(self, name: str, operation: Callable[[], object]) -> None:
+        """Run an operation and add its time to that of the present repeat."""
+        start = self._clock.monotonic_ns()
+        operation()
+        self.add(name, self._clock.monotonic_ns() - start)
+
+    def add(self, name: str, nanoseconds: int) -> None:
+        """Add a time that somebody else took."""
+        self._running[name] = self._running.get(name, 0) + nanoseconds
+
+    def take_turns(self, ways: Mapping[str, Callable[[], object]], turn: int) -> None:
+        """Run each way once, beginning with another one each turn."""
+        names = list(ways)
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            self.time(name, ways[name])
+
+    def lap(self) -> None:
+        """End the repeat."""
+        for name, nanoseconds in self._running.items():
+            self._laps.setdefault(name, []).append(nanoseconds)
+        self._running.clear()
+
+    def times(self, name: str) -> list[int]:
+        """Return the nanoseconds of each repeat."""
+        return self._laps[name]
+
+    def rates(self, name: str, amount: float) -> Samples:
+        """Return amount per second, per repeat."""
+        return rates(amount, self._laps[name])
+
+    def per_item(self, name: str, count: int) -> Samples:
+        """Return nanoseconds per item, per repeat."""
+        return Samples(tuple(time / count for time in self._laps[name]))
