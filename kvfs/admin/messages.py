@@ -118,7 +118,11 @@ class DeviceListAnswer(msgspec.Struct, frozen=True):
 
 
 class PoolStatusAnswer(msgspec.Struct, frozen=True):
-    """A pool in figures. `problems`: sentences for the operator; counters since it was opened."""
+    """A pool in figures.
+
+    `owner_pid`: 0 if it was opened only to be asked. `problems`: sentences for the operator.
+    `counters`: since it was opened.
+    """
 
     pool_name: str
     pool_uuid: str

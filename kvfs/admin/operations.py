@@ -104,7 +104,7 @@ def pool_status(pool: Pool, owner: Owner, question: msg.PoolStatus) -> msg.PoolS
         pool_path=printable(figures.path),
         state=figures.state,
         mount=owner.mount,
-        owner_pid=os.getpid(),
+        owner_pid=os.getpid() if owner.command else 0,
         owner_command=owner.command,
         opened_ns=owner.opened_ns,
         namespaces=figures.namespaces,

@@ -122,6 +122,11 @@ class Console:
         return f"\x1b[{color}m{text}\x1b[0m" if color and self.use_color else text
 
 
+def counted(count: int, noun: str) -> str:
+    """Return '1 context', '2 contexts'."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def rfc3339(wall_ns: int) -> str | None:
     """Return a time for JSON; None if there is none."""
     if not wall_ns:
@@ -150,6 +155,8 @@ def _convert_item(key: str, value: Any) -> tuple[str, Any]:
 
 def confirm(console: Console, name: str, *, is_yes: bool) -> None:
     """Let somebody answer for a plan that was just shown: --yes, environment, or a typed name.
+
+    `name` is the pool's, whatever the plan is about, so that one answer fits one pool.
 
     Raises:
         RefusedError: The name was not given, or there is no terminal to ask on.

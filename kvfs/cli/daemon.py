@@ -94,8 +94,10 @@ def _child(work: Callable[[Ready], int], write_end: int) -> None:
     except KeyboardInterrupt:
         code = 0 if is_ready else 130
     except BaseException as error:
-        traceback.print_exc()
-        logging.getLogger("kvfs").critical("daemon failed", exc_info=error)
+        if is_ready:
+            logging.getLogger("kvfs").critical("daemon failed", exc_info=error)
+        else:
+            traceback.print_exc()
         _tell(write_end, error, f"{type(error).__name__}: {error}", is_ready=is_ready)
     finally:
         logging.shutdown()

@@ -2,11 +2,7 @@
 
 Layer: L5.
 
-    0 done               2 usage        11 busy or locked       14 data corrupt    130 interrupted
-    1 internal error     3 done, but    12 no space             15 format version
-                           something   13 device unavailable   16 refused
-                           is wrong
-                        10 not found
+The codes and their meanings are `MEANINGS`; errors bring theirs along (`KvfsError.exit_code`).
 """
 
 import argparse
@@ -27,10 +23,19 @@ EXIT_UNAVAILABLE: Final = 13
 EXIT_REFUSED: Final = 16
 EXIT_INTERRUPTED: Final = 130
 MEANINGS: Final = {
-    0: "done", 1: "internal error", 2: "usage",
-    3: "done, but something is wrong, or the answer is no", 10: "not found", 11: "busy or locked", 12: "no space", 13: "device unavailable",
-    14: "data corrupt", 15: "format version", 16: "refused", 130: "interrupted",
-}  # fmt: skip
+    0: "done",
+    1: "internal error",
+    2: "usage",
+    3: "done, but something is wrong, or the answer is no",
+    10: "not found",
+    11: "busy or locked",
+    12: "no space",
+    13: "device unavailable",
+    14: "data corrupt",
+    15: "format version",
+    16: "refused",
+    130: "interrupted",
+}
 
 
 class Parser(argparse.ArgumentParser):

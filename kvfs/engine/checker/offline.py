@@ -151,7 +151,7 @@ def _open_catalog(
     except (CorruptionError, ValueError) as error:
         report.add(
             Severity.ERROR, "catalog-damaged", f"{root}/{_CATALOG}", str(error),
-            "put back a copy of the catalog, or destroy the pool and make it anew: it is a cache",
+            "put back a copy of it, or delete the directories of pool and devices: it is a cache",
         )  # fmt: skip
         return None
     return catalog

@@ -1,0 +1,226 @@
+"""`kvfs-admin pool`: create, status, list, destroy.
+
+Layer: L5.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from kvfs.admin import messages as msg
+from kvfs.cli.console import DASH, Column, Console, as_fields, confirm, counted
+from kvfs.cli.options import AddCommand, add_changing, add_command
+from kvfs.cli.runner import EXIT_WRONG, exit_codes
+from kvfs.cli.session import POOL_VARIABLE, asking, find_pool
+from kvfs.control_client import ControlClient, owners
+from kvfs.errors import BusyError, UsageError
+
+DEVICE_COLUMNS = (
+    Column("tier"), Column("device"), Column("kind"), Column("state"), Column("size", True),
+    Column("used", True), Column("live", True), Column("free", True), Column("blocks", True),
+    Column("failures", True),
+)  # fmt: skip
+
+
+def add(verbs: AddCommand) -> None:
+    """Define the verbs."""
+    create = add_command(
+        verbs, "create", create_pool, "pool create",
+        "Format devices and make a pool of them in the directory --pool. Refuses devices that hold "
+        "a pool already.",
+        f"offline; {exit_codes(2, 11, 12, 13, 16)}",
+    )  # fmt: skip
+    create.add_argument(
+        "devices", nargs="+", metavar="DEVICE-URL",
+        help="such as 'dram:?size=4GiB' or 'dir:/mnt/nvme/kv?size=500GiB&tier=2&segment=64MiB'",
+    )  # fmt: skip
+    create.add_argument("--name", default="", help="name for people (default: the directory's)")
+    add_changing(create, is_destructive=False)
+    status = add_command(
+        verbs, "status", show_status, "pool status",
+        "Show how a pool is: state, devices, what is wrong.",
+        f"online and offline; {exit_codes(3, 10, 11, 13, 14)}",
+    )  # fmt: skip
+    status.add_argument(
+        "-x", dest="only_problems", action="store_true",
+        help="print only what is wrong, and exit with 3 if anything is",
+    )  # fmt: skip
+    add_command(
+        verbs, "list", list_pools, "pool list",
+        "List the pools that are open, as far as this user may ask them.",
+        f"online; {exit_codes()}",
+    )  # fmt: skip
+    destroy = add_command(
+        verbs, "destroy", destroy_pool, "pool destroy",
+        "Delete a pool and all it holds: what kvfs made on its devices, then its directory.",
+        f"offline; {exit_codes(2, 10, 11, 13, 14, 16)}",
+    )  # fmt: skip
+    add_changing(destroy, is_destructive=True)
+
+
+def create_pool(arguments: argparse.Namespace, console: Console) -> int:
+    """Plan, print, make."""
+    given = arguments.pool or os.environ.get(POOL_VARIABLE, "")
+    if not given:
+        raise UsageError("no pool given: 'kvfs-admin --pool PATH pool create ...' says where")
+    path = Path(given).absolute()
+    from kvfs.config import parse_device_url
+    from kvfs.lifecycle import create_pool as create
+    from kvfs.lifecycle import plan_devices
+
+    plan = plan_devices([parse_device_url(text) for text in arguments.devices])
+    rows = [
+        (str(row.tier), row.name, url.scheme, console.size(url.size_bytes),
+         console.size(url.segment_bytes), str(url.size_bytes // url.segment_bytes),
+         url.location or DASH)
+        for row, url in plan
+    ]  # fmt: skip
+    fields: dict[str, Any] = {
+        "pool": str(path),
+        "name": arguments.name or path.name,
+        "devices": [
+            {"name": row.name, "tier": row.tier, "kind": url.scheme, "location": url.location,
+             "capacity_bytes": url.size_bytes, "segment_bytes": url.segment_bytes}
+            for row, url in plan
+        ],
+        "is_created": not arguments.dry_run,
+    }  # fmt: skip
+    if not console.is_json:
+        verb = "would make" if arguments.dry_run else "making"
+        console.put(f"{verb} pool {fields['name']} in {path}:")
+        columns = (Column("tier"), Column("device"), Column("kind"), Column("size", True),
+                   Column("segment", True), Column("segments", True), Column("where"))  # fmt: skip
+        console.table(columns, rows)
+    if not arguments.dry_run:
+        urls = [str(url) for _, url in plan]
+        create(path, urls, name=arguments.name or None).close()
+        console.say(f"created; now 'kvfs mount {path} DIR'")
+    else:
+        console.say("nothing was changed")
+    if console.is_json:
+        console.put_json("pool create", fields)
+    return 0
+
+
+def show_status(arguments: argparse.Namespace, console: Console) -> int:
+    """Ask and print."""
+    path = find_pool(arguments)
+    with asking(path, console) as ask:
+        status: msg.PoolStatusAnswer = ask(msg.PoolStatus())
+    problems = status.problems
+    code = EXIT_WRONG if arguments.only_problems and problems else 0
+    if console.is_json:
+        console.put_json("pool status", as_fields(status))
+    elif arguments.only_problems:
+        for problem in problems:
+            console.put(f"{status.pool_name}: {status.state}: {problem}")
+    else:
+        _print_status(status, console)
+    return code
+
+
+def _print_status(status: msg.PoolStatusAnswer, console: Console) -> None:
+    state = console.paint(status.state.upper())
+    owner = f"pid {status.owner_pid}"
+    if status.owner_command:
+        owner += f" ({status.owner_command}), since {console.time(status.opened_ns)}"
+    else:
+        owner = "nobody; opened for this question only"
+    lines = [
+        ("pool", f"{status.pool_name}   {status.pool_uuid[:8]}   state  {state}"),
+        ("path", status.pool_path),
+        ("owner", owner),
+        ("mount", status.mount or DASH),
+        *[("status", problem) for problem in status.problems],
+    ]
+    if status.problems:
+        lines.append(("action", "'kvfs umount' it, then run 'kvfs-admin check --data'"))
+    live, capacity = console.size(status.live_bytes), console.size(status.capacity_bytes)
+    held = f"{counted(status.contexts, 'context')} in {counted(status.namespaces, 'namespace')}"
+    lines.append(("holds", f"{held}, {live} live of {capacity}"))
+    for title, text in lines:
+        console.put(f"{title:>7}   {text}")
+    console.put("")
+    print_devices(status.devices, console)
+
+
+def print_devices(devices: list[msg.DeviceAnswer], console: Console) -> None:
+    """Print the table of devices, fastest tier first."""
+    rows = [
+        (
+            str(device.tier), device.name, device.kind, device.state,
+            console.size(device.capacity_bytes), console.size(device.used_bytes),
+            console.size(device.live_bytes),
+            console.size(max(0, device.capacity_bytes - device.used_bytes)),
+            str(device.block_count), str(device.failures),
+        )
+        for device in sorted(devices, key=lambda device: (device.tier, device.index))
+    ]  # fmt: skip
+    console.table(DEVICE_COLUMNS, rows)
+
+
+def list_pools(arguments: argparse.Namespace, console: Console) -> int:
+    """List the owners that are registered and answer."""
+    del arguments
+    entries = owners()
+    if console.is_json:
+        pools = [
+            {"name": entry.name, "uuid": entry.uuid, "path": entry.pool, "mount": entry.mount,
+             "owner_pid": entry.pid}
+            for entry in entries
+        ]  # fmt: skip
+        console.put_json("pool list", {"pools": pools})
+        return 0
+    rows = [
+        (entry.name, entry.uuid[:8], str(entry.pid), entry.mount or DASH, entry.pool)
+        for entry in entries
+    ]
+    columns = (Column("pool"), Column("uuid"), Column("owner", True), Column("mount"),
+               Column("path"))  # fmt: skip
+    console.table(columns, rows)
+    return 0
+
+
+def destroy_pool(arguments: argparse.Namespace, console: Console) -> int:
+    """Plan, print, ask, delete."""
+    path = find_pool(arguments)
+    client = ControlClient.connect(path)
+    if client is not None:
+        client.close()
+        raise BusyError(f"pool is in use: {path}: unmount it, or stop its owner, first")
+    from kvfs.admin.raw import copied_catalog
+
+    catalog = copied_catalog(path)
+    try:
+        name = catalog.meta("name") or path.name
+        rows = catalog.devices()
+        contexts = catalog.statistics().context_count
+        spaces = len(catalog.namespaces())
+    finally:
+        catalog.close()
+    is_dry = arguments.dry_run
+    fields: dict[str, Any] = {
+        "pool": name,
+        "path": str(path),
+        "contexts": contexts,
+        "devices": [{"name": row.name, "url": row.url} for row in rows],
+        "is_destroyed": not is_dry,
+    }
+    if not console.is_json:
+        console.put(f"would destroy pool {name} in {path}:" if is_dry else
+                    f"destroying pool {name} in {path}:")  # fmt: skip
+        console.put(f"  {counted(contexts, 'context')} in {counted(spaces, 'namespace')} LOST")
+        for row in rows:
+            console.put(f"  device {row.name}: all that kvfs made in {row.url} is deleted")
+    if is_dry:
+        console.say("nothing was changed")
+    else:
+        confirm(console, name, is_yes=arguments.yes)
+        from kvfs.lifecycle import destroy_pool as destroy
+
+        destroy(path)
+        console.say(f"destroyed {name}")
+    if console.is_json:
+        console.put_json("pool destroy", fields)
+    return 0
