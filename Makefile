@@ -81,7 +81,7 @@ test: lint ## the gate: lint and every test that takes no minutes
 	$(BIN)/pytest -m 'not slow' $(PYTEST_ARGS)
 
 test-all: lint ## the gate and the slow tests
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest --slow $(PYTEST_ARGS)
 
 test-fuse: setup ## only the tests of the mount; fails where FUSE is missing
 	KVFS_REQUIRE_FUSE=1 $(BIN)/pytest -m fuse $(PYTEST_ARGS)
