@@ -228,7 +228,7 @@ class Reply(msgspec.Struct, frozen=True):
 
     version: int
     failure: Failure | None = None
-    answer: msgspec.Raw = msgspec.Raw()
+    answer: msgspec.Raw = msgspec.Raw(b"\xc0")  # nil
 
 
 def printable(text: str) -> str:
