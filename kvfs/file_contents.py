@@ -279,7 +279,11 @@ class FileContents:
             self._release(before.node_id, before.namespace_id, before.keys)
 
     def _name(self, batch: list[Adopted]) -> None:
-        """Let the catalog name persisted content, and release what it replaces."""
+        """Let the catalog name persisted content, and release what it replaces.
+
+        Former content goes only when its name is sure not to come back: a crash must leave the one
+        or the other.
+        """
         if not batch:
             return
         former: list[tuple[Adopted, KeyArray | None]] = []
@@ -293,6 +297,8 @@ class FileContents:
                     former.append((adopted, keys))
                 except NotFoundError:
                     former.append((adopted, None))
+        if any(old is not None and len(old) for _, old in former):
+            self._catalog.sync()
         for adopted, old in former:
             with self._lock:
                 is_latest = self._adopted.get(adopted.node_id) is adopted

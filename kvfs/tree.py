@@ -24,7 +24,7 @@ from kvfs.errors import BusyError, NotFoundError, UsageError
 from kvfs.layout import OPAQUE
 from kvfs.pool import Pool
 
-PAGE_NODES = 1024
+PAGE_NODES = 128  # fills a readdir request of 32 KiB in one or two steps
 
 
 class Tree:
@@ -164,6 +164,8 @@ class Tree:
                 node.node_id, new_parent_id, new_name, self._now(), replace
             )
         if replaced is not None and victim is not None:
+            if keys is not None and len(keys):
+                self._catalog.sync()  # else a crash could bring the victim's name back, not its bytes
             self._files.forget(victim, keys)
         return node
 
