@@ -1,0 +1,15 @@
+"""The mount: a pool's tree through FUSE, by pyfuse3 and trio.
+
+Layer: L5.
+
+    mount.py        mount and unmount, in the foreground or in a thread
+    mountpoint.py   what the kernel says of mountpoints: checks, stale mounts, read-ahead
+    operations.py   the request handlers: thin, they call kvfs.tree and kvfs.files
+    requests.py     deadline, errors to errno, counts
+    handles.py      open files and directories, lookup counts
+    attributes.py   nodes to stat
+    xattrs.py       user.kvfs.*
+    status.py       /.kvfs/
+
+pyfuse3 is imported nowhere else.
+"""

@@ -1,0 +1,260 @@
+"""Mounting a pool: in the foreground until a signal, or in a thread of this process.
+
+Layer: L5.
+
+- The order of a mount: checks, mount, the kernel's INIT answered, read-ahead raised, READY last.
+- The order of an unmount: leave the tree while requests are still answered; if files are open,
+  stop answering and detach; then close what is open. The pool stays open: it is the caller's.
+- pyfuse3 keeps its session in globals: one mount per process at a time.
+"""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import pyfuse3
+import trio
+
+from kvfs.errors import BusyError, KvfsError, UnavailableError, UsageError
+from kvfs.fuse import mountpoint as mountpoints
+from kvfs.fuse.attributes import Timeouts
+from kvfs.fuse.mountpoint import unmount
+from kvfs.fuse.operations import KvfsOperations
+from kvfs.pool import Pool
+
+__all__ = ["Mount", "MountOptions", "mount", "mount_in_background", "unmount"]
+
+_STOP_TIMEOUT_S: Final = 30.0
+_one_mount: Final = threading.Lock()
+_log = logging.getLogger("kvfs.fuse")
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """How a mount behaves.
+
+    Attributes:
+        allow_other: Let other users in; permissions are checked by the kernel. Without it only the
+            user that mounts. Needs root, or `user_allow_other` in /etc/fuse.conf.
+        allow_nonempty: Mount over a directory that holds something, hiding it.
+        deadline_s: Longest a request may take before it fails with EIO; longer by the bytes it
+            moves.
+        timeouts: How long the kernel may keep attributes.
+        read_ahead_kb: How far the kernel reads ahead, where it lets us say; 0 leaves it.
+        threads: Requests that may wait for blocks at the same time.
+        requests: Requests taken from the kernel at the same time.
+    """
+
+    allow_other: bool = False
+    allow_nonempty: bool = False
+    deadline_s: float = 5.0
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    read_ahead_kb: int = 8192
+    threads: int = 32
+    requests: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0.01 <= self.deadline_s <= 3600:
+            raise UsageError(f"deadline_s must be 0.01 to 3600, found {self.deadline_s}")
+        if self.threads < 1 or self.requests < 1:
+            raise UsageError("a mount needs at least one thread and one request")
+
+
+def mount(
+    pool: Pool,
+    mountpoint: str | os.PathLike[str],
+    *,
+    foreground: bool = True,
+    options: MountOptions | None = None,
+    on_ready: Callable[[], None] | None = None,
+) -> None:
+    """Show a pool at a directory until it is unmounted, or SIGTERM or SIGINT arrives.
+
+    Blocks. Call it from the main thread; a daemon forks before.
+
+    Args:
+        pool: Open; it stays open.
+        mountpoint: An empty directory. A stale mount there is taken away.
+        foreground: The process has a terminal: SIGHUP ends the mount too. A daemon ignores it.
+        options: See MountOptions.
+        on_ready: Called once, when the mount answers.
+
+    Raises:
+        KvfsError: The mount could not be made; see kvfs.fuse.mountpoint.prepare.
+    """
+    signals = {signal.SIGTERM, signal.SIGINT}
+    if foreground:
+        signals.add(signal.SIGHUP)
+    session = _Session(pool, Path(mountpoint), options or MountOptions(), on_ready)
+    session.run(signals)
+
+
+class Mount:
+    """A mount served by a thread of this process. Use as a context manager, or call `close`.
+
+    This process must not touch its own mount while it holds the GIL, for it would wait for itself:
+    ordinary file calls of Python let go of it, but a page fault in a mapped file does not, nor does
+    C code that reads files without releasing it. Give such work to another process.
+
+    Attributes:
+        mountpoint: Where it is.
+    """
+
+    def __init__(self, session: "_Session") -> None:
+        """Start serving; see mount_in_background."""
+        self.mountpoint = session.mountpoint
+        self._session = session
+        self._failure: BaseException | None = None
+        self._is_ready = threading.Event()
+        session.on_ready = self._is_ready.set
+        self._thread = threading.Thread(target=self._main, name="kvfs-mount", daemon=True)
+        self._thread.start()
+        self._is_ready.wait()
+        self._raise_failure()
+
+    def close(self) -> None:
+        """Unmount and wait for the thread; idempotent.
+
+        Raises:
+            UnavailableError: It did not end in time; the mount is detached.
+        """
+        self._session.request_stop()
+        self._thread.join(_STOP_TIMEOUT_S)
+        if self._thread.is_alive():
+            raise UnavailableError(f"mount did not end within {_STOP_TIMEOUT_S:.0f} s")
+        self._raise_failure()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the mount still answers; an operator may have unmounted it."""
+        return self._thread.is_alive()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self.close()
+
+    def _main(self) -> None:
+        try:
+            self._session.run(set())
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            self._failure = error
+            _log.debug("mount ended: %s", error)
+        finally:
+            self._is_ready.set()
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+
+def mount_in_background(
+    pool: Pool, mountpoint: str | os.PathLike[str], options: MountOptions | None = None
+) -> Mount:
+    """Show a pool at a directory from a thread of this process; returns when it answers.
+
+    Raises:
+        KvfsError: As `mount`.
+    """
+    return Mount(_Session(pool, Path(mountpoint), options or MountOptions(), None))
+
+
+class _Session:
+    """One mount, from its checks to its end."""
+
+    def __init__(
+        self, pool: Pool, path: Path, options: MountOptions,
+        on_ready: Callable[[], None] | None,
+    ) -> None:  # fmt: skip
+        self.mountpoint = mountpoints.prepare(path, allow_nonempty=options.allow_nonempty)
+        self.on_ready = on_ready
+        self._pool = pool
+        self._options = options
+        self._operations: KvfsOperations | None = None
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._stop = trio.Event()
+
+    def run(self, signals: set[signal.Signals]) -> None:
+        """Mount, serve, unmount."""
+        if not _one_mount.acquire(blocking=False):
+            raise BusyError("this process serves a mount already; use another process")
+        try:
+            trio.run(self._main, signals)
+        finally:
+            _one_mount.release()
+
+    def request_stop(self) -> None:
+        """Let the mount end. Any thread; nothing if it has ended."""
+        if self._token is not None:
+            try:
+                self._token.run_sync_soon(self._stop.set)
+            except trio.RunFinishedError:
+                return
+
+    async def _main(self, signals: set[signal.Signals]) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        options = self._options
+        operations = KvfsOperations(
+            self._pool,
+            deadline_s=options.deadline_s,
+            threads=options.threads,
+            timeouts=options.timeouts,
+        )
+        flags = {"default_permissions", "fsname=kvfs", "subtype=kvfs", "nosuid", "nodev"}
+        if options.allow_other:
+            flags.add("allow_other")
+        try:
+            pyfuse3.init(operations, str(self.mountpoint), flags)
+        except RuntimeError as error:
+            raise UnavailableError(
+                f"mount failed: {self.mountpoint}: {error}; the reason is on standard error"
+            ) from error
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._announce, operations)
+                nursery.start_soon(self._wait_stop)
+                if signals:
+                    nursery.start_soon(self._wait_signal, signals)
+                await pyfuse3.main(min_tasks=1, max_tasks=options.requests)
+                nursery.cancel_scope.cancel()
+        finally:
+            pyfuse3.close(unmount=True)
+            operations.close()
+            _log.info("unmounted: %s", self.mountpoint)
+
+    async def _announce(self, operations: KvfsOperations) -> None:
+        await operations.is_initialized.wait()
+        mountpoints.set_read_ahead(self.mountpoint, self._options.read_ahead_kb)
+        _log.info("mounted: %s", self.mountpoint)
+        if self.on_ready is not None:
+            self.on_ready()
+
+    async def _wait_signal(self, signals: set[signal.Signals]) -> None:
+        with trio.open_signal_receiver(*signals) as received:
+            async for number in received:
+                if self._stop.is_set():
+                    pyfuse3.terminate()  # the second signal does not wait
+                    return
+                _log.info("%s received, unmounting", signal.Signals(number).name)
+                self._stop.set()
+
+    async def _wait_stop(self) -> None:
+        await self._stop.wait()
+        try:
+            await trio.to_thread.run_sync(
+                lambda: unmount(self.mountpoint, lazy=False), abandon_on_cancel=True
+            )
+        except KvfsError as error:
+            _log.info("%s", error)
+            pyfuse3.terminate()
