@@ -30,7 +30,7 @@ from kvfs.engine.format import (
     EntryArray,
     SegmentHeader,
 )
-from kvfs.engine.segment_table import SegmentState, SegmentStatus, page_round
+from kvfs.engine.segment_table import SegmentState, SegmentStatus, entry_words, page_round
 from kvfs.errors import CorruptionError, DeviceError, FormatVersionError, PoisonedError
 from kvfs.units import PAGE, align_up
 
@@ -104,7 +104,6 @@ class SegmentLog:
         state = self.state
         if state.is_poisoned or state.status is not SegmentStatus.OPEN:
             raise PoisonedError(f"segment takes no writes: {self.where}")
-        entries = np.zeros(len(batch), ENTRY)
         padded = page_round(batch.lengths)
         offsets = (state.payload_end + np.cumsum(padded) - padded).astype(np.uint64)
         digests = np.zeros((len(batch), 16), np.uint8)
@@ -116,15 +115,17 @@ class SegmentLog:
             if failed:
                 status = int(statuses[np.flatnonzero(statuses)[0]])
                 raise OSError(-status if status < 0 else 5, f"payload write failed ({status})")
-        entries["key"], entries["parent"] = batch.keys, batch.parents
-        entries["offset"], entries["stored_bytes"] = offsets, batch.lengths
-        entries["logical_bytes"], entries["token_count"] = batch.lengths, batch.tokens
-        entries["flags"], entries["payload_xxh3"] = batch.flags, digests
-        _native.sign_entries(entries, self._seed)
         first = state.entry_count
         count = first + len(batch)
         state.reserve(count)
-        state.entries[first:count] = entries
+        entries = state.entries[first:count]  # nobody looks beyond `entry_count`
+        entries["key"].view("<u8")[...] = batch.keys.view("<u8")
+        entries["parent"].view("<u8")[...] = batch.parents.view("<u8")
+        entries["payload_xxh3"].view("<u8")[...] = digests.view("<u8")
+        entries["offset"], entries["stored_bytes"] = offsets, batch.lengths
+        entries["logical_bytes"], entries["token_count"] = batch.lengths, batch.tokens
+        entries["flags"] = batch.flags
+        _native.sign_entries(entries, self._seed)
         with self._poisoning("write"):
             self._write_entries(first, count)
         state.payload_end += int(padded.sum())
@@ -178,7 +179,7 @@ class SegmentLog:
     def _write_entries(self, first: int, count: int) -> None:
         """Write the summary pages that hold entries [first, count), whole."""
         page_first = first // _ENTRIES_PER_PAGE * _ENTRIES_PER_PAGE
-        raw = self.state.entries[page_first:count][::-1].tobytes()
+        raw = entry_words(self.state.entries)[page_first:count][::-1].tobytes()
         start = align_up(count * ENTRY_BYTES, PAGE)
         raw = raw.rjust(start - page_first * ENTRY_BYTES, b"\0")
         self.device.write_tail(self.state.handle, HEADERS_BYTES + start, raw)
@@ -284,6 +285,18 @@ def load_segment(device: Device, handle: Segment) -> LoadedSegment:
     seed = fmt.entry_seed(device.info.uuid, handle.slot, handle.generation)
     sealed = _load_sealed(device, handle, header, tail, seed)
     return sealed or _scan_unsealed(device, handle, header, tail, seed)
+
+
+def is_unborn(device: Device, handle: Segment) -> bool:
+    """Say whether a crash left the segment before its first payload: a torn header, if that.
+
+    For segments whose open header does not hold.
+    """
+    if not any(device.read_tail(handle, HEADER_BYTES)):
+        return True
+    if handle.is_file:  # a sidecar is persisted before its payload gets a name
+        return False
+    return device.next_data(handle, 0) >= handle.nbytes - HEADER_BYTES
 
 
 def _load_sealed(

@@ -28,7 +28,13 @@ from kvfs.devices.base import Device, Segment
 from kvfs.engine import format as fmt
 from kvfs.engine.device_state import GENERATIONS_RESERVED, DeviceState
 from kvfs.engine.format import Superblock
-from kvfs.engine.log import LoadedSegment, SegmentLog, load_segment, segment_where
+from kvfs.engine.log import (
+    LoadedSegment,
+    SegmentLog,
+    is_unborn,
+    load_segment,
+    segment_where,
+)
 from kvfs.engine.segment_table import SegmentState, SegmentStatus
 from kvfs.engine.state import EngineState
 from kvfs.errors import CorruptionError, RefusedError
@@ -183,7 +189,7 @@ def _load(
     try:
         loaded = load_segment(device.device, handle)
     except CorruptionError as error:
-        if _is_unborn(device, handle):
+        if is_unborn(device.device, handle):
             _free(device, handle, report)
         else:
             report.problems.append(f"{error}; the segment is set aside, nothing in it is served")
@@ -209,15 +215,6 @@ def _load(
         _free(device, handle, report)
         return None
     return loaded
-
-
-def _is_unborn(device: DeviceState, handle: Segment) -> bool:
-    """Whether a crash left the segment before its first payload: only a torn header, if that."""
-    if not any(device.device.read_tail(handle, fmt.HEADER_BYTES)):
-        return True
-    if handle.is_file:  # a sidecar is persisted before its payload gets a name
-        return False
-    return device.device.next_data(handle, 0) >= handle.nbytes - fmt.HEADER_BYTES
 
 
 def _free(device: DeviceState, handle: Segment, report: RecoveryReport) -> None:

@@ -20,7 +20,7 @@ from kvfs.devices.base import Device, Segment, SegmentName
 from kvfs.engine import format as fmt
 from kvfs.engine.checker.report import Action, ActionKind, CheckReport, Severity
 from kvfs.engine.format import ENTRY_BYTES, HEADERS_BYTES, EntryArray, SegmentHeader
-from kvfs.engine.log import LoadedSegment, load_segment, segment_where
+from kvfs.engine.log import LoadedSegment, is_unborn, load_segment, segment_where
 from kvfs.engine.segment_table import page_round
 from kvfs.errors import CorruptionError, FormatVersionError
 from kvfs.units import PAGE, align_up
@@ -141,8 +141,7 @@ def _report_headless(
     """Tell a segment that a crash left before its first payload from a damaged one."""
     where = segment_where(device, name)
     action = action_on(device, name, ActionKind.FREE_SEGMENT)
-    tail = device.read_tail(handle, HEADERS_BYTES + PAGE)
-    if not any(tail):
+    if is_unborn(device, handle):
         report.add(
             Severity.NOTE, "segment-never-started", where, "no header was persisted",
             _FREED_LATER, action,
