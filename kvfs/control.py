@@ -38,7 +38,14 @@ from kvfs.control_client import (
     send_frame,
     socket_address,
 )
-from kvfs.errors import BusyError, FormatVersionError, KvfsError, RefusedError, UsageError
+from kvfs.errors import (
+    BusyError,
+    FormatVersionError,
+    KvfsError,
+    RefusedError,
+    UnavailableError,
+    UsageError,
+)
 from kvfs.pool import Pool
 
 CONNECTIONS_MAX: Final = 16
@@ -173,9 +180,12 @@ class ControlServer:
                     self._threads.append(thread)
             if is_welcome:
                 thread.start()
+                continue
+            if self._listener is None:
+                self._refuse(connection, UnavailableError("the pool is being closed"))
             else:
                 self._refuse(connection, BusyError("too many connections; try again"))
-                connection.close()
+            connection.close()
 
     def _serve(self, connection: socket.socket) -> None:
         try:

@@ -111,7 +111,9 @@ class ControlClient:
         """
         raw = self._encoder.encode(msg.Question(msg.PROTOCOL_VERSION, question))
         try:
-            send_frame(self._connection, raw, QUESTION_BYTES_MAX)
+            # An owner that refuses says so and closes at once: its answer may be there already.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                send_frame(self._connection, raw, QUESTION_BYTES_MAX)
             received = receive_frame(self._connection, REPLY_BYTES_MAX)
         except TimeoutError as error:
             raise UnavailableError("the pool's owner gives no answer; see its log") from error

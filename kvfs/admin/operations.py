@@ -194,8 +194,7 @@ def _find(pool: Pool, name: bytes) -> tuple[str, Node]:
     node = pool.catalog.resolve(ROOT_NODE_ID, path) if path else None
     if node is None or node.is_directory or node.state is not NodeState.ACTIVE:
         raise NotFoundError(
-            f"no such context: {printable(path)!r}; names begin with their namespace, "
-            "'context list' shows them"
+            f"no such context: {printable(path)!r}; 'kvfs-admin context list' shows their names"
         )
     return path, node
 

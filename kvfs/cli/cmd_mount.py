@@ -10,9 +10,7 @@ Layer: L5.
 import argparse
 import fcntl
 import os
-import shutil
 import signal
-import subprocess
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Final
@@ -22,14 +20,13 @@ from kvfs.cli.daemon import Ready, end_on_sigterm, log_to, run_in_background
 from kvfs.cli.runner import Parser, exit_codes, set_up_logging
 from kvfs.config import PoolOptions
 from kvfs.control_client import owners
-from kvfs.errors import BusyError, NotFoundError, UnavailableError, UsageError
+from kvfs.errors import BusyError, UsageError
 
 if TYPE_CHECKING:
     from kvfs.pool import Pool
 
 LOCK_NAME: Final = "lock"
 _DEFAULTS: Final = PoolOptions()
-_MOUNTS: Final = "/proc/self/mountinfo"
 
 
 def add_mount(parser: Parser) -> None:
@@ -45,6 +42,9 @@ def add_mount(parser: Parser) -> None:
         "-f", "--foreground", action="store_true", help="stay here and log to stderr"
     )
     parser.add_argument("--allow-other", action="store_true", help="let other users see the mount")
+    parser.add_argument(
+        "--allow-nonempty", action="store_true", help="hide what DIR holds instead of refusing"
+    )
     parser.add_argument(
         "--allow-moved", action="store_true",
         help="accept devices that were copied, moved, or left by another host",
@@ -72,10 +72,6 @@ def run_mount(arguments: argparse.Namespace, console: Console) -> int:
     """Mount."""
     pool_path = Path(arguments.pool).absolute()
     directory = Path(arguments.directory).absolute()
-    if not directory.is_dir():
-        raise NotFoundError(f"mount point is no directory: {directory}; make it first")
-    if directory.is_mount():
-        raise BusyError(f"mount point is in use: {directory}; 'kvfs umount' it first")
     log = str(Path(arguments.log).absolute()) if arguments.log else ""
     options = PoolOptions(
         async_delay_ms=arguments.async_delay,
@@ -104,12 +100,20 @@ def _serve(
 ) -> int:  # fmt: skip
     """Own the pool until it is unmounted."""
     from kvfs.control import ControlServer
-    from kvfs.fuse.mount import mount
+    from kvfs.fuse.mount import MountOptions, mount
     from kvfs.lifecycle import open_pool
 
     pool: Pool = open_pool(pool_path, options=options, allow_moved=arguments.allow_moved)
     with pool, ControlServer(pool, mount=str(directory)):
-        mount(pool, str(directory), on_ready=ready, allow_other=arguments.allow_other)
+        mount(
+            pool,
+            directory,
+            foreground=arguments.foreground,
+            options=MountOptions(
+                allow_other=arguments.allow_other, allow_nonempty=arguments.allow_nonempty
+            ),
+            on_ready=ready,
+        )
     return 0
 
 
@@ -128,69 +132,29 @@ def add_umount(parser: Parser) -> None:
 
 def run_umount(arguments: argparse.Namespace, console: Console) -> int:
     """Unmount."""
+    from kvfs.fuse.mountpoint import unmount
+
     if arguments.timeout <= 0:
         raise UsageError(f"timeout must be positive, found {arguments.timeout}")
     directory = Path(arguments.directory).absolute()
-    source = mount_source(str(directory))
-    if source is None:
-        raise NotFoundError(f"not a mount of kvfs: {directory}")
-    pool_path = _pool_at(str(directory), source)
-    _unmount(str(directory))
+    pool_path = _pool_at(directory)
+    unmount(directory, lazy=False)
     if pool_path is None:
-        console.say(f"unmounted {directory}; its pool is not known, so nothing was waited for")
+        console.say(f"unmounted {directory}; it had no owner any more")
         return 0
     wait_closed(pool_path, arguments.timeout)
     console.say(f"unmounted {directory}; pool {pool_path} is closed")
     return 0
 
 
-def mount_source(directory: str) -> str | None:
-    """Return the source of the kvfs mount on a directory, or None if there is no such mount."""
-    real = os.path.realpath(directory)
-    found = None
-    with open(_MOUNTS, encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            before, _, after = line.partition(" - ")
-            fields, kinds = before.split(" "), after.split(" ")
-            if _unescape(fields[4]) in (directory, real) and kinds[0].startswith("fuse"):
-                is_ours = kinds[0] == "fuse.kvfs" or "kvfs" in kinds[1]
-                found = _unescape(kinds[1]) if is_ours else None
-    return found
-
-
-def _unescape(text: str) -> str:
-    """Undo the octal escapes of mountinfo."""
-    for code in ("\\040", "\\011", "\\012", "\\134"):
-        text = text.replace(code, chr(int(code[1:], 8)))
-    return text
-
-
-def _pool_at(directory: str, source: str) -> Path | None:
-    """Return the pool's directory: as its owner registered it, else as the mount names it."""
-    real = os.path.realpath(directory)
+def _pool_at(directory: Path) -> Path | None:
+    """Return the pool that is mounted on a directory, as its owner registered it."""
+    # The last component may be a mount that does not answer; it is not looked at.
+    real = directory.parent.resolve() / directory.name
     for entry in owners():
-        if entry.mount and entry.mount in (directory, real):
+        if entry.mount and Path(entry.mount) in (directory, real):
             return Path(entry.pool)
-    named = Path(source.partition("#")[2] or source)
-    return named if named.is_absolute() and (named / LOCK_NAME).exists() else None
-
-
-def _unmount(directory: str) -> None:
-    """Take the mount away.
-
-    Raises:
-        BusyError: Files are open.
-        UnavailableError: It failed otherwise.
-    """
-    tool = shutil.which("fusermount3")
-    command = [tool, "-u", directory] if tool else ["umount", directory]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return
-    reason = done.stderr.strip()
-    if "busy" in reason.lower():
-        raise BusyError(f"mount is in use: {directory}: {reason}; close its files and try again")
-    raise UnavailableError(f"unmount failed: {directory}: {reason}")
+    return None
 
 
 def wait_closed(pool_path: Path, timeout_s: float) -> None:

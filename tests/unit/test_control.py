@@ -218,7 +218,11 @@ def test_too_many_connections(pool, server):
             client.ask(msg.Hello())
         with pytest.raises(BusyError, match="too many connections"):
             ask(pool, msg.Hello())
-    assert ask(pool, msg.Hello())
+    for _ in range(10_000):  # the server notices the ends of connections one by one
+        with contextlib.suppress(BusyError):
+            assert ask(pool, msg.Hello())
+            return
+    pytest.fail("no connection was given back")
 
 
 def test_silent_connection_is_ended(pool):
