@@ -13,17 +13,20 @@ Layer: L2, pure.
 
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from kvfs.devices.base import Segment
+from kvfs.devices.base import SLOT_COUNT_MAX, Segment
 from kvfs.engine.format import ENTRY, EntryArray
 from kvfs.engine.index import RECORD, VERIFIED, RecordArray
 from kvfs.units import PAGE
 
 _ENTRIES_MIN: Final = 64
+_KEY_WORDS: Final = 4
+_RECORD_WORDS: Final = RECORD.itemsize // 8
 
 
 class SegmentStatus(Enum):
@@ -72,16 +75,32 @@ class SegmentState:
         if count <= have:
             return
         size = max(count, 2 * have)
-        for name in ("entries", "live", "accessed_ns"):
+        grown = np.zeros(size, ENTRY)
+        entry_words(grown)[:have] = entry_words(self.entries)
+        self.entries = grown
+        self._reserve_marks(size)
+
+    def _reserve_marks(self, size: int) -> None:
+        for name in ("live", "accessed_ns"):
             old = getattr(self, name)
+            if len(old) >= size:
+                continue
             grown = np.zeros(size, old.dtype)
-            grown[:have] = old
+            grown[: len(old)] = old
             setattr(self, name, grown)
 
     def load(self, indices: npt.NDArray[np.uint32], entries: EntryArray, count: int) -> None:
-        """Take over entries read from the medium; positions without a valid entry stay zero."""
-        self.reserve(count)
-        self.entries[indices] = entries
+        """Take over entries read from the medium; positions without a valid entry stay zero.
+
+        A whole set, [0, count), is kept as it is, even if it cannot be written to: appending makes
+        room, and so a copy, first.
+        """
+        if len(entries) == count:
+            self.entries = entries
+            self._reserve_marks(count)
+        else:
+            self.reserve(count)
+            entry_words(self.entries)[indices] = entry_words(entries)
         self.entry_count = count
         if len(entries):
             ends = entries["offset"] + page_round(entries["stored_bytes"])
@@ -89,14 +108,14 @@ class SegmentState:
 
     def records(self, indices: npt.NDArray[np.integer]) -> RecordArray:
         """Build index records of some entries."""
-        entries = self.entries[indices]
+        words = entry_words(self.entries)[indices]
+        entries = words.view(ENTRY).ravel()
         made = np.zeros(len(entries), RECORD)
-        made["key"] = entries["key"]
+        made.view("<u8").reshape(-1, _RECORD_WORDS)[:, :_KEY_WORDS] = words[:, :_KEY_WORDS]
         made["device"] = self.handle.device_index
-        made["flags"] = 0
         made["segment"] = self.handle.slot
         made["generation"] = self.handle.generation
-        made["page"] = entries["offset"] // PAGE
+        made["page"] = entries["offset"] // np.uint64(PAGE)
         made["length"] = entries["stored_bytes"]
         made["tokens"] = entries["token_count"]
         made["entry"] = indices
@@ -122,6 +141,14 @@ class SegmentState:
         return np.flatnonzero(self.live[: self.entry_count])
 
 
+def entry_words(entries: EntryArray) -> npt.NDArray[np.uint64]:
+    """Return contiguous entries as rows of 64-bit words, for copies.
+
+    Numpy copies structured items one by one, at a tenth of the speed.
+    """
+    return entries.view("<u8").reshape(-1, ENTRY.itemsize // 8)
+
+
 def page_round(lengths: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
     """Round lengths up to 4 KiB, elementwise."""
     return (lengths.astype(np.int64) + (PAGE - 1)) & -PAGE
@@ -137,24 +164,24 @@ def group_by_segment(
     hits = np.flatnonzero(records["length"])
     if not len(hits):
         return []
-    found = records[hits]
-    first = found[0]
-    one = (
-        (found["segment"] == first["segment"])
-        & (found["device"] == first["device"])
-        & (found["generation"] == first["generation"])
+    # One number per place: a device has 8 bits, a slot 24, a generation 32.
+    tags = (
+        (records["device"][hits].astype(np.uint64) << np.uint64(56))
+        | (records["segment"][hits].astype(np.uint64) << np.uint64(32))
+        | records["generation"][hits]
     )
-    if one.all():  # the common case, at a tenth of the cost of a sort
-        return [(int(first["device"]), int(first["segment"]), int(first["generation"]), hits)]
-    tags = (found["device"].astype(np.uint64) << np.uint64(32)) | found["segment"]
-    order = np.lexsort((found["generation"], tags))
-    ordered, generations = tags[order], found["generation"][order]
-    cuts = np.flatnonzero((ordered[1:] != ordered[:-1]) | (generations[1:] != generations[:-1])) + 1
-    return [
-        (int(found[part[0]]["device"]), int(found[part[0]]["segment"]),
-         int(found[part[0]]["generation"]), hits[part])
-        for part in np.split(order, cuts)
-    ]  # fmt: skip
+    if (tags == tags[0]).all():  # the common case, at a tenth of the cost of a sort
+        return [(*_place(int(tags[0])), hits)]
+    order = np.argsort(tags, kind="stable")
+    ordered = tags[order]
+    cuts = [0, *(np.flatnonzero(ordered[1:] != ordered[:-1]) + 1).tolist(), len(order)]
+    positions = hits[order]
+    return [(*_place(int(ordered[start])), positions[start:end]) for start, end in pairwise(cuts)]
+
+
+def _place(tag: int) -> tuple[int, int, int]:
+    """Return device, slot and generation of a place's number."""
+    return tag >> 56, (tag >> 32) & (SLOT_COUNT_MAX - 1), tag & 0xFFFFFFFF
 
 
 def is_verified(records: RecordArray) -> npt.NDArray[np.bool_]:

@@ -96,7 +96,7 @@ class Writer:
             homes = persistent or volatile
         present = self._present(namespace, wanted, homes, trusted)
         fresh = np.flatnonzero(present["length"] == 0)
-        missing = wanted.take(fresh)
+        missing = wanted if len(fresh) == len(wanted) else wanted.take(fresh)
         written = self._store(namespace, missing, homes) if len(missing) else present[:0]
         extra = volatile if self._state.options.copy_to_dram and homes is persistent else []
         if len(missing) and extra:
@@ -229,8 +229,9 @@ class Writer:
             if not len(missing):
                 break
             records = index.lookup(np.ascontiguousarray(batch.keys[missing]), device.info.index)
-            records["length"][~trusted(records)] = 0
-            found[missing] = records
+            if records["length"].any():
+                records["length"][~trusted(records)] = 0
+                found[missing] = records
         return found
 
     def _store(
@@ -405,7 +406,9 @@ class Writer:
 
 def _first_of_each(keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
     """Return the position of the first occurrence of each key, in order."""
-    if len(keys) < 2:
+    words = keys.view("<u8")
+    sums = np.sort(words[:, 1] + words[:, 2] + words[:, 3])
+    if not (sums[1:] == sums[:-1]).any():  # the common case, at a fifth of the cost
         return np.arange(len(keys))
     _, first = np.unique(keys.view("V32").ravel(), return_index=True)
     return np.sort(first)
