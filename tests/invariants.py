@@ -4,7 +4,12 @@ import numpy as np
 
 from kvfs.engine.device_state import DeviceState
 from kvfs.engine.format import ENTRY_BYTES, HEADERS_BYTES
-from kvfs.engine.segment_table import SegmentState, SegmentStatus, page_round
+from kvfs.engine.segment_table import (
+    SegmentState,
+    SegmentStatus,
+    group_by_segment,
+    page_round,
+)
 from kvfs.engine.state import EngineState
 from kvfs.units import PAGE
 
@@ -74,18 +79,17 @@ def _check_indexes(state: EngineState) -> None:
         records = index.snapshot()
         recorded += len(records)
         assert len(records) == len(index)
-        for record in records:
-            segment = state.segment_of(
-                int(record["device"]), int(record["segment"]), int(record["generation"])
-            )
+        for device, slot, generation, positions in group_by_segment(records):
+            segment = state.segment_of(device, slot, generation)
             assert segment is not None, "a record names a segment that is gone"
-            entry = int(record["entry"])
             assert segment.namespace_id == namespace_id
-            assert segment.live[entry], "a record names a dead entry"
-            found = segment.entries[entry]
-            assert found["key"].tobytes() == record["key"].tobytes()
-            assert int(found["offset"]) == int(record["page"]) * PAGE
-            assert int(found["stored_bytes"]) == int(record["length"])
+            found = records[positions]
+            assert segment.live[found["entry"]].all(), "a record names a dead entry"
+            entries = segment.entries[found["entry"]]
+            assert (entries["key"] == found["key"]).all()
+            assert (entries["offset"] == found["page"].astype(np.uint64) * PAGE).all()
+            assert (entries["stored_bytes"] == found["length"]).all()
+            assert len(np.unique(found["entry"])) == len(found), "two records for one entry"
     live = sum(
         segment.live_count for device in state.devices for segment in device.segments.values()
     )

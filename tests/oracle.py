@@ -60,13 +60,21 @@ class _Version:
     durable: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Move:
+    begin: int
+    source: Path
+    target: Path
+    value: Value
+
+
 @dataclass(slots=True)
 class Oracle:
     """The model of one pool."""
 
     blocks: dict[bytes, _Block] = field(default_factory=dict)
     names: dict[Path, list[_Version]] = field(default_factory=dict)
-    renames: list[tuple[int, Path, Path]] = field(default_factory=list)
+    renames: list["_Move"] = field(default_factory=list)
 
     # --- what happens
 
@@ -95,7 +103,7 @@ class Oracle:
         value = self.value(source)
         self.assign(source, None, begin)
         self.assign(target, value, begin)
-        self.renames.append((begin, source, target))
+        self.renames.append(_Move(begin, source, target, value))
 
     def settle_names(self, end: int) -> None:
         """All changes of names so far were acknowledged as durable."""
@@ -141,7 +149,7 @@ class Oracle:
         missing = self.required(k) - found.keys()
         if missing:
             raise OracleError(
-                f"{len(missing)} acknowledged blocks lost: first {sorted(missing)[0].hex()}"
+                f"{len(missing)} acknowledged blocks lost: first {min(missing).hex()}"
             )
 
     def check_names(self, found: dict[Path, Value], k: int) -> None:
@@ -153,22 +161,23 @@ class Oracle:
                 raise OracleError(
                     f"name {path}: found {_show(value)}, legal are {[_show(v) for v in legal]}"
                 )
-        for begin, source, target in self.renames:
-            self._check_rename(found, begin, source, target, k)
+        for move in self.renames:
+            if move.begin <= k:
+                self._check_rename(found, move, k)
 
-    def _check_rename(
-        self, found: dict[Path, Value], begin: int, source: Path, target: Path, k: int
-    ) -> None:
-        """Both names, or none, is wrong, as long as nothing else happened to either."""
-        before = [v for v in self.names[source] if v.begin < begin][-1]
-        last = [[v for v in self.names[p] if v.begin <= k][-1] for p in (source, target)]
-        if begin > k or any(v.begin != begin for v in last):
-            return
-        has_source = found.get(source) == before.value
-        has_target = found.get(target) == before.value
-        is_durable = before.durable is not None and before.durable <= k
+    def _check_rename(self, found: dict[Path, Value], move: "_Move", k: int) -> None:
+        """Both names, or none, is wrong, as long as nothing else happened to either since."""
+        for path in (move.source, move.target):
+            if [v for v in self.names[path] if v.begin <= k][-1].begin != move.begin:
+                return
+        has_source = found.get(move.source) == move.value
+        has_target = found.get(move.target) == move.value
+        is_durable = any(
+            v.value == move.value and v.durable is not None and v.durable <= k
+            for v in self.names[move.source]
+        )
         if (has_source and has_target) or (is_durable and not has_source and not has_target):
-            raise OracleError(f"renaming is not atomic: {source} to {target}")
+            raise OracleError(f"renaming is not atomic: {move.source} to {move.target}")
 
 
 def _difference(a: bytes, b: bytes) -> int:

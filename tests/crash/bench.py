@@ -13,11 +13,11 @@ from unittest import mock
 import numpy as np
 
 from kvfs.config import PoolOptions
-from kvfs.engine.catalog_schema import NodeState, Origin
 from kvfs.engine.reader import Lease
 from kvfs.keys import KEY_BYTES, NO_PARENT
 from kvfs.layout import Layout
 from kvfs.namespace import Context, Namespace
+from kvfs.tree import Tree
 from tests.crash.medium import Image, Medium
 from tests.crash.simfs import Commit, Journal
 from tests.crash.world import (
@@ -32,6 +32,7 @@ from tests.crash.world import (
 from tests.oracle import ContextValue, FileValue, NamespaceValue, Oracle, Path
 
 _MILLISECOND = 1_000_000
+_FILE_TAG = b"kvfsfile"
 _LARGE_FILE = SEGMENT_BYTES // 4
 
 
@@ -73,27 +74,27 @@ class Bench:
         return self.world.pool
 
     @contextmanager
-    def operation(self, *, may_drop: bool = False) -> Iterator[int]:
-        """Run one operation; note what it dropped. Yields where in the journal it began."""
+    def operation(self, *, may_drop: bool = False, may_lose: bool = False) -> Iterator[int]:
+        """Run one operation; note what it dropped. Yields where in the journal it began.
+
+        `may_drop`: it may drop blocks of files, by replacing or removing them. `may_lose`: any block.
+        """
         begin = self.now
         self.world.clock.advance(_MILLISECOND)
         before, files = resident_keys(self.pool), file_names(self.pool)
         try:
             yield begin
         finally:
-            self._note_dropped(begin, before, files, may_drop=may_drop)
-
-    def _note_dropped(
-        self, begin: int, before: set[bytes], files: set[Path], *, may_drop: bool
-    ) -> None:
-        lost = before - resident_keys(self.pool)
-        assert self.may_evict or may_drop or not lost, f"{len(lost)} blocks were dropped"
-        assert not lost & self._protected(), "protected blocks were dropped"
-        self.oracle.release(lost, begin)
-        for path in files - file_names(self.pool):
-            if self.oracle.value(path) is not None:
-                assert self.may_evict, f"file {path} lost its name"
-                self.oracle.assign(path, None, begin)
+            lost = before - resident_keys(self.pool)
+            expected = may_lose or self.may_evict
+            others = lost if not may_drop else {key for key in lost if key[24:] != _FILE_TAG}
+            assert expected or not others, f"{len(others)} blocks were dropped"
+            assert not lost & self._protected(), "protected blocks were dropped"
+            self.oracle.release(lost, begin)
+            for path in files - file_names(self.pool):
+                if self.oracle.value(path) is not None:
+                    assert expected, f"file {path} lost its name"
+                    self.oracle.assign(path, None, begin)
 
     def _protected(self) -> set[bytes]:
         """Return the blocks that eviction must spare: pinned, or named in a durable namespace."""
@@ -129,7 +130,7 @@ class Bench:
     def drop_space(self, space: Namespace) -> None:
         """Destroy a namespace with all that is in it."""
         name = space.info.name
-        with self.operation(may_drop=True) as begin:
+        with self.operation(may_lose=True) as begin:
             for path in [p for p in self.oracle.names if p[0] == name]:
                 self.oracle.assign(path, None, begin)
                 self.unpublished.pop(path, None)
@@ -176,27 +177,27 @@ class Bench:
 
     def flush(self) -> None:
         """Persist all blocks and publish new files."""
-        with self.operation() as begin:
+        with self.operation(may_drop=True) as begin:
             self._publish(begin)
             self.pool.flush()
-        self.oracle.promise(resident_keys(self.pool), self.now)
+        self._promise_resident()
 
     def sync(self) -> None:
         """Persist everything."""
-        with self.operation() as begin:
+        with self.operation(may_drop=True) as begin:
             self._publish(begin)
             self.pool.sync()
-        self.oracle.promise(resident_keys(self.pool), self.now)
+        self._promise_resident()
         self.oracle.settle_names(self.now)
 
     def flush_failing(self) -> None:
         """Persist all blocks while a device fails; what was not persisted is gone."""
-        with self.operation(may_drop=True):
+        with self.operation(may_lose=True):
             self.pool.flush()
 
     def put_failing(self, space: Namespace, count: int) -> None:
         """Put while a device fails."""
-        with self.operation(may_drop=True) as begin:
+        with self.operation(may_lose=True) as begin:
             keys, parents, payloads = self.blocks(space, count)
             for key, payload in zip(keys, payloads, strict=True):
                 self.oracle.offer(key.tobytes(), payload, begin)
@@ -277,15 +278,17 @@ class Bench:
 
     def rename(self, space: Namespace, source: str, target: str) -> None:
         """Rename a context or file, over whatever is there, as the mount does."""
-        catalog, name = self.pool.catalog, space.info.name
-        node = catalog.resolve(space.info.root_node_id, source)
+        root = space.info.root_node_id
+        old, new = (space.info.name, source), (space.info.name, target)
         with self.operation(may_drop=True) as begin:
-            self.oracle.rename((name, source), (name, target), begin)
-            old = catalog.resolve(space.info.root_node_id, target)
-            keys = catalog.keys(old.node_id) if old is not None else None
-            catalog.rename(node.node_id, node.parent_id, target, self.world.clock.wall_ns())
-            if old is not None:
-                self.pool.files.forget(old, keys if old.origin is Origin.FILE else None)
+            if self.oracle.value(new) is not None and old in self.unpublished:
+                self._publish(begin)  # what gives way goes only when what comes is there to stay
+            self.unpublished.pop(new, None)
+            if old in self.unpublished:
+                self.unpublished[new] = self.unpublished.pop(old)
+            if self.oracle.value(old) is not None:
+                self.oracle.rename(old, new, begin)
+            Tree(self.pool).rename(root, source, root, target, replace=True)
 
     # --- files
 
@@ -294,41 +297,41 @@ class Bench:
     ) -> None:
         """Write a file whole, as the mount does: staged, adopted when the last writer closes it."""
         catalog, files = self.pool.catalog, self.pool.files
-        path = (space.info.name, name)
+        root, path = space.info.root_node_id, (space.info.name, name)
         content = self.random.randbytes(nbytes)
         with self.operation(may_drop=True) as begin:
-            node = catalog.resolve(space.info.root_node_id, name)
-            is_pending = node is None or path in self.unpublished
+            node = catalog.resolve(root, name)
             if node is None:
-                node = catalog.create_context(
-                    space.info.root_node_id, name, space.info.namespace_id, Origin.FILE,
-                    NodeState.PENDING, mode=0o644, uid=0, gid=0,
-                    now_ns=self.world.clock.wall_ns(),
-                )  # fmt: skip
-            if is_pending and 0 < nbytes <= _LARGE_FILE:
+                node = Tree(self.pool).create_file(root, name, 0o644, 0, 0)
+            if 0 < nbytes <= _LARGE_FILE:
                 self.unpublished[path] = FileValue(content)
             else:
                 self.unpublished.pop(path, None)
                 self.oracle.assign(path, FileValue(content), begin)
-            writer = files.open_write(node, truncate=True)
+            handle = files.open_write(node, truncate=True)
             step = -(-nbytes // parts) or 1
             for offset in range(0, nbytes, step):
-                files.write(writer, offset, content[offset : offset + step])
+                files.write(handle, offset, content[offset : offset + step])
             if fsync:
-                files.fsync(writer)
-            files.close_write(writer)
+                files.fsync(handle)
+            files.close_write(handle)
             stride = space.layout.stride
-            for i, key in enumerate(catalog.keys(node.node_id)):
+            for i, key in enumerate(files.resident(node)[0]):
                 self.oracle.offer(key.tobytes(), content[i * stride : (i + 1) * stride], begin)
 
     def remove_file(self, space: Namespace, name: str) -> None:
         """Remove a file's name and blocks."""
-        node = self.pool.catalog.resolve(space.info.root_node_id, name)
         path = (space.info.name, name)
         with self.operation(may_drop=True) as begin:
-            if self.unpublished.pop(path, None) is None:
+            self.unpublished.pop(path, None)
+            if self.oracle.value(path) is not None:
                 self.oracle.assign(path, None, begin)
-            self.pool.files.remove(node)
+            Tree(self.pool).remove_file(space.info.root_node_id, name)
+
+    def _promise_resident(self) -> None:
+        """All that is resident is durable now. Files' blocks stand and fall with their names."""
+        keys = resident_keys(self.pool)
+        self.oracle.promise((key for key in keys if key[24:] != _FILE_TAG), self.now)
 
     def _publish(self, begin: int) -> None:
         for path, value in self.unpublished.items():
@@ -339,14 +342,14 @@ class Bench:
 
     def reopen(self) -> None:
         """Close cleanly and open again."""
-        with self.operation() as begin:
+        with self.operation(may_drop=True) as begin:
             self._publish(begin)
             self.pool.close()
             self.world._pool = None  # noqa: SLF001 - a closed pool needs no abandoning
             self.oracle.settle_names(self.now)
             commits = [e for e in self.journal.events if isinstance(e, Commit)]
             self.world.open(commits[-1].image)
-        self.oracle.promise(resident_keys(self.pool), self.now)
+        self._promise_resident()
 
     def close(self) -> None:
         """Let go of everything; nothing is flushed."""

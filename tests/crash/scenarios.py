@@ -6,6 +6,7 @@ from unittest import mock
 
 from kvfs.config import PoolOptions
 from kvfs.errors import KvfsError
+from tests.crash import history
 from tests.crash.bench import Bench
 from tests.crash.world import LARGE, Geometry
 
@@ -31,13 +32,24 @@ class Scenario:
         return bench
 
 
+HISTORIES_PER_TURN = 8
 OPTIONS = PoolOptions(device_failures_max=1000)
 SCENARIOS: dict[str, Scenario] = {}
 
 
 def scenario_named(name: str) -> Scenario:
-    """Return a scenario by name."""
+    """Return a scenario by name; 'history-N' is the random history number N."""
+    if name.startswith("history-"):
+        number = int(name.partition("-")[2])
+        geometry = history.GEOMETRIES[number % len(history.GEOMETRIES)]
+        return Scenario(name, geometry, history.play)
     return SCENARIOS[name]
+
+
+def names_of_turn(turn: int) -> list[str]:
+    """Return the scenarios to walk in a turn: all that are written down, and new random ones."""
+    first = turn * HISTORIES_PER_TURN
+    return [*SCENARIOS, *(f"history-{i}" for i in range(first, first + HISTORIES_PER_TURN))]
 
 
 def scenario(*disks: int, frames: int = 0) -> Callable[[Play], Play]:
@@ -261,7 +273,68 @@ def namespaces(bench: Bench) -> None:
     bench.put(bench.space("two"), 1)
 
 
-def names_of_turn(turn: int) -> list[str]:
-    """Return the scenarios to walk in a turn."""
-    del turn
-    return list(SCENARIOS)
+@scenario()
+def small_files(bench: Bench) -> None:
+    """Files that go into the log: written, published, written again, removed."""
+    space = bench.space()
+    bench.write_file(space, "one", 5000)
+    bench.write_file(space, "two", 100)
+    bench.write_file(space, "empty", 0)
+    bench.sync()
+    bench.write_file(space, "one", 9000)
+    bench.flush()
+    bench.put(space, 1)
+    bench.write_file(space, "two", 3000)
+    bench.sync()
+    bench.remove_file(space, "one")
+    bench.write_file(space, "new", 4096)
+    bench.remove_file(space, "new")
+    bench.sync()
+
+
+@scenario()
+def large_files(bench: Bench) -> None:
+    """Files that become segments of their own: adopted, replaced, removed."""
+    space = bench.space()
+    bench.write_file(space, "one", 20000)
+    bench.write_file(space, "two", 40960, fsync=True)
+    bench.sync()
+    bench.write_file(space, "one", 30001, parts=3)
+    bench.put(space, 1)
+    bench.write_file(space, "three", 17000)
+    bench.sync()
+    bench.remove_file(space, "two")
+    bench.write_file(space, "two", 18000)
+    bench.write_file(space, "three", 500)
+    bench.sync()
+
+
+@scenario()
+def renamed_files(bench: Bench) -> None:
+    """Files written under another name and renamed over the old one."""
+    space = bench.space()
+    bench.write_file(space, "f", 20000)
+    bench.write_file(space, "g", 3000)
+    bench.sync()
+    bench.write_file(space, "f.tmp", 22000)
+    bench.rename(space, "f.tmp", "f")
+    bench.write_file(space, "g.tmp", 4000)
+    bench.rename(space, "g.tmp", "g")
+    bench.write_file(space, "h.tmp", 4000)
+    bench.rename(space, "h.tmp", "h")
+    bench.put(space, 1)
+    bench.sync()
+    bench.rename(space, "g", "f")
+    bench.sync()
+
+
+@scenario(6)
+def evicted_files(bench: Bench) -> None:
+    """A full disk of files and blocks: files are whole or absent."""
+    space = bench.space()
+    bench.may_evict = True
+    for i in range(5):
+        bench.write_file(space, f"large{i}", 30000)
+        bench.write_file(space, f"small{i}", 9000)
+        bench.put(space, 5, "async")
+        bench.sync()

@@ -191,7 +191,7 @@ def names_of(pool: Pool) -> dict[Name, Value]:
             path = pool.catalog.path_of(node.node_id).partition("/")[2]
             if node.origin is Origin.FILE:
                 reader = pool.files.open_read(node)
-                content = pool.files.read(reader, 0, node.size_bytes)
+                content = bytes(pool.files.read(reader, 0, node.size_bytes))
                 pool.files.close_read(reader)
                 found[info.name, path] = FileValue(content)
             else:
