@@ -212,10 +212,13 @@ def _check_device(
             older = min(other, checked, key=lambda segment: segment.name.generation)
             older.is_doomed = True
             older.good[:] = False
+            # A power cut may bring the name of a segment back that was freed before.
             report.add(
-                Severity.ERROR, "segment-slot-twice", older.where,
+                Severity.ERROR if expected.was_closed else Severity.NOTE,
+                "segment-slot-twice", older.where,
                 f"generations {other.name.generation} and {checked.name.generation} share a slot",
-                _REPAIR, older.action(ActionKind.FREE_SEGMENT),
+                f"the older one is freed by the next open; or {_REPAIR}",
+                older.action(ActionKind.FREE_SEGMENT),
             )  # fmt: skip
         session.segments.append(checked)
         opened.append((checked, handle, expected))

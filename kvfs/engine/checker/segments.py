@@ -141,7 +141,8 @@ def _report_headless(
     """Tell a segment that a crash left before its first payload from a damaged one."""
     where = segment_where(device, name)
     action = action_on(device, name, ActionKind.FREE_SEGMENT)
-    if is_unborn(device, handle):
+    beside = device.read_tail(handle, HEADERS_BYTES + PAGE)[: -fmt.HEADER_BYTES]
+    if is_unborn(device, handle) and not any(beside):
         report.add(
             Severity.NOTE, "segment-never-started", where, "no header was persisted",
             _FREED_LATER, action,
