@@ -22,7 +22,9 @@ import uuid
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
+from kvfs import _native
 from kvfs.clock import Clock
 from kvfs.devices.base import Device, Segment
 from kvfs.engine import format as fmt
@@ -255,9 +257,34 @@ def _enter(state: EngineState, item: _Found, report: RecoveryReport) -> None:
     segment.persisted_count = loaded.entry_count
     last_access_ns = segment.last_access_ns
     if len(loaded.entries):
-        state.publish(segment, loaded.indices.astype(np.int64), verified=False)
+        indices = loaded.indices.astype(np.int64)
+        if not loaded.is_sealed:
+            indices = _preferable(state, device, segment, indices)
+        state.publish(segment, indices, verified=False)
     segment.last_access_ns = last_access_ns
     segment.accessed_ns[:] = last_access_ns
+
+
+def _preferable(
+    state: EngineState, device: DeviceState, segment: SegmentState, indices: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Leave out entries whose block the device has already, unless their payload verifies.
+
+    Eviction copies a block, persists the copy, then frees the original: a crash in between may
+    leave the copy's entry without its payload, and then the original is the block.
+    """
+    keys = np.ascontiguousarray(segment.entries["key"][indices])
+    known = state.index(segment.namespace_id).lookup(keys, device.info.index)["length"] > 0
+    keep = ~known
+    for position in np.flatnonzero(known).tolist():
+        entry = segment.entries[indices[position]]
+        start, nbytes = int(entry["offset"]), int(entry["stored_bytes"])
+        try:
+            raw = device.device.read(segment.handle, start, nbytes, uncached=True)
+        except OSError:
+            continue
+        keep[position] = _native.xxh3_128(raw) == entry["payload_xxh3"].tobytes()
+    return indices[keep]
 
 
 def _resume(device: DeviceState, segment: SegmentState, header: fmt.SegmentHeader) -> None:
