@@ -87,10 +87,10 @@ class View:
         return False
 
     def _descriptors(self, lease: Lease) -> npt.NDArray[np.int32]:
-        records = lease.records
-        slots = {(s.handle.device_index, s.handle.slot): s.handle.fd for s in lease.segments}
-        pairs = zip(records["device"].tolist(), records["segment"].tolist(), strict=True)
-        return np.fromiter((slots[pair] for pair in pairs), np.int32, len(records))
+        fds = np.full(len(lease.records), -1, np.int32)
+        for part in lease.parts:
+            fds[part.positions] = part.segment.handle.fd
+        return fds
 
     def __len__(self) -> int:
         return self.nbytes

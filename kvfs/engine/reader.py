@@ -28,24 +28,25 @@ _SCRATCH_BYTES = 8 << 20
 Mask = npt.NDArray[np.bool_]
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The records of a batch that lie in one segment, by their positions in the batch."""
+
+    segment: SegmentState
+    positions: npt.NDArray[np.intp]
+
+
 @dataclass(slots=True, eq=False)
 class Lease:
     """Segments that must not be recycled.
 
-    `records` says where the bytes are; misses have length 0.
+    `records` says where the bytes are; misses have length 0. `parts` groups them as they were
+    found: a record that was found bad since is still in its part.
     """
 
     records: RecordArray
     segments: list[SegmentState] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """The records of a batch that lie in one segment."""
-
-    segment: SegmentState
-    device: int
-    positions: npt.NDArray[np.intp]
+    parts: list[Part] = field(default_factory=list)
 
 
 class Reader:
@@ -73,10 +74,11 @@ class Reader:
         with self._state.lock:
             lease = Lease(index.lookup(keys))
             self._hold(lease)
-        self._state.touch(lease.records)
+        self._touch(lease)
         if verify:
-            bad = ~self.verified(lease.records)
-            lease.records[bad & (lease.records["length"] > 0)] = np.zeros(1, RECORD)[0]
+            bad = (lease.records["length"] > 0) & ~self.verified(lease.records)
+            if bad.any():
+                lease.records[bad] = np.zeros(1, RECORD)[0]
         return lease
 
     def release(self, lease: Lease) -> None:
@@ -110,13 +112,13 @@ class Reader:
             part = keys if len(todo) == len(keys) else np.ascontiguousarray(keys[todo])
             lease = self.lease(namespace_id, part, verify=False)
             try:
-                self._require_medium(lease.records)
+                self._require_medium(lease)
                 records = lease.records
                 usable = (records["length"] > 0) & (records["length"] <= lengths[todo])
                 if not usable.any():
                     break
                 records["length"][~usable] = 0
-                good = self._copy(records, addresses[todo])
+                good = self._copy(lease, addresses[todo])
             finally:
                 self.release(lease)
             done[todo[good]] = True
@@ -142,7 +144,7 @@ class Reader:
         """
         records = lease.records[positions]
         starts = records["page"].astype(np.uint64) * np.uint64(PAGE) + offsets
-        statuses = self._transfer(records, starts, lengths, addresses, None)
+        statuses = self._transfer(records, self._parts(records), starts, lengths, addresses, None)
         good: Mask = statuses == 0
         if not good.all():
             self._drop_bad(records[~good], statuses[~good])
@@ -157,12 +159,12 @@ class Reader:
         good = records["length"] > 0
         unknown = good & ~is_verified(records)
         if not self._state.options.verify_reads:
-            unknown &= self._needing_medium(records)
+            unknown &= self._needing_medium(records, self._parts(records))
         todo = np.flatnonzero(unknown)
         for part in self._parts(records[todo]):
             chosen = todo[part.positions]
             subset = np.ascontiguousarray(records[chosen])
-            statuses = self._verify_part(part, subset)
+            statuses = self._verify_part(part.segment, subset)
             good[chosen] = statuses == 0
             self._settle(subset, statuses)
         return good
@@ -170,56 +172,62 @@ class Reader:
     # --- internals
 
     def _hold(self, lease: Lease) -> None:
-        for part in self._parts(lease.records):
+        lease.parts = self._parts(lease.records)
+        for part in lease.parts:
             part.segment.leases += 1
             lease.segments.append(part.segment)
 
-    def _parts(self, records: RecordArray) -> list[_Part]:
+    def _touch(self, lease: Lease) -> None:
+        """Note that the blocks were read."""
+        now_ns = self._state.clock.monotonic_ns()
+        for part in lease.parts:
+            part.segment.last_access_ns = now_ns
+            part.segment.accessed_ns[lease.records["entry"][part.positions]] = now_ns
+
+    def _parts(self, records: RecordArray) -> list[Part]:
         parts = []
         for device, slot, generation, positions in group_by_segment(records):
             segment = self._state.segment_of(device, slot, generation)
             if segment is None:
                 records["length"][positions] = 0  # gone since the lookup
             else:
-                parts.append(_Part(segment, device, positions))
+                parts.append(Part(segment, positions))
         return parts
 
-    def _needing_medium(self, records: RecordArray) -> Mask:
+    def _needing_medium(self, records: RecordArray, parts: list[Part]) -> Mask:
         """Which records lie in segments whose payloads no seal header vouches for."""
         mask = np.zeros(len(records), np.bool_)
-        for part in self._parts(records):
+        for part in parts:
             mask[part.positions] = part.segment.needs_verify
         return mask
 
-    def _require_medium(self, records: RecordArray) -> None:
+    def _require_medium(self, lease: Lease) -> None:
         """Verify from the medium what must be, before a copy that verifies only what it copies."""
-        risky = self._needing_medium(records) & ~is_verified(records)
+        records = lease.records
+        risky = self._needing_medium(records, lease.parts) & ~is_verified(records)
         if risky.any():
             chosen = np.flatnonzero(risky)
             good = self.verified(np.ascontiguousarray(records[chosen]))
             records["length"][chosen[~good]] = 0
 
-    def _copy(self, records: RecordArray, addresses: AddressArray) -> Mask:
+    def _copy(self, lease: Lease, addresses: AddressArray) -> Mask:
+        records = lease.records
         starts = records["page"].astype(np.uint64) * np.uint64(PAGE)
-        digests = self._digests(records)
+        digests = np.zeros((len(records), 16), np.uint8)
+        for part in lease.parts:
+            entries = records["entry"][part.positions]
+            digests[part.positions] = part.segment.digests(entries)
         lengths = records["length"].astype(np.uint64)
-        statuses = self._transfer(records, starts, lengths, addresses, digests)
-        hits = np.flatnonzero(records["length"])
-        self._settle(np.ascontiguousarray(records[hits]), statuses[hits])
+        statuses = self._transfer(records, lease.parts, starts, lengths, addresses, digests)
+        self._settle(records, statuses)
         good: Mask = (statuses == 0) & (records["length"] > 0)
         self._state.counters.bytes_read += int(lengths[good].sum())
         return good
 
-    def _digests(self, records: RecordArray) -> npt.NDArray[np.uint8]:
-        digests = np.zeros((len(records), 16), np.uint8)
-        for part in self._parts(records):
-            entries = records["entry"][part.positions]
-            digests[part.positions] = part.segment.entries["payload_xxh3"][entries]
-        return digests
-
     def _transfer(
         self,
         records: RecordArray,
+        parts: list[Part],
         starts: AddressArray,
         lengths: AddressArray,
         addresses: AddressArray,
@@ -228,12 +236,14 @@ class Reader:
         """Copy, from maps where there are, else with pread; one native call for each of the two."""
         sources = np.zeros(len(records), np.uint64)
         fds = np.full(len(records), -1, np.int32)
-        for part in self._parts(records):
+        for part in parts:
             handle = part.segment.handle
             if handle.address:
                 sources[part.positions] = np.uint64(handle.address) + starts[part.positions]
             else:
                 fds[part.positions] = handle.fd
+        misses = records["length"] == 0
+        sources[misses], fds[misses] = 0, -1
         statuses = np.zeros(len(records), np.int32)
         for chosen, mapped in ((np.flatnonzero(sources), True), (np.flatnonzero(fds >= 0), False)):
             if not len(chosen):
@@ -251,15 +261,14 @@ class Reader:
             statuses[chosen] = result
         return statuses
 
-    def _verify_part(self, part: _Part, records: RecordArray) -> npt.NDArray[np.int32]:
+    def _verify_part(self, segment: SegmentState, records: RecordArray) -> npt.NDArray[np.int32]:
         """Verify records of one segment, from the medium if it needs that."""
-        segment = part.segment
         statuses = np.zeros(len(records), np.int32)
         starts = records["page"].astype(np.uint64) * np.uint64(PAGE)
         lengths = records["length"].astype(np.uint64)
-        digests = np.ascontiguousarray(segment.entries["payload_xxh3"][records["entry"]])
+        digests = segment.digests(records["entry"])
         if segment.needs_verify:
-            device = self._state.device(part.device).device
+            device = self._state.device(segment.handle.device_index).device
             for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
                 try:
                     raw = device.read(segment.handle, int(start), int(length), uncached=True)
@@ -304,9 +313,9 @@ class Reader:
         good = hits & (statuses == 0)
         fresh = good & ~is_verified(records)
         if fresh.any():
-            namespace_id = _namespace_of(records)
+            chosen = records[fresh]
             with self._state.lock:
-                self._state.index(namespace_id).mark_verified(records[fresh])
+                self._state.index(_namespace_of(chosen)).mark_verified(chosen)
             self._state.counters.blocks_verified += int(fresh.sum())
         bad = hits & (statuses != 0)
         if bad.any():

@@ -121,6 +121,11 @@ class SegmentState:
         made["entry"] = indices
         return made
 
+    def digests(self, indices: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
+        """Return the XXH3-128 of some entries' payloads, (n, 16)."""
+        words: npt.NDArray[np.uint64] = self.entries["payload_xxh3"].view("<u8")[indices]
+        return words.view(np.uint8)
+
     def mark_live(self, indices: npt.NDArray[np.integer]) -> None:
         """Count entries as live. REQUIRES: they were not, and are distinct."""
         assert not self.live[indices].any()

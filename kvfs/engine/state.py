@@ -131,25 +131,24 @@ class EngineState:
             if segment is not None:
                 segment.mark_dead(records["entry"][positions].astype(np.int64))
 
-    def touch(self, records: RecordArray) -> None:
-        """Note that these copies were read."""
-        now = self.clock.monotonic_ns()
-        for device, slot, generation, positions in group_by_segment(records):
-            segment = self.segment_of(device, slot, generation)
-            if segment is not None:
-                segment.last_access_ns = now
-                segment.accessed_ns[records["entry"][positions]] = now
-
     def pin(self, namespace_id: int, keys: KeyArray, nbytes: int) -> None:
-        """Forbid the eviction of these keys. REQUIRES: `lock`."""
+        """Forbid the eviction of these keys, of `nbytes` in all. REQUIRES: `lock`.
+
+        A block that is pinned several times counts once.
+        """
+        fresh = 0
         for key in keys:
             raw = key.tobytes()
-            self.pins[raw] = self.pins.get(raw, 0) + 1
-        self.pinned_bytes[namespace_id] = self.pinned_bytes.get(namespace_id, 0) + nbytes
+            count = self.pins.get(raw, 0)
+            self.pins[raw] = count + 1
+            fresh += count == 0
+        more = fresh * (nbytes // max(1, len(keys)))
+        self.pinned_bytes[namespace_id] = self.pinned_bytes.get(namespace_id, 0) + more
 
     def unpin(self, namespace_id: int, keys: KeyArray, nbytes: int) -> None:
         """Undo one pin of these keys."""
         with self.lock:
+            gone = 0
             for key in keys:
                 raw = key.tobytes()
                 count = self.pins[raw] - 1
@@ -157,7 +156,8 @@ class EngineState:
                     self.pins[raw] = count
                 else:
                     del self.pins[raw]
-            self.pinned_bytes[namespace_id] -= nbytes
+                    gone += 1
+            self.pinned_bytes[namespace_id] -= gone * (nbytes // max(1, len(keys)))
 
     def resident_bytes(self, records: RecordArray) -> int:
         """Return the space these copies take, in bytes."""
