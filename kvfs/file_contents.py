@@ -20,31 +20,16 @@ from dataclasses import replace as with_changes
 
 import numpy as np
 
-from kvfs import _native
 from kvfs.clock import Clock
 from kvfs.engine.catalog import Catalog
 from kvfs.engine.catalog_schema import Node, NodeState, Origin
 from kvfs.engine.store import Store
-from kvfs.errors import BusyError, KvfsError, MediaError, NotFoundError
+from kvfs.errors import BusyError, KvfsError, NotFoundError
+from kvfs.file_reading import FileReader, FileReading
 from kvfs.keys import KeyArray
 from kvfs.layout import Layout
 
 _OPEN_ATTEMPTS = 4
-
-
-@dataclass(slots=True, eq=False)
-class FileReader:
-    """Open content: keys and size as they were at open. `node_id` 0: a bare block, not a file."""
-
-    node_id: int
-    name: str
-    namespace_id: int
-    origin: Origin
-    version: int
-    stride: int
-    keys: KeyArray
-    size_bytes: int
-    pinned_bytes: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -61,8 +46,8 @@ class Adopted:
     ctime_ns: int
 
 
-class FileContents:
-    """Reads, publishes and drops what files hold. Thread-safe."""
+class FileContents(FileReading):
+    """Opens, publishes and drops what files hold. Thread-safe."""
 
     def __init__(
         self, store: Store, catalog: Catalog, layout_of: Callable[[int], Layout], clock: Clock
@@ -75,10 +60,9 @@ class FileContents:
             layout_of: Layout of a namespace by id.
             clock: For times of files.
         """
-        self._store = store
+        super().__init__(store, clock)
         self._catalog = catalog
         self._layout_of = layout_of
-        self._clock = clock
         self._lock = threading.Lock()
         self._publish_lock = threading.Lock()
         self._adopted: dict[int, Adopted] = {}
@@ -128,7 +112,7 @@ class FileContents:
                 return reader
             self.close_read(reader)
             if reader.origin is Origin.FILE:
-                self._vanish(reader.node_id, reader.version)
+                self._note_lost(reader)
                 raise NotFoundError(f"file lost a block: {node.name!r}; its name was removed")
         raise BusyError(f"context is losing blocks: {node.name!r}; open it again")
 
@@ -150,62 +134,9 @@ class FileContents:
             raise NotFoundError(f"no such block: {reader.name}")
         return reader
 
-    def read(self, reader: FileReader, offset: int, nbytes: int) -> bytearray:
-        """Read a range, short at the end of the file; see `read_into`."""
-        out = bytearray(max(0, min(nbytes, reader.size_bytes - offset)))
-        if out:
-            self.read_into(reader, offset, memoryview(out))
-        return out
-
-    def read_into(self, reader: FileReader, offset: int, target: memoryview) -> int:
-        """Fill memory from `offset` on; return the bytes there were, fewer at the end of the file.
-
-        Bytes between a block's end and its stride are zero. The target must not be resized
-        meanwhile.
-
-        Raises:
-            MediaError: A block cannot be read back. A file has lost its name by it.
-        """
-        end = min(offset + target.nbytes, reader.size_bytes)
-        if end <= offset:
-            return 0
-        stride = reader.stride
-        first, last = offset // stride, (end - 1) // stride
-        base, _ = _native.buffer_address(target, True)
-        lease = self._store.lease(reader.namespace_id, reader.keys[first : last + 1])
-        try:
-            lengths = lease.records["length"].astype(np.int64)
-            good = bool(lengths.all())
-            if good:
-                starts = np.arange(first, last + 1, dtype=np.int64) * stride
-                lows = np.maximum(offset - starts, 0)
-                highs = np.minimum(end - starts, lengths)
-                some = np.flatnonzero(highs > lows)
-                lows, highs, starts = lows[some], highs[some], starts[some]
-                if int((highs - lows).sum()) < end - offset:
-                    target[: end - offset] = bytes(end - offset)  # padding between blocks
-                good = bool(
-                    self._store.reader.read_ranges(
-                        lease,
-                        some,
-                        lows.astype(np.uint64),
-                        (highs - lows).astype(np.uint64),
-                        (base + starts + lows - offset).astype(np.uint64),
-                    ).all()
-                )
-        finally:
-            self._store.release(lease)
-        if not good:
-            if reader.origin is Origin.FILE:
-                self._vanish(reader.node_id, reader.version)
-            raise MediaError(
-                f"block cannot be read: {reader.name!r}: offset {offset:#x} to {end:#x}; "
-                "it is a miss now"
-            )
-        return end - offset
-
     def close_read(self, reader: FileReader) -> None:
         """Unpin; the last close of a removed file drops its blocks."""
+        self._end_reading(reader)
         if len(reader.keys):
             self._store.unpin(reader.namespace_id, reader.keys, reader.pinned_bytes)
         if not reader.node_id:
@@ -395,6 +326,11 @@ class FileContents:
             return self._store.match_prefix(namespace_id, keys) == len(keys)
         except NotFoundError:
             return False
+
+    def _note_lost(self, reader: FileReader) -> None:
+        """Take the name from a file that turned out to have lost a block."""
+        if reader.origin is Origin.FILE and reader.node_id:
+            self._vanish(reader.node_id, reader.version)
 
     def _vanish(self, node_id: int, version: int) -> None:
         """Remove the name of a file that lost a block, unless it has other content by now."""

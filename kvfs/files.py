@@ -30,7 +30,8 @@ from kvfs.engine.catalog_schema import Node, NodeState, Origin
 from kvfs.engine.store import Store
 from kvfs.engine.writer import Durability
 from kvfs.errors import BusyError, DeviceError, KvfsError, NotFoundError, RefusedError
-from kvfs.file_contents import Adopted, FileContents, FileReader
+from kvfs.file_contents import Adopted, FileContents
+from kvfs.file_reading import FileReader
 from kvfs.keys import file_keys
 from kvfs.layout import Layout
 

@@ -8,10 +8,11 @@ Layer: L5.
   one is opened past it (`must_bypass_cache`).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kvfs.engine.catalog_schema import Node
-from kvfs.file_contents import FileReader
+from kvfs.file_reading import FileReader
 from kvfs.files import WriteHandle
 
 Identity = tuple[int, int, int]
@@ -70,6 +71,9 @@ class Handles:
 
     def __len__(self) -> int:
         return len(self._by_number)
+
+    def __iter__(self) -> Iterator[Handle]:
+        return iter(list(self._by_number.values()))
 
     def add(self, handle: Handle) -> int:
         """Give a handle a number."""

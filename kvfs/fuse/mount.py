@@ -31,6 +31,7 @@ from kvfs.pool import Pool
 __all__ = ["Mount", "MountOptions", "mount", "mount_in_background", "unmount"]
 
 _STOP_TIMEOUT_S: Final = 30.0
+_SWEEP_S: Final = 1.0
 _one_mount: Final = threading.Lock()
 _log = logging.getLogger("kvfs.fuse")
 
@@ -224,6 +225,7 @@ class _Session:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._announce, operations)
                 nursery.start_soon(self._wait_stop)
+                nursery.start_soon(_sweep, operations)
                 if signals:
                     nursery.start_soon(self._wait_signal, signals)
                 await pyfuse3.main(min_tasks=1, max_tasks=options.requests)
@@ -258,3 +260,9 @@ class _Session:
         except KvfsError as error:
             _log.info("%s", error)
             pyfuse3.terminate()
+
+
+async def _sweep(operations: KvfsOperations) -> None:
+    while True:
+        await trio.sleep(_SWEEP_S)
+        operations.release_idle()

@@ -15,7 +15,8 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import replace as with_changes
-from typing import Any, cast
+from typing import Any, Final, cast
+from weakref import WeakKeyDictionary
 
 import pyfuse3
 import trio
@@ -43,6 +44,7 @@ from kvfs.tree import Tree
 
 _log = logging.getLogger("kvfs.fuse")
 _Context = pyfuse3.RequestContext
+IDLE_LEASE_NS: Final = 1_000_000_000
 
 
 def _text(name: bytes) -> str:
@@ -74,6 +76,7 @@ class KvfsOperations(pyfuse3.Operations):
         self._timeouts = timeouts
         self._handles = Handles()
         self._inodes = Inodes()
+        self._buffers: WeakKeyDictionary[trio.lowlevel.Task, memoryview] = WeakKeyDictionary()
         self._runner = Runner(deadline_s, threads, self.counters)
 
     def init(self) -> None:
@@ -335,9 +338,9 @@ class KvfsOperations(pyfuse3.Operations):
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         """Read; a short answer is the end of the file."""
         handle = self._handles[fh]
-        data: bytes | bytearray
+        data: bytes | bytearray | memoryview
         if isinstance(handle, ReadHandle):
-            data = await self._runner.run(self._files.read, handle.reader, off, size, nbytes=size)
+            data = await self._read(handle, off, size)
         elif isinstance(handle, WritingHandle):
             data = await self._runner.run(
                 self._files.read_staged, handle.file, off, size, nbytes=size
@@ -440,7 +443,34 @@ class KvfsOperations(pyfuse3.Operations):
         """Make every file closed so far, and every name, survive a power cut."""
         await self._runner.run(self._pool.sync)
 
+    def release_idle(self) -> None:
+        """Let go of leases that open files have not used for a while."""
+        before_ns = self.clock.monotonic_ns() - IDLE_LEASE_NS
+        for handle in self._handles:
+            if isinstance(handle, ReadHandle):
+                self._files.release_idle(handle.reader, before_ns)
+
     # --- internals
+
+    async def _read(self, handle: ReadHandle, offset: int, nbytes: int) -> memoryview:
+        """Read into a buffer of the task that serves the request.
+
+        It is used again for the task's next request, when the reply to this one is long written.
+        Bytes in memory are copied here and now: handing them to a thread and back takes longer.
+        """
+        task = trio.lowlevel.current_task()
+        buffer = self._buffers.get(task)
+        if buffer is None or buffer.nbytes < nbytes:
+            buffer = self._buffers[task] = memoryview(bytearray(nbytes))
+        target = buffer[:nbytes]
+        count = self._files.read_nowait(handle.reader, offset, target)
+        if count is None:
+            del self._buffers[task]  # lost to the worker, should it miss the deadline
+            count = await self._runner.run(
+                self._files.read_into, handle.reader, offset, target, nbytes=nbytes
+            )
+            self._buffers[task] = buffer
+        return target[:count]
 
     def _is_status_name(self, parent_inode: int, name: bytes) -> bool:
         return parent_inode == pyfuse3.ROOT_INODE and _text(name) == status.NAME

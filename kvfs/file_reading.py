@@ -1,0 +1,176 @@
+"""Reading open files by byte range.
+
+Layer: L4.
+
+- A reader's keys and size are fixed; where its bytes lie is kept in a window (kvfs.file_window).
+- A block that cannot be read is tried from its other copies; then it is a miss.
+
+Locks: `_window_lock` guards the windows of all readers, and is taken last.
+"""
+
+import threading
+from dataclasses import dataclass
+
+from kvfs.clock import Clock
+from kvfs.engine.catalog_schema import Origin
+from kvfs.engine.store import Store
+from kvfs.errors import ClosedError, MediaError
+from kvfs.file_window import WINDOW_BLOCKS, LostBlockError, Window
+from kvfs.keys import KeyArray
+
+_READ_ATTEMPTS = 3  # copies of one block tried before it is a miss
+
+
+@dataclass(slots=True, eq=False)
+class FileReader:
+    """Open content: keys and size as they were at open. `node_id` 0: a bare block, not a file."""
+
+    node_id: int
+    name: str
+    namespace_id: int
+    origin: Origin
+    version: int
+    stride: int
+    keys: KeyArray
+    size_bytes: int
+    pinned_bytes: int = 0
+    window: Window | None = None
+    is_closed: bool = False
+
+
+class FileReading:
+    """Reads what `FileReader`s have open. Thread-safe."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self._window_lock = threading.Lock()
+
+    def read(self, reader: FileReader, offset: int, nbytes: int) -> bytearray:
+        """Read a range, short at the end of the file; see `read_into`."""
+        out = bytearray(max(0, min(nbytes, reader.size_bytes - offset)))
+        if out:
+            self.read_into(reader, offset, memoryview(out))
+        return out
+
+    def read_into(self, reader: FileReader, offset: int, target: memoryview) -> int:
+        """Fill memory from `offset` on; return the bytes there were, fewer at the end of the file.
+
+        Bytes between a block's end and its stride are zero.
+
+        Raises:
+            MediaError: A block cannot be read back. A file has lost its name by it.
+        """
+        end = min(offset + target.nbytes, reader.size_bytes)
+        position = offset
+        while position < end:
+            first = position // reader.stride
+            limit = (first // WINDOW_BLOCKS + 1) * WINDOW_BLOCKS * reader.stride
+            part = target[position - offset : min(end, limit) - offset]
+            self._read_part(reader, position, part)
+            position += part.nbytes
+        return position - offset
+
+    def read_nowait(self, reader: FileReader, offset: int, target: memoryview) -> int | None:
+        """Fill memory as `read_into` does, but only if that needs no waiting; else return None."""
+        end = min(offset + target.nbytes, reader.size_bytes)
+        if end <= offset:
+            return 0
+        window = reader.window
+        first, last = offset // reader.stride, (end - 1) // reader.stride + 1
+        if window is None or not window.covers(first, last) or not window.is_vouched(first, last):
+            return None
+        window = self._enter(reader, first)
+        try:
+            if not window.covers(first, last) or not window.is_vouched(first, last):
+                return None
+            done = window.copy(offset, target[: end - offset], wait=False)
+        except LostBlockError:
+            return None
+        finally:
+            self._leave(window)
+        return end - offset if done else None
+
+    def release_idle(self, reader: FileReader, before_ns: int) -> None:
+        """Let go of a lease that was not used since `before_ns` (monotonic)."""
+        window = reader.window
+        if window is not None and window.used_ns < before_ns:
+            self._retire_window(reader)
+
+    # --- internals
+
+    def _read_part(self, reader: FileReader, offset: int, target: memoryview) -> None:
+        """Read a range inside one window, from another copy if one fails."""
+        first = offset // reader.stride
+        last = (offset + target.nbytes - 1) // reader.stride + 1
+        reason = ""
+        for _ in range(_READ_ATTEMPTS):
+            window = self._enter(reader, first)
+            try:
+                window.vouch(first, last)
+                window.copy(offset, target)
+            except LostBlockError as error:
+                reason = str(error)
+                self._retire_window(reader)
+            else:
+                return
+            finally:
+                self._leave(window)
+        self._note_lost(reader)
+        raise MediaError(
+            f"block cannot be read: {reader.name!r}: offset {offset:#x}, {target.nbytes} bytes: "
+            f"{reason}; it is a miss now"
+        )
+
+    def _enter(self, reader: FileReader, block: int) -> Window:
+        """Return the window around a block, which stays until `_leave`."""
+        with self._window_lock:
+            window = reader.window
+            if window is not None and window.covers(block, block + 1):
+                window.users += 1
+                window.used_ns = self._clock.monotonic_ns()
+                return window
+        if reader.is_closed:
+            raise ClosedError(f"file is closed: {reader.name!r}")
+        window = Window(self._store, reader.namespace_id, reader.keys, reader.stride, block)
+        window.users, window.used_ns = 1, self._clock.monotonic_ns()
+        with self._window_lock:
+            if reader.is_closed:
+                unused: Window | None = window
+            else:
+                unused, reader.window = reader.window, window
+                if unused is not None and not self._retired(unused):
+                    unused = None
+        if unused is not None:
+            unused.release()
+        if unused is window:
+            raise ClosedError(f"file is closed: {reader.name!r}")
+        return window
+
+    def _leave(self, window: Window) -> None:
+        with self._window_lock:
+            window.users -= 1
+            is_free = window.is_retired and not window.users
+        if is_free:
+            window.release()
+
+    def _retire_window(self, reader: FileReader) -> None:
+        """Let go of a reader's window, at once or when its last read is done."""
+        with self._window_lock:
+            window, reader.window = reader.window, None
+            is_free = window is not None and self._retired(window)
+        if window is not None and is_free:
+            window.release()
+
+    def _end_reading(self, reader: FileReader) -> None:
+        """Let go of what a reader holds; a read that comes late finds it closed."""
+        reader.is_closed = True
+        self._retire_window(reader)
+
+    def _note_lost(self, reader: FileReader) -> None:
+        """Do what must be done when a reader's content has lost a block."""
+
+    def _retired(self, window: Window) -> bool:
+        """Mark a window; return whether it can be released now. REQUIRES: `_window_lock`."""
+        window.is_retired = True
+        return not window.users
