@@ -165,7 +165,8 @@ class Tree:
             )
         if replaced is not None and victim is not None:
             if keys is not None and len(keys):
-                self._catalog.sync()  # else a crash could bring the victim's name back, not its bytes
+                # A crash that takes the rename back must find the former bytes still there.
+                self._catalog.sync()
             self._files.forget(victim, keys)
         return node
 

@@ -143,7 +143,9 @@ class Store:
         self.reader.release(lease)
 
     def pin(self, namespace_id: int, keys: KeyArray) -> int:
-        """Forbid the eviction of blocks until `unpin`; return the bytes pinned, for `unpin`.
+        """Forbid the eviction of blocks until `unpin`; return their bytes, for `unpin`.
+
+        Blocks that are pinned several times count once.
 
         Raises:
             BusyError: The namespace would pin more than its share of the persistent tiers.
@@ -153,7 +155,9 @@ class Store:
         tiers = self.state.tiers(persistent=True) or self.state.tiers(persistent=False)
         limit = self.state.options.pinned_share * sum(t.info.capacity_bytes for t in tiers)
         with self.state.lock:
-            if self.state.pinned_bytes.get(namespace_id, 0) + nbytes > limit:
+            pins = self.state.pins
+            more = sum(key.tobytes() not in pins for key in keys) * namespace.stride
+            if more and self.state.pinned_bytes.get(namespace_id, 0) + more > limit:
                 raise BusyError(
                     f"too much is pinned: namespace {namespace.name}: at most {int(limit)} bytes "
                     "may be held open; close some contexts"
