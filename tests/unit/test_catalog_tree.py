@@ -233,6 +233,7 @@ def test_rename_of_namespaces(tree: Tree) -> None:
     node = tree.file(ROOT_NODE_ID, "x")
     with pytest.raises(RefusedError, match="files at the root belong to it"):
         tree.catalog.rename(tree.default, ROOT_NODE_ID, "new", 1)
+    assert tree.catalog.rename(tree.default, ROOT_NODE_ID, "default", 1) is None
     with pytest.raises(NotDirectoryError):
         tree.catalog.rename(tree.tenant, ROOT_NODE_ID, "x", 1)
     tree.catalog.remove(node)
