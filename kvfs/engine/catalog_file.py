@@ -23,7 +23,9 @@ from kvfs.errors import (
     NoSpaceError,
     RefusedError,
 )
+from kvfs.units import MIB
 
+WAL_BYTES_KEPT: Final = 64 * MIB
 _BUSY: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 CORRUPT_CODES: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 MEDIUM_CODES: Final = (
@@ -61,6 +63,8 @@ def connect(path: Path, *, is_new: bool) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous=NORMAL")
         # Checkpoints are taken by `CatalogDatabase`, because SQLite swallows the errors of its own.
         connection.execute("PRAGMA wal_autocheckpoint=0").fetchone()
+        # A large transaction, as a dropped namespace is, would leave the log large for ever.
+        connection.execute(f"PRAGMA journal_size_limit={WAL_BYTES_KEPT}").fetchone()
         connection.execute("PRAGMA cache_size=-16384")
         connection.execute("PRAGMA temp_store=MEMORY")
         # Distributions differ in the default; ON would write every freed page once more.
