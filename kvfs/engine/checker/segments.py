@@ -142,7 +142,8 @@ def _report_headless(
     where = segment_where(device, name)
     action = action_on(device, name, ActionKind.FREE_SEGMENT)
     beside = device.read_tail(handle, HEADERS_BYTES + PAGE)[: -fmt.HEADER_BYTES]
-    if is_unborn(device, handle) and not any(beside):
+    is_cut = not name.is_file and name.payload_bytes not in (0, device.info.segment_bytes)
+    if is_unborn(device, handle) and not any(beside) and not is_cut:
         report.add(
             Severity.NOTE, "segment-never-started", where, "no header was persisted",
             _FREED_LATER, action,
