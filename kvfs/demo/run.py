@@ -24,7 +24,7 @@ from typing import Any, Final
 import kvfs
 from kvfs.demo import prompts, report
 from kvfs.demo.model import MODEL_NAME, now_ns, require
-from kvfs.demo.process import STOP_SECONDS, Child, signals_as_interrupts, unmount, workplace
+from kvfs.demo.process import Child, signals_as_interrupts, unmount, workplace
 from kvfs.demo.serve import CONTEXT_NAMES, NAMESPACE
 from kvfs.errors import DataError, KvfsError, UnavailableError, UsageError
 from kvfs.units import GIB, format_bytes, format_duration
@@ -32,7 +32,6 @@ from kvfs.units import GIB, format_bytes, format_duration
 DRAM_BYTES: Final = "1GiB"
 DIRECTORY_BYTES: Final = "2GiB"
 _FREE_BYTES_MIN: Final = 3 * GIB
-_MOUNT_NS: Final = 60 * 10**9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -175,39 +174,30 @@ def _share(server: Child) -> dict[str, Any]:
 
 
 def _mount_again(stack: contextlib.ExitStack, pool: Path, mountpoint: Path) -> int:
-    """Mount the pool by the command line; return how long until the context is whole again."""
+    """Mount the pool by the command line; return how long until the context is whole again.
+
+    Raises:
+        UnavailableError: The command failed, or the context is not there.
+    """
     started_ns = now_ns()
     unmount(mountpoint)  # what the dead process left
-    command = [sys.executable, "-m", "kvfs.cli.kvfs", "mount", str(pool), str(mountpoint)]
-    process = subprocess.Popen(command, start_new_session=True)
-    stack.callback(_end, process, mountpoint)
+    stack.callback(_kvfs, "umount", str(mountpoint))
+    if _kvfs("mount", str(pool), str(mountpoint)):
+        raise UnavailableError("the pool could not be mounted again; see above")
     file = mountpoint / NAMESPACE / CONTEXT_NAMES[prompts.COLD]
-    _wait_for(file, process)
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        raise UnavailableError(f"context did not come back: {file.name}: {error}") from error
     recovery_ns = now_ns() - started_ns
     report.say(
         f"    kvfs mount: {file.relative_to(mountpoint)} is there again, "
-        f"{format_bytes(file.stat().st_size)}, after {format_duration(recovery_ns)}"
+        f"{format_bytes(size)}, after {format_duration(recovery_ns)}"
     )
     return recovery_ns
 
 
-def _wait_for(file: Path, process: subprocess.Popen[bytes]) -> None:
-    """Wait until a file is on the mount, or the mounting process has failed."""
-    deadline_ns = now_ns() + _MOUNT_NS
-    while now_ns() < deadline_ns:
-        with contextlib.suppress(OSError):
-            if file.stat().st_size:
-                return
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            if process.wait(0.01):
-                break
-    raise UnavailableError("the pool was not mounted again; see above")
-
-
-def _end(process: subprocess.Popen[bytes], mountpoint: Path) -> None:
-    unmount(mountpoint)
-    try:
-        process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+def _kvfs(*words: str) -> int:
+    """Run the command `kvfs`; return its exit status."""
+    command = [sys.executable, "-m", "kvfs.cli.kvfs", *words]
+    return subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode

@@ -20,7 +20,7 @@ from kvfs.demo import prompts
 from kvfs.demo.cache import blocks_of, cache_to_tokens, tokens_to_cache
 from kvfs.demo.model import MODEL_NAME, Generation, Model, load, now_ns
 from kvfs.errors import KvfsError
-from kvfs.fuse import mount
+from kvfs.fuse.mount import mount_in_background
 from kvfs.namespace import Namespace
 
 NAMESPACE: Final = "smollm2-135m"
@@ -129,7 +129,10 @@ def answer(**fields: Any) -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Open, mount, load, then answer commands until standard input ends."""
-    with kvfs.open_pool(arguments.pool) as pool, mount(pool, arguments.mountpoint):
+    with (
+        kvfs.open_pool(arguments.pool) as pool,
+        mount_in_background(pool, arguments.mountpoint),
+    ):
         started_ns = now_ns()
         model = load(arguments.threads)
         space = pool.namespace(NAMESPACE, model.layout)
