@@ -55,6 +55,7 @@ class Bench:
             self.world.wrap = wrap
         self.may_evict = False
         self.unpublished: dict[Path, FileValue] = {}
+        self.publishing: set[Path] = set()
         if image is None:
             self.world.format()
             self.start = len(self.journal)
@@ -89,12 +90,13 @@ class Bench:
             expected = may_lose or self.may_evict
             others = lost if not may_drop else {key for key in lost if key[24:] != _FILE_TAG}
             assert expected or not others, f"{len(others)} blocks were dropped"
-            assert not lost & self._protected(), "protected blocks were dropped"
+            assert may_lose or not lost & self._protected(), "protected blocks were dropped"
             self.oracle.release(lost, begin)
-            for path in files - file_names(self.pool):
+            for path in (files | self.publishing) - file_names(self.pool):
                 if self.oracle.value(path) is not None:
                     assert expected, f"file {path} lost its name"
                     self.oracle.assign(path, None, begin)
+            self.publishing.clear()
 
     def _protected(self) -> set[bytes]:
         """Return the blocks that eviction must spare: pinned, or named in a durable namespace."""
@@ -193,7 +195,10 @@ class Bench:
     def flush_failing(self) -> None:
         """Persist all blocks while a device fails; what was not persisted is gone."""
         with self.operation(may_lose=True):
-            self.pool.flush()
+            try:
+                self.pool.flush()
+            finally:
+                self._forget_broken()
 
     def put_failing(self, space: Namespace, count: int) -> None:
         """Put while a device fails."""
@@ -201,7 +206,18 @@ class Bench:
             keys, parents, payloads = self.blocks(space, count)
             for key, payload in zip(keys, payloads, strict=True):
                 self.oracle.offer(key.tobytes(), payload, begin)
-            space.put(keys, payloads, parents=parents, durability="sync")
+            try:
+                space.put(keys, payloads, parents=parents, durability="sync")
+            finally:
+                self._forget_broken()
+
+    def _forget_broken(self) -> None:
+        """Forget new content of files that lost a block before it was published."""
+        for path in list(self.unpublished):
+            root = self.pool.catalog.namespace_by_name(path[0]).root_node_id
+            node = self.pool.catalog.resolve(root, path[1])
+            if node is None or not self.pool.files.awaits_content(node.node_id):
+                del self.unpublished[path]
 
     def read(self, space: Namespace, keys: np.ndarray) -> int:
         """Read blocks; those that are there must be right. Return how many."""
@@ -328,14 +344,16 @@ class Bench:
                 self.oracle.assign(path, None, begin)
             Tree(self.pool).remove_file(space.info.root_node_id, name)
 
-    def _promise_resident(self) -> None:
+    def _promise_resident(self, among: set[bytes] | None = None) -> None:
         """All that is resident is durable now. Files' blocks stand and fall with their names."""
         keys = resident_keys(self.pool)
+        keys = keys if among is None else keys & among
         self.oracle.promise((key for key in keys if key[24:] != _FILE_TAG), self.now)
 
     def _publish(self, begin: int) -> None:
         for path, value in self.unpublished.items():
             self.oracle.assign(path, value, begin)
+        self.publishing |= self.unpublished.keys()
         self.unpublished.clear()
 
     # --- life
@@ -344,12 +362,13 @@ class Bench:
         """Close cleanly and open again."""
         with self.operation(may_drop=True) as begin:
             self._publish(begin)
+            before = resident_keys(self.pool)
             self.pool.close()
             self.world._pool = None  # noqa: SLF001 - a closed pool needs no abandoning
             self.oracle.settle_names(self.now)
             commits = [e for e in self.journal.events if isinstance(e, Commit)]
             self.world.open(commits[-1].image)
-        self._promise_resident()
+        self._promise_resident(before)
 
     def close(self) -> None:
         """Let go of everything; nothing is flushed."""

@@ -114,13 +114,21 @@ def folder_of(path: str) -> str:
 
 @dataclass(slots=True, eq=False)
 class _Inode:
-    """`medium`: what uncached reads see after a failed sync, else the same as the memfd."""
+    """`medium`: what uncached reads see after a failed sync; None: the same as the memfd."""
 
     number: int
     fd: int
     handles: int = 0
     links: int = 1
-    medium: bytes | None = None
+    medium: bytearray | None = None
+
+
+    def note_write(self, offset: int, raw: bytes) -> None:
+        """Let uncached reads see a later write: they write dirty pages out first."""
+        if self.medium is not None:
+            end = offset + len(raw)
+            self.medium.extend(bytes(max(0, end - len(self.medium))))
+            self.medium[offset:end] = raw
 
 
 class SimFile(File):
@@ -138,6 +146,7 @@ class SimFile(File):
     def write(self, offset: int, data: bytes | memoryview) -> None:
         raw = bytes(data)
         assert os.pwrite(self.fd, raw, offset) == len(raw)
+        self._inode.note_write(offset, raw)
         self._files.note(Write(self._files.disk, self._inode.number, offset, raw))
 
     def write_hashed(self, offsets, sources, lengths, digests, statuses) -> int:
@@ -146,6 +155,7 @@ class SimFile(File):
             if statuses[i] == 0:
                 nbytes = int(lengths[i])
                 raw = ctypes.string_at(int(sources[i]), nbytes).ljust(align_up(nbytes, PAGE), b"\0")
+                self._inode.note_write(int(offsets[i]), raw)
                 event = Write(self._files.disk, self._inode.number, int(offsets[i]), raw)
                 self._files.note(event)
         return failed
@@ -211,7 +221,7 @@ class SimFileSystem(FileSystem):
 
             state = Medium.replay(self.journal.events).disks[self.disk].inodes[inode.number]
             kept = tuple(i for i in range(len(state.pending)) if self.random.random() < 0.5)
-            inode.medium = state.content(kept)
+            inode.medium = bytearray(state.content(kept))
             self.note(FailedSync(self.disk, inode.number, kept))
         raise OSError(errno.EIO, "injected failure of fdatasync")
 
@@ -250,7 +260,7 @@ class SimFileSystem(FileSystem):
     def read_uncached(self, path: str, offset: int, nbytes: int) -> bytes:
         inode = self._find(path)
         if inode.medium is not None:
-            return inode.medium[offset : offset + nbytes]
+            return bytes(inode.medium[offset : offset + nbytes])
         return os.pread(inode.fd, nbytes, offset)
 
     def rename(self, source: str, target: str) -> None:
