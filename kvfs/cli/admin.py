@@ -10,26 +10,28 @@ from collections.abc import Sequence
 from typing import Any, Final, cast
 
 from kvfs import __version__
-from kvfs.cli import cmd_check, cmd_context, cmd_device, cmd_inspect, cmd_pool
-from kvfs.cli.completion import SHELLS, completion_script
 from kvfs.cli.console import Console
 from kvfs.cli.options import AddCommand, add_command, common_options
-from kvfs.cli.runner import Parser, exit_codes, run, set_up_logging
+from kvfs.cli.runner import Parser, exit_codes, run
 
-_NOUNS: Final = (
-    ("pool", "pools: create, status, list, destroy", cmd_pool.add),
-    ("device", "devices of a pool", cmd_device.add),
-    ("context", "contexts: the files of the mount", cmd_context.add),
-    ("inspect", "structures of the medium, read-only and raw", cmd_inspect.add),
-)
+_NOUNS: Final = {
+    "pool": "pools: create, status, list, destroy",
+    "device": "devices of a pool",
+    "context": "contexts: the files of the mount",
+    "inspect": "structures of the medium, read-only and raw",
+}
+_SHELLS: Final = ("bash", "zsh")
 _DEFAULTS: Final[dict[str, Any]] = {
     "pool": "", "json": False, "quiet": False, "verbose": False, "no_color": False,
     "exact": False, "no_header": False,
 }  # fmt: skip
 
 
-def make_parser() -> Parser:
-    """Build the parser."""
+def make_parser(words: Sequence[str] | None = None) -> Parser:
+    """Build the parser; of the nouns only those among `words`, if some are given.
+
+    A command needs its own noun; building all of them would take as long as the rest of it.
+    """
     parser = Parser(
         prog="kvfs-admin",
         description="Make, look at, check and repair pools. If a process owns the pool, it is "
@@ -38,18 +40,39 @@ def make_parser() -> Parser:
         parents=[common_options()],
     )
     nouns = parser.add_subparsers(metavar="NOUN", required=True)
-    for noun, text, add in _NOUNS:
+    for noun, text in _NOUNS.items():
         child = nouns.add_parser(noun, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        add(cast(AddCommand, child.add_subparsers(metavar="VERB", required=True)))
+        if words is None or noun in words:
+            verbs = cast(AddCommand, child.add_subparsers(metavar="VERB", required=True))
+            _add_verbs(noun, verbs)
     top = cast(AddCommand, nouns)
-    cmd_check.add(top)
+    if words is None or "check" in words:
+        _add_verbs("check", top)
+    else:
+        top.add_parser("check", help="Check every invariant of a pool that is closed")
     add_command(top, "version", show_version, "version", "Print the version.", exit_codes())
     completion = add_command(
         top, "completion", show_completion, "completion",
         "Print a completion script: source <(kvfs-admin completion bash).", exit_codes(2),
     )  # fmt: skip
-    completion.add_argument("shell", choices=SHELLS, help="for which shell")
+    completion.add_argument("shell", choices=_SHELLS, help="for which shell")
     return parser
+
+
+def _add_verbs(noun: str, verbs: AddCommand) -> None:
+    """Define the verbs of a noun, importing its module only now."""
+    match noun:
+        case "pool":
+            from kvfs.cli.cmd_pool import add
+        case "device":
+            from kvfs.cli.cmd_device import add
+        case "context":
+            from kvfs.cli.cmd_context import add
+        case "inspect":
+            from kvfs.cli.cmd_inspect import add
+        case _:
+            from kvfs.cli.cmd_check import add
+    add(verbs)
 
 
 def show_version(arguments: argparse.Namespace, console: Console) -> int:
@@ -64,6 +87,8 @@ def show_version(arguments: argparse.Namespace, console: Console) -> int:
 
 def show_completion(arguments: argparse.Namespace, console: Console) -> int:
     """Print a completion script."""
+    from kvfs.cli.completion import completion_script
+
     console.put(completion_script(make_parser(), arguments.shell).rstrip("\n"))
     return 0
 
@@ -75,11 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     early = Console(is_json="--json" in words, is_verbose="--verbose" in words or "-v" in words)
 
     def action() -> int:
-        arguments = make_parser().parse_args(words)
+        arguments = make_parser(words).parse_args(words)
         for name, value in _DEFAULTS.items():
             if not hasattr(arguments, name):
                 setattr(arguments, name, value)
-        set_up_logging(is_verbose=arguments.verbose)
         return int(arguments.handler(arguments, _console(arguments)))
 
     return run("kvfs-admin", early, action)

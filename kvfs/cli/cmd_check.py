@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kvfs.cli.console import Console, confirm, counted
 from kvfs.cli.options import AddCommand, add_changing, add_command
 from kvfs.cli.progress import Progress
-from kvfs.cli.runner import exit_codes
+from kvfs.cli.runner import exit_codes, set_up_logging
 from kvfs.cli.session import find_pool
 from kvfs.errors import RefusedError
 
@@ -39,6 +39,7 @@ def check_pool(arguments: argparse.Namespace, console: Console) -> int:
     from kvfs.engine import checker
     from kvfs.errors import DataError
 
+    set_up_logging(is_verbose=console.is_verbose)
     path = find_pool(arguments)
     name = path.name
     if arguments.repair and not arguments.dry_run:

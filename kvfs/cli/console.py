@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import msgspec
@@ -114,6 +113,8 @@ class Console:
             return DASH
         if self.is_exact:
             return str(wall_ns)
+        from datetime import UTC, datetime  # only now: every command would pay for it
+
         return f"{datetime.fromtimestamp(wall_ns // 10**9, UTC).astimezone():%Y-%m-%d %H:%M:%S}"
 
     def paint(self, text: str) -> str:
@@ -131,6 +132,8 @@ def rfc3339(wall_ns: int) -> str | None:
     """Return a time for JSON; None if there is none."""
     if not wall_ns:
         return None
+    from datetime import UTC, datetime
+
     whole = datetime.fromtimestamp(wall_ns // 10**9, UTC)
     return f"{whole:%Y-%m-%dT%H:%M:%S}.{wall_ns % 10**9:09d}Z"
 

@@ -4,6 +4,7 @@ Layer: L5.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -21,6 +22,7 @@ class AddCommand(Protocol):
         ...
 
 
+@functools.cache
 def common_options() -> Parser:
     """Return the options that every command takes, before the noun as well as after the verb."""
     parser = Parser(add_help=False, argument_default=argparse.SUPPRESS)

@@ -6,10 +6,8 @@ The codes and their meanings are `MEANINGS`; errors bring theirs along (`KvfsErr
 """
 
 import argparse
-import logging
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from typing import Final, NoReturn
 
@@ -64,7 +62,7 @@ def run(program: str, console: Console, action: Callable[[], int]) -> int:
     except KvfsError as error:
         console.fail(error.exit_code, type(error).__name__, str(error), program)
         if console.is_verbose:
-            traceback.print_exc()
+            _print_traceback()
         return error.exit_code
     except KeyboardInterrupt:
         console.fail(EXIT_INTERRUPTED, "Interrupted", "interrupted", program)
@@ -79,13 +77,21 @@ def run(program: str, console: Console, action: Callable[[], int]) -> int:
         console.fail(code, type(error).__name__, str(error), program)
         return code
     except Exception as error:  # noqa: BLE001 - an edge: a bug becomes a traceback and exit 1
-        traceback.print_exc()
+        _print_traceback()
         console.fail(EXIT_INTERNAL, "InternalError", f"internal error: {error!r}", program)
         return EXIT_INTERNAL
     return code
 
 
+def _print_traceback() -> None:
+    import traceback  # only now: every command would pay for it
+
+    traceback.print_exc()
+
+
 def set_up_logging(*, is_verbose: bool) -> None:
-    """Send warnings of the library to stderr."""
+    """Send warnings of the library to stderr. For commands that open a pool."""
+    import logging
+
     level = logging.DEBUG if is_verbose else logging.WARNING
     logging.basicConfig(stream=sys.stderr, level=level, format="%(levelname)s %(name)s %(message)s")

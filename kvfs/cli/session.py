@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from kvfs.admin import messages as msg
 from kvfs.cli.console import Console
+from kvfs.cli.runner import set_up_logging
 from kvfs.control_client import ControlClient, owners
 from kvfs.errors import NotFoundError, UsageError
 
@@ -65,6 +66,7 @@ def asking(pool_path: Path, console: Console) -> Iterator[Ask]:
             f"no pool: {pool_path}: make one with 'kvfs-admin --pool {pool_path} pool create'"
         )
     console.detail(f"nobody owns {pool_path}: opening it")
+    set_up_logging(is_verbose=console.is_verbose)
     from kvfs.admin.operations import Owner, answer
     from kvfs.lifecycle import open_pool
 

@@ -1,0 +1,56 @@
+#compdef kvfs-admin
+# kvfs-admin completion for zsh; load it with: source <(kvfs-admin completion zsh)
+autoload -Uz compinit bashcompinit
+(( $+functions[compdef] )) || compinit
+bashcompinit
+# kvfs-admin completion for bash; load it with: source <(kvfs-admin completion bash)
+_kvfs_admin() {
+    local word path= candidates=
+    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+        case "$path/$word" in
+            /pool) path=/pool ;;
+            /pool/create) path=/pool/create ;;
+            /pool/status) path=/pool/status ;;
+            /pool/list) path=/pool/list ;;
+            /pool/destroy) path=/pool/destroy ;;
+            /device) path=/device ;;
+            /device/list) path=/device/list ;;
+            /context) path=/context ;;
+            /context/list) path=/context/list ;;
+            /context/show) path=/context/show ;;
+            /context/drop) path=/context/drop ;;
+            /inspect) path=/inspect ;;
+            /inspect/superblock) path=/inspect/superblock ;;
+            /inspect/segment) path=/inspect/segment ;;
+            /inspect/summary) path=/inspect/summary ;;
+            /inspect/block) path=/inspect/block ;;
+            /check) path=/check ;;
+            /version) path=/version ;;
+            /completion) path=/completion ;;
+        esac
+    done
+    case "$path" in
+        "") candidates="pool device context inspect check version completion --help --pool --json --quiet --verbose --no-color --exact --no-header" ;;
+        "/pool") candidates="create status list destroy --help" ;;
+        "/pool/create") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header --name --dry-run" ;;
+        "/pool/status") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header" ;;
+        "/pool/list") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header" ;;
+        "/pool/destroy") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header --dry-run --yes" ;;
+        "/device") candidates="list --help" ;;
+        "/device/list") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header" ;;
+        "/context") candidates="list show drop --help" ;;
+        "/context/list") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header --sort age name size --namespace --limit" ;;
+        "/context/show") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header" ;;
+        "/context/drop") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header --dry-run --yes" ;;
+        "/inspect") candidates="superblock segment summary block --help" ;;
+        "/inspect/superblock") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header --hex" ;;
+        "/inspect/segment") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header --hex" ;;
+        "/inspect/summary") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header --hex" ;;
+        "/inspect/block") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header --hex --bytes" ;;
+        "/check") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header --data --repair --dry-run --yes" ;;
+        "/version") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header" ;;
+        "/completion") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header bash zsh" ;;
+    esac
+    COMPREPLY=($(compgen -W "$candidates" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -o default -F _kvfs_admin kvfs-admin
