@@ -4,6 +4,7 @@ Layer: L5.
 """
 
 import argparse
+import textwrap
 from collections.abc import Iterator
 
 from kvfs.errors import UsageError
@@ -47,7 +48,9 @@ def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
     for path, found in _walk(parser, ""):
         if path:
             moves.append(f"            {path}) path={path} ;;")
-        words.append(f'        "{path}") candidates="{" ".join(_candidates(found))}" ;;')
+        words.append(f'        "{path}") candidates="')
+        words += textwrap.wrap(" ".join(_candidates(found)), 80, break_on_hyphens=False)
+        words.append('            " ;;')
     script = _BASH.format(moves="\n".join(moves), words="\n".join(words))
     return script if shell == "bash" else _ZSH + script
 

@@ -226,7 +226,8 @@ def _check_device(
     if used > capacity:
         # A crash may bring back segments freed just before it, beside those made in their place.
         report.add(
-            Severity.WARNING if expected.was_closed else Severity.NOTE, "device-over-capacity", device.info.name,
+            Severity.WARNING if expected.was_closed else Severity.NOTE,
+            "device-over-capacity", device.info.name,
             f"expected at most {format_bytes(capacity)}, found {format_bytes(used)}",
             "open the pool and write: eviction brings it below",
         )  # fmt: skip

@@ -30,26 +30,73 @@ _kvfs_admin() {
         esac
     done
     case "$path" in
-        "") candidates="pool device context inspect check version completion --help --pool --json --quiet --verbose --no-color --exact --no-header" ;;
-        "/pool") candidates="create status list destroy --help" ;;
-        "/pool/create") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header --name --dry-run" ;;
-        "/pool/status") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header" ;;
-        "/pool/list") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header" ;;
-        "/pool/destroy") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header --dry-run --yes" ;;
-        "/device") candidates="list --help" ;;
-        "/device/list") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header" ;;
-        "/context") candidates="list show drop --help" ;;
-        "/context/list") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header --sort age name size --namespace --limit" ;;
-        "/context/show") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header" ;;
-        "/context/drop") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header --dry-run --yes" ;;
-        "/inspect") candidates="superblock segment summary block --help" ;;
-        "/inspect/superblock") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header --hex" ;;
-        "/inspect/segment") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header --hex" ;;
-        "/inspect/summary") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header --hex" ;;
-        "/inspect/block") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header --hex --bytes" ;;
-        "/check") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header --data --repair --dry-run --yes" ;;
-        "/version") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header" ;;
-        "/completion") candidates="--help --pool --json --quiet --verbose --no-color --exact --no-header bash zsh" ;;
+        "") candidates="
+pool device context inspect check version completion --help --pool --json
+--quiet --verbose --no-color --exact --no-header
+            " ;;
+        "/pool") candidates="
+create status list destroy --help
+            " ;;
+        "/pool/create") candidates="
+--help --pool --json --quiet --verbose --no-color --exact --no-header --name
+--dry-run
+            " ;;
+        "/pool/status") candidates="
+--help --pool --json --quiet --verbose --no-color --exact --no-header
+            " ;;
+        "/pool/list") candidates="
+--help --pool --json --quiet --verbose --no-color --exact --no-header
+            " ;;
+        "/pool/destroy") candidates="
+--help --pool --json --quiet --verbose --no-color --exact --no-header --dry-run
+--yes
+            " ;;
+        "/device") candidates="
+list --help
+            " ;;
+        "/device/list") candidates="
+--help --pool --json --quiet --verbose --no-color --exact --no-header
+            " ;;
+        "/context") candidates="
+list show drop --help
+            " ;;
+        "/context/list") candidates="
+--help --pool --json --quiet --verbose --no-color --exact --no-header --sort age
+name size --namespace --limit
+            " ;;
+        "/context/show") candidates="
+--help --pool --json --quiet --verbose --no-color --exact --no-header
+            " ;;
+        "/context/drop") candidates="
+--help --pool --json --quiet --verbose --no-color --exact --no-header --dry-run
+--yes
+            " ;;
+        "/inspect") candidates="
+superblock segment summary block --help
+            " ;;
+        "/inspect/superblock") candidates="
+--help --pool --json --quiet --verbose --no-color --exact --no-header --hex
+            " ;;
+        "/inspect/segment") candidates="
+--help --pool --json --quiet --verbose --no-color --exact --no-header --hex
+            " ;;
+        "/inspect/summary") candidates="
+--help --pool --json --quiet --verbose --no-color --exact --no-header --hex
+            " ;;
+        "/inspect/block") candidates="
+--help --pool --json --quiet --verbose --no-color --exact --no-header --hex
+--bytes
+            " ;;
+        "/check") candidates="
+--help --pool --json --quiet --verbose --no-color --exact --no-header --data
+--repair --dry-run --yes
+            " ;;
+        "/version") candidates="
+--help --pool --json --quiet --verbose --no-color --exact --no-header
+            " ;;
+        "/completion") candidates="
+--help --pool --json --quiet --verbose --no-color --exact --no-header bash zsh
+            " ;;
     esac
     COMPREPLY=($(compgen -W "$candidates" -- "${COMP_WORDS[COMP_CWORD]}"))
 }
