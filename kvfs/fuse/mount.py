@@ -190,9 +190,12 @@ class _Session:
         """Mount, serve, unmount."""
         if not _one_mount.acquire(blocking=False):
             raise BusyError("this process serves a mount already; use another process")
+        logger = logging.getLogger("pyfuse3")
+        logger.addFilter(_is_worth_logging)
         try:
             trio.run(self._main, signals)
         finally:
+            logger.removeFilter(_is_worth_logging)
             _one_mount.release()
 
     def request_stop(self) -> None:
@@ -260,6 +263,11 @@ class _Session:
         except KvfsError as error:
             _log.info("%s", error)
             pyfuse3.terminate()
+
+
+def _is_worth_logging(record: logging.LogRecord) -> bool:
+    """Leave out replies that found nobody: the caller was killed, or the mount left the tree."""
+    return "fuse_reply_* failed with No such" not in record.getMessage()
 
 
 async def _sweep(operations: KvfsOperations) -> None:

@@ -1,0 +1,130 @@
+"""Extended attributes and `/.kvfs`."""
+
+import json
+import os
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import kvfs
+from kvfs.fuse.mount import Mount
+from kvfs.pool import Pool
+from tests.fuse.mounting import MIB, MountedPool, sh, write_file
+
+pytestmark = pytest.mark.fuse
+
+
+def xattr(path: Path, name: str) -> str:
+    return os.getxattr(path, f"user.kvfs.{name}").decode()
+
+
+def test_getfattr_shows_a_file(area: Path) -> None:
+    data = random.Random(1).randbytes(2 * MIB + 5)
+    write_file(area / "f", data)
+    shown = sh("getfattr -d f", area)
+    names = set(re.findall(r"user\.kvfs\.(\w+)=", shown))
+    assert names == {
+        "tokens", "blocks", "resident_blocks", "layout", "fingerprint", "namespace", "origin",
+        "lane", "tiers", "extents",
+    }  # fmt: skip
+    assert xattr(area / "f", "blocks") == xattr(area / "f", "resident_blocks") == "3"
+    assert xattr(area / "f", "tokens") == "0"
+    assert xattr(area / "f", "origin") == "file"
+    assert xattr(area / "f", "lane") == "namespace"
+    assert xattr(area / "f", "namespace") == area.name
+    assert json.loads(xattr(area / "f", "tiers")) == {"dir0": len(data), "dram0": len(data)}
+    assert kvfs.Layout.from_json(xattr(area / "f", "layout")) == kvfs.Layout()
+    assert xattr(area / "f", "fingerprint") == kvfs.Layout().fingerprint().hex()
+
+
+def test_extents_lead_to_the_bytes(area: Path) -> None:
+    data = random.Random(2).randbytes(20 * MIB + 5)
+    for name, size in (("small", 2 * MIB + 5), ("large", len(data))):
+        write_file(area / name, data[:size])
+        with (area / name).open("rb"):
+            found = b""
+            for extent in json.loads(xattr(area / name, "extents")):
+                with open(extent["path"], "rb") as file:
+                    file.seek(extent["offset"])
+                    found += file.read(extent["length"])
+            assert found == data[:size]
+    [extent] = json.loads(xattr(area / "large", "extents"))
+    assert extent["path"].endswith(".file")
+
+
+def test_too_many_extents_are_refused(pool: Pool, mount: Mount) -> None:
+    space = pool.namespace("small", kvfs.Layout("uint8", (4096,), 1))
+    keys, _ = space.keys(range(4000))
+    rows = np.random.default_rng(1).integers(0, 256, (4000, 4096), np.uint8)
+    order = np.random.default_rng(2).permutation(4000)
+    space.put(keys[order], rows[order])
+    space.context("c").append(keys, rows)
+    path = mount.mountpoint / "small/c"
+    with pytest.raises(OSError, match="too long"):
+        xattr(path, "extents")
+    assert xattr(path, "resident_blocks") == "4000"
+
+
+def test_namespace_attributes(area: Path) -> None:
+    shown = sh("getfattr -d .", area)
+    assert set(re.findall(r"user\.kvfs\.(\w+)=", shown)) == {
+        "id", "layout", "fingerprint", "retention",
+    }  # fmt: skip
+    assert int(xattr(area, "id"), 16) > 0
+    (area / "d").mkdir()
+    assert os.listxattr(area / "d") == []
+    assert os.listxattr(area.parent) == []
+
+
+def test_retention_can_be_set(mounted: MountedPool) -> None:
+    path = mounted.path / "ns"
+    path.mkdir()
+    assert xattr(path, "retention") == "cache"
+    sh("setfattr -n user.kvfs.retention -v durable ns", mounted.path)
+    assert xattr(path, "retention") == "durable"
+    with pytest.raises(OSError, match=r"[Ii]nvalid"):
+        os.setxattr(path, "user.kvfs.retention", b"forever")
+    with pytest.raises(FileExistsError):
+        os.setxattr(path, "user.kvfs.retention", b"cache", os.XATTR_CREATE)
+    with pytest.raises(OSError, match="not supported"):
+        os.setxattr(path, "user.kvfs.id", b"1")
+    mounted.stop()
+    mounted.start()
+    assert xattr(path, "retention") == "durable"
+
+
+def test_status_is_json_and_metrics_are_text(shared: MountedPool) -> None:
+    assert sorted(os.listdir(shared.path / ".kvfs")) == ["blocks", "metrics", "status.json"]
+    assert os.listdir(shared.path / ".kvfs/blocks") == []
+    status = shared.status()
+    assert status["schema"] == {"command": "status", "version": 1}
+    assert status["pool"]["state"] == "online"
+    assert status["mount"]["requests"]["lookup"] > 0
+    assert status["mount"]["timeouts"] == 0
+    assert {device["name"] for device in status["pool"]["devices"]} == {"dir0", "dram0"}
+    assert os.stat(shared.path / ".kvfs/status.json").st_size > 100
+    for line in (shared.path / ".kvfs/metrics").read_text().splitlines():
+        assert re.fullmatch(
+            r'# TYPE kvfs_\w+ (gauge|counter)|kvfs_\w+(\{(\w+="[^"]*",?)+\})? [-0-9.e+]+', line
+        )
+    sh("cat .kvfs/status.json .kvfs/metrics && cp .kvfs/status.json /dev/null", shared.path)
+
+
+def test_blocks_by_key(pool: Pool, mount: Mount) -> None:
+    space = pool.namespace("m", kvfs.Layout("uint8", (1000,), 16))
+    keys, _ = space.keys(range(40))
+    rows = np.random.default_rng(3).integers(0, 256, (3, 16000), np.uint8)
+    space.put(keys, rows)
+    blocks = mount.mountpoint / ".kvfs/blocks"
+    for key, row in zip(keys, rows, strict=True):
+        path = blocks / key.tobytes().hex()
+        assert path.read_bytes() == row.tobytes()
+        assert os.stat(path).st_size == 16000
+        assert os.stat(path).st_mode & 0o777 == 0o400
+    for name in ("", "00", keys[0].tobytes().hex().upper(), "0" * 64, "x" * 64):
+        assert not (blocks / (name or "none")).exists()
+    pool.store.drop(space.info.namespace_id, keys[:1])
+    assert not (blocks / keys[0].tobytes().hex()).exists()
