@@ -101,7 +101,7 @@ def _amounts(arguments: argparse.Namespace) -> tuple[int, int, int]:
 
 def _benches() -> "dict[str, Callable[[Session], Iterator[Figure]]]":
     """Import what measures; `--help` must not wait for it."""
-    from kvfs.bench import directory, lookup, put, read, reopen, view
+    from kvfs.bench import directory, lookup, mount, put, read, reopen, view
 
     return {
         "put": put.measure,
@@ -110,4 +110,5 @@ def _benches() -> "dict[str, Callable[[Session], Iterator[Figure]]]":
         "view": view.measure,
         "lookup": lookup.measure,
         "reopen": reopen.measure,
+        "mount": mount.measure,
     }

@@ -7,9 +7,12 @@ does, and what one way leaves in the caches, falls on all of them alike.
 """
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from kvfs.bench.figure import Samples, rates
 from kvfs.clock import Clock, SystemClock
+
+T = TypeVar("T")
 
 
 class Stopwatch:
@@ -20,15 +23,13 @@ class Stopwatch:
         self._running: dict[str, int] = {}
         self._laps: dict[str, list[int]] = {}
 
-    def time(self, name: str, operation: Callable[[], object]) -> None:
-        """Run an operation and add its time to that of the present repeat."""
-        start = self._clock.monotonic_ns()
-        operation()
-        self.add(name, self._clock.monotonic_ns() - start)
-
-    def add(self, name: str, nanoseconds: int) -> None:
-        """Add a time that somebody else took."""
-        self._running[name] = self._running.get(name, 0) + nanoseconds
+    def time(self, name: str, operation: Callable[[], T]) -> T:
+        """Run an operation, add its time to that of the present repeat, return what it returned."""
+        start_ns = self._clock.monotonic_ns()
+        result = operation()
+        elapsed_ns = self._clock.monotonic_ns() - start_ns
+        self._running[name] = self._running.get(name, 0) + elapsed_ns
+        return result
 
     def take_turns(self, ways: Mapping[str, Callable[[], object]], turn: int) -> None:
         """Run each way once, beginning with another one each turn."""

@@ -4,28 +4,25 @@ Layer: L5.
 
 - The blocks of a view are in random order, so that no two neighbours lie side by side: each is an
   extent of its own, one mmap. Blocks that a context wrote in one go merge, and cost less.
-- The sum reads every byte in order (numpy, 64-bit words), the baseline the same number of bytes
-  through one ordinary mmap of a populated memfd. `first sum` has the page faults of a fresh map in
-  it, on both sides; `sum` has not.
+- The sum reads every byte in order (numpy, 64-bit words); the baseline reads the same memory
+  through an ordinary mmap of each segment. `first sum` has the page faults of a fresh map in it, on
+  both sides; `sum` has not.
 """
 
 import mmap
-import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
-from kvfs import _native
 from kvfs.bench.figure import Baseline, Figure, Goal, GoalKind, Unit, ratio_at_least
 from kvfs.bench.session import Session, fill
 from kvfs.bench.stopwatch import Stopwatch
 from kvfs.keys import KeyArray
 from kvfs.namespace import Namespace
+from kvfs.pool import Pool
 from kvfs.units import format_bytes
-
-if TYPE_CHECKING:
-    from kvfs.views import View
 
 EXTENT_GOAL = Goal(GoalKind.VALUE_AT_MOST, 5000.0)
 SUM_GOAL = 0.95
@@ -37,9 +34,10 @@ def measure(session: Session) -> Iterator[Figure]:
     scale = session.scale
     for block_bytes in scale.block_sizes():
         case = format_bytes(block_bytes)
-        with session.memory_pool(block_bytes, scale.size_bytes) as (_, namespace):
-            keys = session.shuffled(fill(session, namespace, scale.size_bytes))[:_EXTENTS_MAX]
-            watch = _race(session, namespace, keys, case)
+        nbytes = min(scale.size_bytes, _EXTENTS_MAX * block_bytes)
+        with session.memory_pool(block_bytes, nbytes) as (pool, namespace):
+            keys = session.shuffled(fill(session, namespace, nbytes))
+            watch = _race(session, pool, namespace, keys, case)
         moved = len(keys) * block_bytes
         opened = watch.per_item("open", len(keys))
         yield Figure("view open, per extent", case, Unit.NANOSECONDS, opened, goal=EXTENT_GOAL)
@@ -52,41 +50,40 @@ def measure(session: Session) -> Iterator[Figure]:
             yield Figure(f"view {name}", case, Unit.BYTES_PER_S, own, baseline, goal)
 
 
-def _race(session: Session, namespace: Namespace, keys: KeyArray, case: str) -> Stopwatch:
-    nbytes = len(keys) * namespace.layout.stride
+def _race(
+    session: Session, pool: Pool, namespace: Namespace, keys: KeyArray, case: str
+) -> Stopwatch:
+    segments = [
+        (segment.handle.fd, segment.payload_end)
+        for segment in pool.store.state.devices[0].segments.values()
+    ]
+    assert sum(end for _, end in segments) == len(keys) * namespace.layout.stride
     watch, warm_up = Stopwatch(), Stopwatch()
-    fd = _native.memfd("kvfs-bench-plain", nbytes)
-    try:
-        filled = _native.Arena(fd, nbytes, populate=True)
-        for repeat in range(-1, session.scale.repeats):
-            session.progress.note(f"view {case}", max(0, repeat), session.scale.repeats)
-            current = watch if repeat >= 0 else warm_up
-            sides = [lambda w=current: _view(namespace, keys, w),
-                     lambda w=current: _plain(fd, nbytes, w)]  # fmt: skip
-            for side in sides if repeat % 2 else reversed(sides):
-                side()
-            current.lap()
-        filled.close()
-    finally:
-        os.close(fd)
+    for repeat in range(-1, session.scale.repeats):
+        session.progress.note(f"view {case}", max(0, repeat), session.scale.repeats)
+        current = watch if repeat >= 0 else warm_up
+        view = current.time("open", partial(namespace.view, keys))
+        assert view.is_zero_copy, "these blocks can be mapped"
+        maps = [mmap.mmap(fd, end, mmap.MAP_SHARED, mmap.PROT_READ) for fd, end in segments]
+        _sum_both(view.numpy(np.uint64), maps, session.memory.batch_bytes, current)
+        for mapped in maps:
+            mapped.close()
+        current.time("close", view.close)
+        current.lap()
     return watch
 
 
-def _view(namespace: Namespace, keys: KeyArray, watch: Stopwatch) -> None:
-    opened: list[View] = []
-    watch.time("open", lambda: opened.append(namespace.view(keys)))
-    view = opened[0]
-    assert view.is_zero_copy, "these blocks can be mapped"
-    words = view.numpy(np.uint64)
-    watch.time("view first sum", words.sum)
-    watch.time("view sum", words.sum)
-    del words
-    watch.time("close", view.close)
-
-
-def _plain(fd: int, nbytes: int, watch: Stopwatch) -> None:
-    with mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ) as mapped:
-        words = np.frombuffer(mapped, np.uint64)
-        watch.time("mmap first sum", words.sum)
-        watch.time("mmap sum", words.sum)
-        del words
+def _sum_both(
+    words: npt.NDArray[np.uint64], maps: list[mmap.mmap], piece_bytes: int, watch: Stopwatch
+) -> None:
+    """Sum a view and maps of as many bytes, some megabytes of one and the other in turns."""
+    others = [
+        np.frombuffer(mapped, np.uint64, min(piece_bytes, len(mapped) - start) // 8, start)
+        for mapped in maps
+        for start in range(0, len(mapped), piece_bytes)
+    ]
+    ends = np.cumsum([len(other) for other in others]).tolist()
+    own = [words[end - len(other) : end] for end, other in zip(ends, others, strict=True)]
+    for name in ("first sum", "sum"):
+        for turn, (mine, other) in enumerate(zip(own, others, strict=True)):
+            watch.take_turns({f"view {name}": mine.sum, f"mmap {name}": other.sum}, turn)

@@ -28,6 +28,7 @@ EXPECTED = {
     "view": {"view open, per extent", "view close, per extent", "view first sum", "view sum"},
     "lookup": {"lookup", "match_prefix"},
     "reopen": {"reopen", "reopen, process"},
+    "mount": {"mount read, in order", "mount read, at random"},
 }
 
 
@@ -55,7 +56,9 @@ def check_figure(figure: dict[str, Any], repeats: int) -> None:
     assert (figure["goal"] is None) == (figure["is_met"] is None)
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.fuse if n == "mount" else ()) for n in EXPECTED]
+)
 def test_every_bench_runs_small(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
