@@ -80,11 +80,11 @@ def run_mount(arguments: argparse.Namespace, console: Console) -> int:
     )
 
     def serve(ready: Ready) -> int:
-        end_on_sigterm()
+        end_on_sigterm(is_daemon=not arguments.foreground)
         if arguments.foreground:
             set_up_logging(is_verbose=arguments.verbose)
         else:
-            log_to(log)
+            log_to(log, is_verbose=arguments.verbose)
         return _serve(pool_path, directory, options, arguments, ready)
 
     if arguments.foreground:
@@ -140,7 +140,7 @@ def run_umount(arguments: argparse.Namespace, console: Console) -> int:
     pool_path = _pool_at(directory)
     unmount(directory, lazy=False)
     if pool_path is None:
-        console.say(f"unmounted {directory}; it had no owner any more")
+        console.say(f"unmounted {directory}; no owner of it was found, so none was waited for")
         return 0
     wait_closed(pool_path, arguments.timeout)
     console.say(f"unmounted {directory}; pool {pool_path} is closed")

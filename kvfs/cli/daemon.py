@@ -115,8 +115,8 @@ def _tell(write_end: int, error: BaseException, message: str, *, is_ready: bool)
     os.close(write_end)
 
 
-def end_on_sigterm() -> None:
-    """Let SIGTERM and SIGHUP end the process as Ctrl-C does: cleanly.
+def end_on_sigterm(*, is_daemon: bool) -> None:
+    """Let SIGTERM, and SIGHUP of a terminal, end the process as Ctrl-C does: cleanly.
 
     They are turned into SIGINT, because trio delivers only that one where it is safe.
     """
@@ -126,10 +126,10 @@ def end_on_sigterm() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGHUP, interrupt)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if is_daemon else interrupt)
 
 
-def log_to(path: str) -> None:
+def log_to(path: str, *, is_verbose: bool = False) -> None:
     """Send the log to a file, or to the system's log if `path` is empty and there is one."""
     handler: logging.Handler | None = None
     if path:
@@ -140,4 +140,4 @@ def log_to(path: str) -> None:
         handler.setFormatter(logging.Formatter(f"kvfs[{os.getpid()}]: %(levelname)s %(message)s"))
     if handler is not None:
         logging.getLogger("kvfs").addHandler(handler)
-        logging.getLogger("kvfs").setLevel(logging.INFO)
+        logging.getLogger("kvfs").setLevel(logging.DEBUG if is_verbose else logging.INFO)

@@ -53,7 +53,7 @@ def _load(module: str, name: str) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `kvfs`; return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    console = Console(is_quiet="--quiet" in words)
+    console = Console()
 
     def action() -> int:
         chosen = next((word for word in words if not word.startswith("-")), "")

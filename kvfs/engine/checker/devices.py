@@ -7,7 +7,6 @@ Layer: L3.
   own check.
 """
 
-import contextlib
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -53,7 +52,7 @@ class _Session:
     progress: Progress | None = None
     bytes_total: int = 0
     bytes_done: int = 0
-    segments: list[CheckedSegment] = field(default_factory=list)
+    segments: list[tuple[CheckedSegment, Expected]] = field(default_factory=list)
 
     def advance(self, nbytes: int) -> None:
         """Count payload bytes read."""
@@ -110,22 +109,14 @@ def _check(
             Severity.ERROR, "catalog", "catalog", str(problem),
             "remove the context it names, or make the pool anew",
         )  # fmt: skip
-    with contextlib.ExitStack() as handles:
-        open_segments: list[tuple[CheckedSegment, Segment, Expected]] = []
-        for device in devices:
-            report.counts.devices += 1
-            expected = _check_superblock(device, catalog, session)
-            if expected is None:
-                continue
+    for device in devices:
+        report.counts.devices += 1
+        expected = _check_superblock(device, catalog, session)
+        if expected is not None:
             report.was_closed = report.was_closed and expected.was_closed
-            open_segments += _check_device(device, expected, session, handles)
-        if data:
-            session.bytes_total = sum(
-                int(checked.entries["stored_bytes"][checked.good].sum())
-                for checked, _, _ in open_segments
-            )
-            for checked, handle, expected in open_segments:
-                check_payloads(checked, handle, expected, report, session.advance)
+            _check_device(device, expected, session)
+    if data:
+        _check_data(session)
     _check_names(catalog, session)
     return report
 
@@ -192,21 +183,21 @@ def _compare_geometry(device: Device, superblock: Superblock, report: CheckRepor
         )  # fmt: skip
 
 
-def _check_device(
-    device: Device, expected: Expected, session: _Session, handles: contextlib.ExitStack
-) -> list[tuple[CheckedSegment, Segment, Expected]]:
+def _check_device(device: Device, expected: Expected, session: _Session) -> None:
     """Check the segments of a device, its space and its leftovers."""
     report = session.report
-    opened = []
     by_slot: dict[int, CheckedSegment] = {}
     for name in device.segments():
         handle = _attach(device, name, report)
         if handle is None:
             continue
-        handles.callback(device.release, handle)
-        checked = check_segment(device, name, handle, expected, report)
+        try:
+            checked = check_segment(device, name, handle, expected, report)
+        finally:
+            device.release(handle)
         if checked is None or not len(checked.entries):
             continue
+        session.segments.append((checked, expected))
         other = by_slot.setdefault(name.slot, checked)
         if other is not checked:
             older = min(other, checked, key=lambda segment: segment.name.generation)
@@ -220,8 +211,6 @@ def _check_device(
                 f"the older one is freed by the next open; or {_REPAIR}",
                 older.action(ActionKind.FREE_SEGMENT),
             )  # fmt: skip
-        session.segments.append(checked)
-        opened.append((checked, handle, expected))
     used, capacity = device.used_bytes, device.info.capacity_bytes
     if used > capacity:
         # A crash may bring back segments freed just before it, beside those made in their place.
@@ -232,7 +221,21 @@ def _check_device(
             "open the pool and write: eviction brings it below",
         )  # fmt: skip
     _check_tree(device, report)
-    return opened
+
+
+def _check_data(session: _Session) -> None:
+    """Read all payloads. One segment is open at a time: a pool has more than a process may open."""
+    session.bytes_total = sum(
+        int(checked.entries["stored_bytes"][checked.good].sum()) for checked, _ in session.segments
+    )
+    for checked, expected in session.segments:
+        handle = _attach(checked.device, checked.name, session.report)
+        if handle is None:
+            continue
+        try:
+            check_payloads(checked, handle, expected, session.report, session.advance)
+        finally:
+            checked.device.release(handle)
 
 
 def _attach(device: Device, name: SegmentName, report: CheckReport) -> Segment | None:
@@ -301,7 +304,7 @@ def _files_of(device: Device) -> FileSystem | None:
 def _check_names(catalog: Catalog, session: _Session) -> None:
     """Files are whole or absent, and file segments have a name."""
     report = session.report
-    stored = _file_blocks(session.segments)
+    stored = _file_blocks(segment for segment, _ in session.segments)
     versions: dict[int, int] = {}
     broken: list[int] = []
     for node, keys in catalog.iter_file_contexts():
@@ -321,7 +324,7 @@ def _check_names(catalog: Catalog, session: _Session) -> None:
             Action(ActionKind.REMOVE_NAMES, f"file {catalog.path_of(node.node_id)}",
                    node_ids=(node.node_id,)),
         )  # fmt: skip
-    for segment in session.segments:
+    for segment, _ in session.segments:
         if segment.name.is_file and not segment.is_doomed:
             _check_named(segment, versions, report)
 
