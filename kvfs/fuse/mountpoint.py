@@ -157,7 +157,7 @@ def _is_stale(path: Path, entry: MountEntry | None) -> bool:
     if entry is None or not entry.filesystem.startswith("fuse"):
         return False
     try:
-        os.stat(path)
+        os.statvfs(path)  # asks the mount, where stat may be answered from the kernel's memory
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False
