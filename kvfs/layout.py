@@ -83,7 +83,7 @@ class Layout:
         """Decode what `to_json` made."""
         try:
             return msgspec.json.decode(text, type=cls)
-        except msgspec.ValidationError as error:
+        except msgspec.DecodeError as error:
             raise UsageError(f"layout not understood: {error}") from error
 
     def fingerprint(self) -> bytes:
