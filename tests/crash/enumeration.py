@@ -17,8 +17,6 @@ from tests.crash.scenarios import Scenario, scenario_named
 from tests.crash.simfs import Event, Journal
 from tests.crash.verify import check_crashed, check_image, recover
 
-_FAILURES_MAX = 5
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -31,6 +29,7 @@ class Plan:
         deep: Sample whose recovery is crashed in turn.
         goes_on: Sample that must go on working afterwards.
         crashed: Sample that `check` looks at before the recovery.
+        failures: After how many to stop.
     """
 
     seed: int
@@ -39,6 +38,7 @@ class Plan:
     deep: int = 40
     goes_on: int = 16
     crashed: int = 8
+    failures: int = 5
 
 
 @dataclass(slots=True)
@@ -79,7 +79,7 @@ def walk(name: str, plan: Plan, only: str = "") -> Outcome:
             if only and state.point != only:
                 continue
             _check(state, bench, scenario, plan, outcome)
-            if len(outcome.failures) >= _FAILURES_MAX:
+            if len(outcome.failures) >= plan.failures:
                 break
             if outcome.recoveries % 256 == 0:
                 gc.collect()

@@ -144,6 +144,21 @@ def relocate(bench: Bench) -> None:
     bench.put(space, 9, "sync")
 
 
+@scenario(5)
+def relocate_unsealed(bench: Bench) -> None:
+    """Eviction copies blocks out of a segment that no seal header vouches for."""
+    space = bench.space()
+    bench.may_evict = True
+    pinned = bench.context(space, "pinned")
+    bench.append(pinned, 3)
+    bench.set_pinned(pinned, is_pinned=True)
+    bench.reopen()
+    space = bench.space()
+    for _ in range(6):
+        bench.put(space, 9, "async")
+    bench.flush()
+
+
 @scenario(6)
 def durable(bench: Bench) -> None:
     """A durable namespace beside one that is cache, on a full disk."""

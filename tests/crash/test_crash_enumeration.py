@@ -1,0 +1,88 @@
+"""The crash enumerator itself: thousands of states, and proof that it sees what it is there to see."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from kvfs.devices.directory import DirectoryDevice
+from kvfs.engine import recovery
+from kvfs.engine.catalog import Catalog
+from kvfs.engine.evictor import Evictor
+from kvfs.engine.log import SegmentLog
+from kvfs.engine.writer import Writer
+from tests.crash.enumeration import Plan, walk
+from tests.crash.simfs import SimFile
+
+STATES = 20_000
+_ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.crash
+@pytest.mark.timeout(900)
+def test_every_crash_point_recovers() -> None:
+    """Two processes, because the states are independent; the command is the one to repeat it with."""
+    command = [sys.executable, "-m", "tests.crash.run", "--seed", "1", "--randoms", "3"]
+    done = subprocess.run(
+        [*command, "--states", str(STATES), "--jobs", "2"],
+        cwd=_ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def _nothing(*_arguments: Any, **_options: Any) -> None:
+    return None
+
+
+def _relocate_without_persist(original: Callable[..., bool]) -> Callable[..., bool]:
+    def relocate(evictor: Evictor, *arguments: Any) -> bool:
+        with mock.patch.object(Writer, "persist_holding", _nothing):
+            return original(evictor, *arguments)
+
+    return relocate
+
+
+def _covered_without_persist(log: SegmentLog, *, wanted: int | None = None) -> None:
+    log.state.persisted_count = log.state.entry_count
+
+
+MUTANTS: dict[str, tuple[str, Any, str, Any]] = {
+    "put that does not persist": ("put", SegmentLog, "persist", _covered_without_persist),
+    "flush that does not persist": (
+        "group_commit", SegmentLog, "persist", _covered_without_persist),
+    "names that are not persisted": ("seal", DirectoryDevice, "persist_names", _nothing),
+    "catalog that is not synced": ("contexts", Catalog, "sync", _nothing),
+    "file content dropped before its name": ("renamed_files", Catalog, "sync", _nothing),
+    "relocation that does not persist": (
+        "relocate", Evictor, "_relocate", _relocate_without_persist(Evictor._relocate)),
+    "superblock that is not synced": ("superblock", SimFile, "sync", _nothing),
+    "original freed for an unverified copy": (
+        "relocate_unsealed", recovery, "_preferable", lambda _s, _d, _g, indices: indices),
+    "torn first header taken for damage": ("relocate", recovery, "is_unborn", _nothing),
+}  # fmt: skip
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("name", MUTANTS)
+def test_sees_a_broken_engine(name: str, expected_warnings: list[str]) -> None:
+    expected_warnings.append("set aside")
+    scenario, target, attribute, replacement = MUTANTS[name]
+    with mock.patch.object(target, attribute, replacement):
+        outcome = walk(scenario, Plan(1, randoms=2, failures=1))
+    assert outcome.failures, f"{name}: not seen in {outcome.recoveries} states"
+
+
+@pytest.mark.crash
+def test_a_failure_names_the_state_to_repeat() -> None:
+    with mock.patch.object(SegmentLog, "persist", _covered_without_persist):
+        outcome = walk("put", Plan(1))
+        repeat = outcome.failures[0].rpartition("--only ")[2].strip("'\n")
+        name, _, point = repeat.partition(":")
+        again = walk(name, Plan(1), point)
+    assert again.recoveries == 1
+    assert len(again.failures) == 1
