@@ -127,7 +127,7 @@ class FileContents(FileReading):
         length = int(self._store.lookup(namespace_id, key)["length"][0])
         reader = FileReader(
             0, key.tobytes().hex(), namespace_id, Origin.API, 0,
-            self._layout_of(namespace_id).stride, key, length, pinned,
+            self._stride(namespace_id), key, length, pinned,
         )  # fmt: skip
         if not length:
             self.close_read(reader)
@@ -223,6 +223,8 @@ class FileContents(FileReading):
                 if self._adopted.get(adopted.node_id) is not adopted:
                     continue  # newer content has come, and this was released
                 try:
+                    if self._catalog.node(adopted.node_id).version >= adopted.version:
+                        continue  # named already, by whoever adopted it
                     keys = self._catalog.keys(adopted.node_id)
                     self._write_content(adopted)
                     former.append((adopted, keys))
@@ -248,7 +250,7 @@ class FileContents(FileReading):
         self._catalog.replace_content(
             adopted.node_id,
             adopted.keys,
-            stride=self._layout_of(adopted.namespace_id).stride,
+            stride=self._stride(adopted.namespace_id),
             tail_bytes=adopted.tail_bytes,
             version=adopted.version,
             now_ns=adopted.mtime_ns,
@@ -269,6 +271,8 @@ class FileContents(FileReading):
 
     def _remove_if_pending(self, node_id: int) -> None:
         """Remove a new file that never got content."""
+        if node_id in self._adopted:
+            return
         with self._catalog.transaction():
             try:
                 if self._catalog.node(node_id).state is NodeState.PENDING:
@@ -277,6 +281,12 @@ class FileContents(FileReading):
                 return
 
     # --- internals
+
+    def _stride(self, namespace_id: int) -> int:
+        try:
+            return self._layout_of(namespace_id).stride
+        except KeyError:
+            raise NotFoundError(f"no such namespace: {namespace_id:#018x}") from None
 
     def _content(self, node: Node) -> tuple[KeyArray, int, int]:
         """Return resident keys, the bytes they cover, and the version."""
@@ -297,7 +307,7 @@ class FileContents(FileReading):
         count = self._store.match_prefix(node.namespace_id, keys)
         if count == len(keys):
             return keys, node.size_bytes, node.version
-        stride = self._layout_of(node.namespace_id).stride
+        stride = self._stride(node.namespace_id)
         return keys[:count], count * stride, node.version
 
     def _pinned(self, node: Node) -> FileReader:
@@ -307,7 +317,7 @@ class FileContents(FileReading):
         # From here on nothing that the node reaches is dropped, only orphaned.
         reader = FileReader(
             node.node_id, node.name, node.namespace_id, node.origin, 0,
-            self._layout_of(node.namespace_id).stride, np.zeros((0, 32), np.uint8), 0,
+            self._stride(node.namespace_id), np.zeros((0, 32), np.uint8), 0,
         )  # fmt: skip
         try:
             keys, size, reader.version = self._content(self._catalog.node(node.node_id))

@@ -8,6 +8,8 @@ Layer: L4.
 - Until then only its writers see its bytes. Others get the former content, or BusyError.
 - A file one of whose writes failed is not adopted: it would be neither whole nor absent.
 - Staging begins at the first write: opening for writing moves no bytes.
+- What was adopted while its writers go on is opened again only if they ask for it. Eviction may be
+  faster; then they get MediaError.
 
 Locks: a writer's `lock`, then those of `FileContents`.
 """
@@ -29,7 +31,7 @@ from kvfs.engine.catalog import Catalog
 from kvfs.engine.catalog_schema import Node, NodeState, Origin
 from kvfs.engine.store import Store
 from kvfs.engine.writer import Durability
-from kvfs.errors import BusyError, DeviceError, KvfsError, NotFoundError, RefusedError
+from kvfs.errors import BusyError, DeviceError, KvfsError, MediaError, NotFoundError, RefusedError
 from kvfs.file_contents import Adopted, FileContents
 from kvfs.file_reading import FileReader
 from kvfs.keys import file_keys
@@ -60,7 +62,11 @@ class FileWriter:
     device_index: int = -1
     staging: Staging | None = None
     base: FileReader | None = None
-    """The content so far, while nothing is staged."""
+    """The content so far, while nothing is staged; opened when it is needed."""
+    kept_bytes: int = 0
+    """Size of the content so far, while nothing is staged."""
+    kept_version: int = 0
+    """Version of the content so far."""
     is_ready: bool = False
     is_dirty: bool = False
     """Differs from what was adopted."""
@@ -72,10 +78,7 @@ class FileWriter:
     @property
     def size_bytes(self) -> int:
         """Bytes as its writers see them."""
-        staging, base = self.staging, self.base
-        if staging is not None:
-            return staging.nbytes
-        return base.size_bytes if base is not None else 0
+        return self.kept_bytes if self.staging is None else self.staging.nbytes
 
     @property
     def is_busy(self) -> bool:
@@ -124,8 +127,10 @@ class Files(FileContents):
         writer = self.writer_of(node.node_id)
         if writer is not None:
             with writer.lock:
-                if writer.is_dirty and not writer.is_removed and writer.failure is None:
-                    if not writer.is_busy:
+                if writer.is_ready and not writer.is_dirty and not self._has_content(writer):
+                    raise NotFoundError(f"file lost a block: {node.name!r}; write it again")
+                if writer.is_dirty and not writer.is_removed:
+                    if writer.failure is None and not writer.is_busy:
                         self._adopt(writer)
                     elif not self._has_content(writer):
                         raise BusyError(
@@ -176,11 +181,14 @@ class Files(FileContents):
             try:
                 staging = self._staged(writer, writer.size_bytes)
                 self._store.write_staging(writer.device_index, staging, offset, data)
-            except OSError as error:
-                writer.failure = DeviceError(f"write failed: {writer.node.name!r}: {error}")
-                raise writer.failure from error
             except KvfsError as error:
                 writer.failure = error
+                raise
+            except BaseException as error:
+                # Whatever it was: bytes are missing, and the file must not appear without them.
+                writer.failure = DeviceError(f"write failed: {writer.node.name!r}: {error!r}")
+                if isinstance(error, OSError):
+                    raise writer.failure from error
                 raise
         return len(data)
 
@@ -188,11 +196,13 @@ class Files(FileContents):
         """Read what the writers see."""
         writer = handle.writer
         with writer.lock:
-            staging, base = writer.staging, writer.base
+            staging = writer.staging
+            nbytes = min(nbytes, writer.size_bytes - offset)
+            if nbytes <= 0:
+                return b""
             if staging is not None:
-                nbytes = min(nbytes, staging.nbytes - offset)
-                return os.pread(staging.fd, nbytes, offset) if nbytes > 0 else b""
-            return self.read(base, offset, nbytes) if base is not None else b""
+                return os.pread(staging.fd, nbytes, offset)
+            return self.read(self._opened_base(writer), offset, nbytes)
 
     def truncate(self, handle: WriteHandle, nbytes: int) -> None:
         """Cut or extend with zeros. Cutting to nothing forgives writes that failed.
@@ -287,7 +297,9 @@ class Files(FileContents):
                         self._adopt(writer)
                     else:
                         self._remove_if_pending(writer.node.node_id)
-            except KvfsError:
+                elif not writer.is_dirty and writer.node.node_id not in self._adopted:
+                    self._remove_if_pending(writer.node.node_id)  # eviction took what it held
+            except Exception:
                 self._remove_if_pending(writer.node.node_id)
                 raise
             finally:
@@ -335,7 +347,8 @@ class Files(FileContents):
         if not self._has_content(writer):
             writer.is_dirty = True
         elif not truncate:
-            writer.base = super().open_read(writer.node)
+            base = writer.base = super().open_read(writer.node)
+            writer.kept_bytes, writer.kept_version = base.size_bytes, base.version
         writer.is_ready = True
 
     def _staged(self, writer: FileWriter, kept_bytes: int) -> Staging:
@@ -348,8 +361,7 @@ class Files(FileContents):
             buffer = bytearray(min(_COPY_BYTES, kept_bytes))
             for offset in range(0, kept_bytes, _COPY_BYTES):
                 part = memoryview(buffer)[: kept_bytes - offset]
-                assert writer.base is not None
-                self.read_into(writer.base, offset, part)
+                self.read_into(self._opened_base(writer), offset, part)
                 self._store.write_staging(device_index, staging, offset, part)
         except BaseException:
             self._store.staging_device(device_index).device.drop_staging(staging)
@@ -362,6 +374,7 @@ class Files(FileContents):
         """Cut or extend. REQUIRES: the writer's lock."""
         if nbytes == 0:
             self._close_base(writer)
+            writer.kept_bytes = 0
             writer.failure = None
         if nbytes or writer.staging is not None:
             staging = self._staged(writer, min(nbytes, writer.size_bytes))
@@ -375,13 +388,13 @@ class Files(FileContents):
         REQUIRES: the writer's lock, dirty.
         """
         node, nbytes = writer.node, writer.size_bytes
-        stride = self._layout_of(node.namespace_id).stride
-        count = -(-nbytes // stride)
         try:
             version = self._catalog.next_version(node.node_id)
+            stride = self._stride(node.namespace_id)
         except NotFoundError:
             writer.is_removed = True
             return
+        count = -(-nbytes // stride)
         keys = file_keys(node.namespace_id, node.node_id, version, count)
         lengths = np.full(count, stride, np.uint64)
         if count:
@@ -396,8 +409,8 @@ class Files(FileContents):
         writer.is_dirty = writer.is_written = False
         if is_persisted:
             self._name([adopted])
-        if writer.staging is None and writer.handles:
-            writer.base = super().open_read(node)
+        if writer.staging is None:
+            writer.kept_bytes, writer.kept_version = nbytes, version
 
     def _store_content(
         self, writer: FileWriter, adopted: Adopted, lengths: npt.NDArray[np.uint64]
@@ -447,6 +460,24 @@ class Files(FileContents):
             device = self._store.staging_device(writer.device_index).device
             device.drop_staging(writer.staging)
             writer.staging = None
+
+    def _opened_base(self, writer: FileWriter) -> FileReader:
+        """Return the content so far, open for reading. REQUIRES: the writer's lock, no staging.
+
+        Raises:
+            MediaError: It was evicted.
+            BusyError: The namespace has too much open.
+        """
+        if writer.base is None:
+            base = super().open_read(writer.node)
+            if (base.version, base.size_bytes) != (writer.kept_version, writer.kept_bytes):
+                self.close_read(base)
+                raise MediaError(
+                    f"file lost what was written: {writer.node.name!r}: it was evicted while open; "
+                    "write it again"
+                )
+            writer.base = base
+        return writer.base
 
     def _close_base(self, writer: FileWriter) -> None:
         if writer.base is not None:
