@@ -67,8 +67,8 @@ class Reader:
     def lease(self, namespace_id: int, keys: KeyArray, *, verify: bool = True) -> Lease:
         """Look up blocks and hold their segments until `release`.
 
-        With `verify`, blocks that do not hold what their entry says are dropped and reported as
-        misses.
+        With `verify`, copies that do not hold what their entry says are dropped; a block without
+        a good copy is reported as a miss.
         """
         index = self._state.index(namespace_id)
         with self._state.lock:
@@ -76,9 +76,7 @@ class Reader:
             self._hold(lease)
         self._touch(lease)
         if verify:
-            bad = (lease.records["length"] > 0) & ~self.verified(lease.records)
-            if bad.any():
-                lease.records[bad] = np.zeros(1, RECORD)[0]
+            self._verify_held(lease, namespace_id, keys)
         return lease
 
     def release(self, lease: Lease) -> None:
@@ -112,12 +110,12 @@ class Reader:
             part = keys if len(todo) == len(keys) else np.ascontiguousarray(keys[todo])
             lease = self.lease(namespace_id, part, verify=False)
             try:
-                self._require_medium(lease)
                 records = lease.records
                 usable = (records["length"] > 0) & (records["length"] <= lengths[todo])
                 if not usable.any():
                     break
                 records["length"][~usable] = 0
+                self._require_medium(lease)
                 good = self._copy(lease, addresses[todo])
             finally:
                 self.release(lease)
@@ -176,6 +174,24 @@ class Reader:
         for part in lease.parts:
             part.segment.leases += 1
             lease.segments.append(part.segment)
+
+    def _verify_held(self, lease: Lease, namespace_id: int, keys: KeyArray) -> None:
+        """Verify leased copies; in place of a bad one, lease the next copy of its block."""
+        records = lease.records
+        bad = np.flatnonzero((records["length"] > 0) & ~self.verified(records))
+        for _ in range(_ATTEMPTS - 1):
+            if not len(bad):
+                return
+            with self._state.lock:
+                others = self._state.index(namespace_id).lookup(np.ascontiguousarray(keys[bad]))
+                for part in self._parts(others):
+                    part.segment.leases += 1
+                    lease.segments.append(part.segment)
+                    lease.parts.append(Part(part.segment, bad[part.positions]))
+            good = self.verified(others)
+            records[bad] = others
+            bad = bad[(others["length"] > 0) & ~good]
+        records[bad] = np.zeros(1, RECORD)[0]
 
     def _touch(self, lease: Lease) -> None:
         """Note that the blocks were read."""
