@@ -79,7 +79,7 @@ lint: setup ## ruff, mypy, layers, house rules, FORMAT.md
 
 .PHONY: test test-all test-fuse test-crash test-asan check ci
 test: lint ## the gate: lint and every test that takes no minutes
-	$(BIN)/pytest -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/pytest $(PYTEST_ARGS)
 
 test-all: lint ## the gate and the slow tests
 	$(BIN)/pytest --slow $(PYTEST_ARGS)
