@@ -12,7 +12,7 @@ Layer: L4.
 
 import errno
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +22,14 @@ from kvfs.engine.reader import Lease
 from kvfs.engine.store import Store
 from kvfs.errors import ClosedError, MediaError, NotFoundError, UsageError
 from kvfs.keys import KeyArray
-from kvfs.units import PAGE
+from kvfs.units import MIB, PAGE
 
 if TYPE_CHECKING:
     import torch
+
+# A fault maps the pages around it, in aligned groups of 64 KiB: an unaligned view of 64 KiB blocks
+# takes two per block, and half as long again for its first read. 2 MiB is what huge pages need.
+_ALIGNMENT: Final = 2 * MIB
 
 
 class View:
@@ -56,7 +60,7 @@ class View:
             if (lengths[:-1] < stride - PAGE + 1).any():
                 raise UsageError("only the last block of a view may be partial")
             self.nbytes = int((len(keys) - 1) * stride + lengths[-1])
-            self._mapping = _native.Mapping(len(keys) * stride)
+            self._mapping = _native.Mapping(len(keys) * stride, _ALIGNMENT)
             self.is_zero_copy = self._map(self._mapping, self._lease)
             self._mapping.protect()
         except BaseException:
@@ -79,7 +83,7 @@ class View:
             return True
         base = mapping.map_anonymous(0, mapping.nbytes)
         numbers = np.arange(len(records))
-        read = self._store.reader.read_ranges(
+        read = self._store.read_ranges(
             lease, numbers, np.zeros(len(records), np.uint64), lengths, np.uint64(base) + positions
         )
         if not read.all():
