@@ -44,6 +44,8 @@ class Adopted:
     tail_bytes: int
     mtime_ns: int
     ctime_ns: int
+    pinned_bytes: int = 0
+    """Pinned until it is named, in a durable namespace: only names keep blocks there."""
 
 
 class FileContents(FileReading):
@@ -171,7 +173,7 @@ class FileContents(FileReading):
         with self._lock:
             adopted = self._adopted.pop(node.node_id, None)
         if adopted is not None:
-            self._release(node.node_id, node.namespace_id, adopted.keys)
+            self._give_up(adopted)
         if keys is not None:
             self._release(node.node_id, node.namespace_id, keys)
 
@@ -207,7 +209,7 @@ class FileContents(FileReading):
             before = self._adopted.get(adopted.node_id)
             self._adopted[adopted.node_id] = adopted
         if before is not None:
-            self._release(before.node_id, before.namespace_id, before.keys)
+            self._give_up(before)
 
     def _name(self, batch: list[Adopted]) -> None:
         """Let the catalog name persisted content, and release what it replaces.
@@ -239,8 +241,10 @@ class FileContents(FileReading):
                     del self._adopted[adopted.node_id]
             if old is None:
                 if is_latest:
-                    self._release(adopted.node_id, adopted.namespace_id, adopted.keys)
+                    self._give_up(adopted)
                 continue
+            if is_latest:
+                self._unpin(adopted)
             self._release(adopted.node_id, adopted.namespace_id, old)
             # Eviction may have taken a block before it could know the name that needs it.
             if is_latest and not self._is_resident(adopted.namespace_id, adopted.keys):
@@ -257,16 +261,17 @@ class FileContents(FileReading):
         )
         if adopted.ctime_ns != adopted.mtime_ns:
             self._catalog.set_attributes(adopted.node_id, now_ns=adopted.ctime_ns)
+        self._store.note_named()
 
     def _drop_if_broken(self, adopted: Adopted) -> None:
         """Give up content that lost a block before it was named; former content stays."""
-        if self._is_resident(adopted.namespace_id, adopted.keys):
+        if self._store.is_kept(adopted.namespace_id, adopted.keys):
             return
         with self._lock:
             if self._adopted.get(adopted.node_id) is not adopted:
                 return
             del self._adopted[adopted.node_id]
-        self._release(adopted.node_id, adopted.namespace_id, adopted.keys)
+        self._give_up(adopted)
         self._remove_if_pending(adopted.node_id)
 
     def _remove_if_pending(self, node_id: int) -> None:
@@ -350,7 +355,7 @@ class FileContents(FileReading):
                 del self._adopted[node_id]
         if adopted is not None:
             if adopted.version == version:
-                self._release(node_id, adopted.namespace_id, adopted.keys)
+                self._give_up(adopted)
                 self._remove_if_pending(node_id)
             return
         with self._catalog.transaction():
@@ -363,6 +368,15 @@ class FileContents(FileReading):
             except NotFoundError:
                 return
         self._release(node_id, node.namespace_id, keys)
+
+    def _give_up(self, adopted: Adopted) -> None:
+        """Release content that was taken out of `_adopted` without being named."""
+        self._unpin(adopted)
+        self._release(adopted.node_id, adopted.namespace_id, adopted.keys)
+
+    def _unpin(self, adopted: Adopted) -> None:
+        if adopted.pinned_bytes:
+            self._store.unpin(adopted.namespace_id, adopted.keys, adopted.pinned_bytes)
 
     def _release(self, node_id: int, namespace_id: int, keys: KeyArray) -> None:
         """Drop blocks that no name reaches any more, once nobody has the file open."""

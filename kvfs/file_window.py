@@ -47,7 +47,7 @@ class Window:
         self._store = store
         self._namespace_id = namespace_id
         self._stride = stride
-        self._lease = store.reader.lease(namespace_id, keys[self.first : self.last], verify=False)
+        self._lease = store.lease(namespace_id, keys[self.first : self.last], verify=False)
         records = self._lease.records
         fds = np.full(len(records), -1, np.int64)
         addresses = np.zeros(len(records), np.uint64)
@@ -83,7 +83,7 @@ class Window:
         todo = [i for i in range(low, high) if not self._is_vouched[i]]
         if not todo:
             return
-        good = self._store.reader.verified(np.ascontiguousarray(self._lease.records[todo]))
+        good = self._store.verified(np.ascontiguousarray(self._lease.records[todo]))
         for i, is_good in zip(todo, good.tolist(), strict=True):
             self._is_vouched[i] = is_good
         if not good.all():

@@ -29,6 +29,7 @@ class Counters:
     files_evicted: int = 0
     puts_refused: int = 0
     segments_poisoned: int = 0
+    blocks_lost: int = 0
 
     def snapshot(self) -> dict[str, int]:
         """Return name and value of every counter."""

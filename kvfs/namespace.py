@@ -268,26 +268,30 @@ class Context:
             raise UsageError("only the last block of a context may be partial")
         token_ids = None if tokens is None else np.asarray(tokens, np.uint32)
         counts = _token_counts(layout, len(keys), token_ids, token_counts)
-        held = self.keys[:-1] if replace_tail else self.keys
-        parent = held[-1:] if len(held) else np.zeros((1, keys.shape[1]), np.uint8)
-        result = self.namespace.put(
-            keys,
-            list(zip(addresses.tolist(), lengths.tolist(), strict=True)),
-            parents=np.concatenate([parent, keys[:-1]]),
-            token_counts=counts,
-            durability=durability,
-        )
-        pool.catalog.append_blocks(
-            self._node_id,
-            keys,
-            block_bytes=layout.block_bytes,
-            stride=layout.stride,
-            tail_bytes=int(lengths[-1]),
-            token_counts=counts,
-            tokens=token_ids,
-            now_ns=pool.clock.wall_ns(),
-            replace_tail=replace_tail,
-        )
+        node, namespace_id = self.node, self.namespace.info.namespace_id
+        kept = node.block_count - int(replace_tail)
+        parent = pool.catalog.keys(node.node_id, kept - 1, kept) if kept > 0 else None
+        if parent is None:
+            parent = np.zeros((1, keys.shape[1]), np.uint8)
+        with pool.store.being_named(namespace_id, keys):
+            result = self.namespace.put(
+                keys,
+                list(zip(addresses.tolist(), lengths.tolist(), strict=True)),
+                parents=np.concatenate([parent, keys[:-1]]),
+                token_counts=counts,
+                durability=durability,
+            )
+            pool.catalog.append_blocks(
+                self._node_id,
+                keys,
+                block_bytes=layout.block_bytes,
+                stride=layout.stride,
+                tail_bytes=int(lengths[-1]),
+                token_counts=counts,
+                tokens=token_ids,
+                now_ns=pool.clock.wall_ns(),
+                replace_tail=replace_tail,
+            )
         pool.pins.follow(self.node)
         if durability == "sync":
             pool.catalog.sync()

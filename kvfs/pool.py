@@ -41,6 +41,7 @@ from kvfs.engine.state import EngineState
 from kvfs.engine.store import DeviceStatistics, Store
 from kvfs.errors import (
     ClosedError,
+    DeviceError,
     KvfsError,
     NotFoundError,
     RefusedError,
@@ -140,6 +141,7 @@ class Pool:
         self.catalog = catalog
         self._lock_fd = lock_fd
         self._is_closed = False
+        self._lost_reported = 0
         names = _CatalogNames(catalog, lambda node_id: self.files.awaits_content(node_id), clock)
         state = EngineState(self.uuid, list(devices), names, options, clock)
         self.store = Store(state)
@@ -149,6 +151,7 @@ class Pool:
         self.files = Files(self.store, catalog, self._layouts.__getitem__, clock)
         self.pins = Pins(self.store, catalog, lambda number: self._layouts[number].stride)
         self.files.on_gone = self.pins.release
+        catalog.on_checkpoint_due = self.note_written
         self.recovery = self.store.load()
         self._reconcile(self.recovery)
         self._background: Background | None = None
@@ -265,6 +268,7 @@ class Pool:
         self.catalog.set_retention(self.namespace(name).info.namespace_id, retention)
         self.catalog.sync()
         self.store.state.add_namespace(_spec(self.namespace(name).info))
+        self.store.note_named()
 
     def make_context(self, info: NamespaceInfo, path: str) -> Node:
         """Make an empty context, with the directories above it."""
@@ -305,11 +309,17 @@ class Pool:
         """Make everything done so far survive a power cut: blocks, then names. Durability: persist.
 
         Raises:
-            DeviceError: A device failed.
+            DeviceError: A persist failed, now or since the last `sync`: blocks put before are lost.
             PoisonedError: The catalog takes no more writes.
         """
         self.flush()
         self.catalog.sync()
+        lost = self.store.state.counters.blocks_lost
+        if lost > self._lost_reported:
+            count, self._lost_reported = lost - self._lost_reported, lost
+            raise DeviceError(
+                f"{count} blocks were lost by failed persists since the last sync; put them again"
+            )
 
     def note_written(self) -> None:
         """Tell the background that something waits to be persisted."""
@@ -382,6 +392,7 @@ class Pool:
     def _background_step(self) -> None:
         if self.store.has_unsynced or self.files.has_unpublished:
             self.files.publish()
+        self.catalog.checkpoint_if_due()
 
     def _reconcile(self, report: RecoveryReport) -> None:
         """Bring names and blocks together after opening."""

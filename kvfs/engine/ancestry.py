@@ -46,8 +46,22 @@ def survey(state: EngineState, device: DeviceState) -> dict[int, Standing]:
         by_namespace.setdefault(segment.namespace_id, []).append(segment)
     standings: dict[int, Standing] = {}
     for namespace_id, segments in by_namespace.items():
+        if namespace_id not in state.indexes:  # set aside, or of a namespace that is going
+            standings.update((s.handle.slot, _dead(s)) for s in segments)
+            continue
         standings.update(_survey_namespace(state, device, namespace_id, segments))
     return standings
+
+
+def _dead(segment: SegmentState) -> Standing:
+    """Return the standing of a segment that can serve nothing."""
+    indices = segment.live_indices()
+    return Standing(
+        indices=indices,
+        lengths=page_round(segment.entries["stored_bytes"][indices]),
+        reachable=np.zeros(len(indices), np.bool_),
+        recency_ns=np.zeros(len(indices), np.int64),
+    )
 
 
 def _survey_namespace(

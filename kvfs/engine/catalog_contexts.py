@@ -105,11 +105,12 @@ class CatalogContexts(CatalogTree):
         Each call gives another one, so that a failed attempt leaves no block under a key that the
         next attempt would use. The first call of a session may wait for the medium.
         """
-        with self._lock:
+        with self._write_lock:
             if self._is_epoch_due and self._depth == 0:
                 with self.transaction():
                     pass  # its begin persists the epoch
-            return self._reserve_version(self._context(node_id))
+            with self._lock:
+                return self._reserve_version(self._context(node_id))
 
     def append_blocks(
         self, node_id: int, keys: Any, *, block_bytes: int, stride: int, tail_bytes: int,

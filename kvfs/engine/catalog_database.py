@@ -2,9 +2,13 @@
 
 Layer: L2.
 
-- One connection, guarded by one reentrant lock that is held for the whole of a transaction. `sync`
-  waits for the medium under a lock of its own, so that reads go on meanwhile. Order: connection
-  lock, then sync lock.
+- One connection, guarded by one reentrant lock that is held for the whole of a transaction, and by
+  another, taken before it, that only writers take. Who waits for the medium holds a lock of its own
+  (`sync`), or that of the writers (a new epoch, a checkpoint), so that reads go on meanwhile. What
+  remains is SQLite's own sync of the database file at a checkpoint: `hold_at_once` is for readers
+  that must not wait at all. Order: write lock, connection lock, sync lock.
+- Checkpoints are due after some changes, and taken by `sync`, or by whoever `on_checkpoint_due`
+  wakes; a writer takes one itself if none of them comes.
 - After a failed write or sync nothing is written any more: a page that could not be written may be
   clean in the cache and missing on the medium. Reads go on.
 """
@@ -13,7 +17,8 @@ import errno
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final
 
@@ -32,6 +37,7 @@ from kvfs.errors import (
 )
 
 CHECKPOINT_CHANGES: Final = 2048  # rows changed between checkpoints: a WAL of about 10 MiB
+_OVERDUE_CHANGES: Final = 3 * CHECKPOINT_CHANGES  # more, until a writer takes it itself
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 Hook = Callable[[], None]
 
@@ -66,6 +72,8 @@ class CatalogDatabase:
         self._wal_fd = wal_fd  # -1 in memory
         self._on_commit = on_commit
         self._on_sync = on_sync
+        self.on_checkpoint_due: Hook | None = None  # called by writers, who wait for it
+        self._write_lock = threading.RLock()
         self._lock = threading.RLock()
         self._sync_lock = threading.Lock()
         self._scope = Transaction(self)
@@ -114,6 +122,30 @@ class CatalogDatabase:
             NoSpaceError: The medium ran full behind the page cache; nothing more is written.
             PoisonedError: This or an earlier write or sync failed.
         """
+        self._sync_wal()
+        self.checkpoint_if_due()
+
+    def checkpoint_if_due(self) -> None:
+        """Move the WAL into the database file if enough was written; else return at once.
+
+        Waits for the medium. Not inside a transaction: there it is left to the next.
+        """
+        if self._is_checkpoint_due():
+            with self._write_lock:
+                if self._is_checkpoint_due() and not (self._depth or self._poison):
+                    self._checkpoint()
+
+    @contextmanager
+    def hold_at_once(self) -> Iterator[bool]:
+        """Hold the connection for reading if it is free at once; yield whether it is."""
+        is_held = self._lock.acquire(blocking=False)
+        try:
+            yield is_held
+        finally:
+            if is_held:
+                self._lock.release()
+
+    def _sync_wal(self) -> None:
         target = self._committed
         with self._sync_lock:
             self._require_writable()
@@ -133,7 +165,7 @@ class CatalogDatabase:
 
     def close(self) -> None:
         """Close the connection; idempotent. SQLite moves the WAL into the database file."""
-        with self._lock, self._sync_lock:
+        with self._write_lock, self._lock, self._sync_lock:
             assert self._depth == 0, "a transaction must end before the catalog is closed"
             if self._is_closed:
                 return
@@ -201,32 +233,43 @@ class CatalogDatabase:
         return found
 
     def _begin(self) -> None:
-        self._lock.acquire()
+        self._write_lock.acquire()
         try:
             if self._depth == 0:
                 self._require_writable()
                 if self._is_epoch_due:
                     self._advance_epoch()
-                self._execute("BEGIN IMMEDIATE")
-            self._depth += 1
+            self._lock.acquire()
+            try:
+                if self._depth == 0:
+                    self._require_writable()
+                    self._execute("BEGIN IMMEDIATE")
+                self._depth += 1
+            except BaseException:
+                self._lock.release()
+                raise
         except BaseException:
-            self._lock.release()
+            self._write_lock.release()
             raise
 
     def _end(self, *, keep: bool) -> None:
         try:
-            self._depth -= 1
-            if self._depth:
-                return
-            failure, self._failure = self._failure, None
-            if keep and failure is None:
-                self._commit()
-            else:
-                self._roll_back()
-                if keep and failure is not None:
-                    raise failure
+            try:
+                self._depth -= 1
+                if self._depth:
+                    return
+                failure, self._failure = self._failure, None
+                if keep and failure is None:
+                    self._commit()
+                else:
+                    self._roll_back()
+                    if keep and failure is not None:
+                        raise failure
+            finally:
+                self._lock.release()
+            self._call_checkpoint()
         finally:
-            self._lock.release()
+            self._write_lock.release()
 
     def _commit(self) -> None:
         try:
@@ -243,8 +286,6 @@ class CatalogDatabase:
         self._published.clear()
         if self._on_commit is not None:
             self._on_commit()
-        if self._wal_fd >= 0 and self._connection.total_changes >= self._checkpoint_at:
-            self._checkpoint()
 
     def _roll_back(self) -> None:
         self._published.clear()
@@ -258,22 +299,42 @@ class CatalogDatabase:
         except sqlite3.Error as error:
             raise self._note_failure(error) from error
 
+    def _is_checkpoint_due(self, extra: int = 0) -> bool:
+        changes = 0 if self._is_closed else self._connection.total_changes
+        return self._wal_fd >= 0 and changes >= self._checkpoint_at + extra
+
+    def _call_checkpoint(self) -> None:
+        """Have a checkpoint taken if one is due. REQUIRES: the write lock, depth 0."""
+        if not self._is_checkpoint_due():
+            return
+        if self.on_checkpoint_due is None or self._is_checkpoint_due(_OVERDUE_CHANGES):
+            self.checkpoint_if_due()
+        else:
+            self.on_checkpoint_due()
+
     def _checkpoint(self) -> None:
         """Move the WAL into the database file, so that it starts again from its beginning.
 
-        A failure poisons, but is not raised: the transaction that brought us here is committed.
+        REQUIRES: the write lock, depth 0. Nothing is committed between the sync and the move, so
+        the connection is held for the move alone.
+
+        A failure poisons, but is not raised: the transactions that brought us here are committed.
         The sync comes first because an error of SQLite's own could be the second report of a page
         lost earlier, which the kernel gives once per descriptor.
         """
         self._checkpoint_at = self._connection.total_changes + CHECKPOINT_CHANGES
         try:
-            self.sync()
-            self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            self._sync_wal()
+            with self._lock:
+                self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         except (KvfsError, sqlite3.Error) as error:
             self._poison = self._poison or f"checkpoint failed: {error}"
 
     def _advance_epoch(self) -> None:
-        """Persist a new epoch before the first write of a session. REQUIRES: the lock, depth 0."""
+        """Persist a new epoch before the first write of a session.
+
+        REQUIRES: the write lock, depth 0.
+        """
         epoch = int(self._read("SELECT value FROM meta WHERE key = 'epoch'")[0][0]) + 1
         if epoch > EPOCH_MAX:
             raise RefusedError(
@@ -284,7 +345,7 @@ class CatalogDatabase:
         try:
             with self.transaction():
                 self._write("UPDATE meta SET value = ? WHERE key = 'epoch'", (str(epoch),))
-            self.sync()
+            self._sync_wal()
         except BaseException:
             self._is_epoch_due = True
             raise

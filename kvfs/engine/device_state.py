@@ -189,6 +189,8 @@ class DeviceState:
 
         If the device cannot free it, the segment stays DRAINING and its space stays used.
         """
+        if self.segments.get(state.handle.slot) is not state:
+            return  # it is gone already
         state.status = SegmentStatus.DRAINING
         if state.leases == 0:
             try:

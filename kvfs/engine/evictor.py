@@ -28,15 +28,16 @@ import numpy.typing as npt
 from kvfs import _native
 from kvfs.engine.ancestry import Standing, survey
 from kvfs.engine.device_state import DeviceState
+from kvfs.engine.held import HeldKeys, as_items
 from kvfs.engine.index import RecordArray
 from kvfs.engine.log import Batch
 from kvfs.engine.policy import Candidate, choose_victims, spare, weighted_median
 from kvfs.engine.reader import Reader
-from kvfs.engine.segment_table import SegmentState, SegmentStatus, group_by_segment
+from kvfs.engine.segment_table import SegmentState, SegmentStatus
 from kvfs.engine.state import EngineState
 from kvfs.engine.writer import Writer
 from kvfs.errors import DeviceError, NoSpaceError, PoisonedError
-from kvfs.keys import KeyArray, file_contexts
+from kvfs.keys import KEY_BYTES, KeyArray, file_contexts
 
 _ROUND_SHARE = (
     64  # a round frees at least 1/64 of the device, so that its O(n) closure is amortised
@@ -67,6 +68,49 @@ class _Victim:
             reachable_bytes=self.reachable_bytes,
             is_leased=self.segment.leases > 0,
         )
+
+
+class _Move:
+    """Copies of a victim's blocks, not published before they are persisted."""
+
+    def __init__(self, state: EngineState) -> None:
+        self._state = state
+        self._runs: list[tuple[SegmentState, npt.NDArray[np.int64]]] = []
+
+    def hold(self, segment: SegmentState, indices: npt.NDArray[np.int64]) -> RecordArray:
+        """Take note of copies, and a lease on where they are. REQUIRES: the engine's lock."""
+        segment.leases += 1
+        self._runs.append((segment, indices))
+        return segment.records(indices)
+
+    def replace(self, victim: SegmentState, sources: npt.NDArray[np.intp]) -> None:
+        """Publish the copies of those blocks that are still the victim's.
+
+        They stay as old as what they were made from: moving a block is no use of it.
+        """
+        state = self._state
+        done = 0
+        with state.lock:
+            for segment, indices in self._runs:
+                origin = sources[done : done + len(indices)]
+                done += len(indices)
+                if segment.is_poisoned or segment.status is SegmentStatus.DRAINING:
+                    raise PoisonedError("the copies' segment was given up")
+                current = victim.live[origin]
+                if current.any():
+                    accessed_ns, last_ns = victim.accessed_ns[origin], segment.last_access_ns
+                    state.publish(segment, indices[current], verified=True)
+                    segment.accessed_ns[indices] = accessed_ns
+                    segment.last_access_ns = last_ns
+                    lengths = segment.entries["stored_bytes"][indices[current]]
+                    state.counters.blocks_relocated += len(lengths)
+                    state.counters.bytes_relocated += int(lengths.sum())
+
+    def release(self) -> None:
+        """Give the leases back."""
+        for segment, _ in self._runs:
+            self._state.release(segment)
+        self._runs.clear()
 
 
 class Evictor:
@@ -109,23 +153,31 @@ class Evictor:
             self._discard_empty(device)
         return dropped
 
+    def paused(self) -> threading.Lock:
+        """Return the lock that keeps rounds from running while it is held."""
+        return self._round_lock
+
     # --- internals
 
     def _run(self, device: DeviceState, nbytes: int) -> bool:
-        assert self._writer is not None
         if device.full:
             self._flush()
         wanted = max(nbytes, device.info.capacity_bytes // _ROUND_SHARE)
-        victims = self._choose(device, wanted)
+        held = HeldKeys(self._state)
+        victims = self._choose(device, wanted, held)
         if not victims and self._close_idle_log(device):
             self._flush()
-            victims = self._choose(device, wanted)
+            victims = self._choose(device, wanted, held)
         freed = 0
-        by_namespace: dict[int, list[_Victim]] = {}
-        for victim in victims:
-            by_namespace.setdefault(victim.segment.namespace_id, []).append(victim)
-        for namespace_id, segments in by_namespace.items():
-            freed += self._evict(device, namespace_id, segments)
+        try:
+            by_namespace: dict[int, list[_Victim]] = {}
+            for victim in victims:
+                by_namespace.setdefault(victim.segment.namespace_id, []).append(victim)
+            for namespace_id, members in by_namespace.items():
+                freed += self._evict(device, namespace_id, members, held)
+        finally:
+            for victim in victims:
+                self._state.release(victim.segment)
         return freed > 0
 
     def _flush(self) -> None:
@@ -136,13 +188,18 @@ class Evictor:
         except (DeviceError, PoisonedError):
             return
 
-    def _choose(self, device: DeviceState, wanted: int) -> list[_Victim]:
-        """Ask the policy which sealed segments go, and what survives of each.
+    def _choose(self, device: DeviceState, wanted: int, held: HeldKeys) -> list[_Victim]:
+        """Ask the policy which sealed segments go, and what survives of each; lease those.
 
         If warm blocks are spread so evenly that no segment is worth evicting, they are not spared.
         """
         with self._state.lock:
+            namespaces = {s.namespace_id for s in device.segments.values()}
+        held.prepare(namespaces)  # reads the catalog: not under the lock
+        with self._state.lock:
             standings = survey(self._state, device)
+            if not standings:
+                return []
             warm_ns = weighted_median(
                 np.concatenate([standing.recency_ns for standing in standings.values()]),
                 np.concatenate([standing.lengths for standing in standings.values()]),
@@ -153,17 +210,21 @@ class Evictor:
                 if segment.status is SegmentStatus.SEALED
             ]
             for limit in (warm_ns, _NEVER_NS):
-                plans = [self._plan(s, standings[s.handle.slot], limit) for s in sealed]
+                plans = [self._plan(s, standings[s.handle.slot], limit, held) for s in sealed]
                 candidates = [plan.candidate(i) for i, plan in enumerate(plans)]
-                chosen = choose_victims(candidates, wanted)
+                chosen = [plans[i] for i in choose_victims(candidates, wanted)]
                 if chosen:
-                    return [plans[i] for i in chosen]
+                    for victim in chosen:
+                        victim.segment.leases += 1  # nobody else frees it during the round
+                    return chosen
         return []
 
-    def _plan(self, segment: SegmentState, standing: Standing, warm_ns: int) -> _Victim:
+    def _plan(
+        self, segment: SegmentState, standing: Standing, warm_ns: int, held: HeldKeys
+    ) -> _Victim:
         lengths = standing.lengths
         survives = spare(
-            self._held(segment.namespace_id, segment.entries["key"][standing.indices]),
+            held.mask(segment.namespace_id, segment.entries["key"][standing.indices]),
             standing.reachable,
             standing.recency_ns,
             lengths,
@@ -190,44 +251,40 @@ class Evictor:
             device.full.append(device.logs.pop(oldest.state.namespace_id))
             return True
 
-    def _held(self, namespace_id: int, keys: KeyArray) -> Mask:
-        """Which keys must not be dropped."""
-        pins = self._state.pins
-        mask = np.zeros(len(keys), np.bool_)
-        if pins:
-            mask |= np.fromiter((key.tobytes() in pins for key in keys), np.bool_, len(keys))
-        namespace = self._state.namespaces.get(namespace_id)
-        if namespace is not None and namespace.is_durable and len(keys):
-            wanted = _as_items(keys)
-            for named in self._state.names.reachable_keys(namespace_id):
-                mask |= np.isin(wanted, _as_items(named))
-        return mask
-
-    def _evict(self, device: DeviceState, namespace_id: int, victims: list[_Victim]) -> int:
+    def _evict(
+        self, device: DeviceState, namespace_id: int, victims: list[_Victim], held: HeldKeys
+    ) -> int:
         """Evict segments of one namespace; return how many went."""
         state = self._state
-        evicted = 0
         with state.lock:
-            doomed = self._close_over_descendants(device, namespace_id, victims)
+            doomed = self._close_over_descendants(device, namespace_id, victims, held)
         lost = self._forget_files(namespace_id, doomed)
+        evicted = 0
         for victim in victims:
-            segment, keep = victim.segment, victim.survives
-            if len(lost):
-                keys = segment.entries["key"][victim.indices]
-                keep = keep & ~np.isin(_as_items(keys), _as_items(lost))
-            if not self._relocate(device, segment, victim.indices[keep]):
-                continue  # the victim keeps its blocks; the round frees less
-            with state.lock:
-                leftover = segment.live_indices()
-                state.forget(namespace_id, segment.records(leftover))
-                state.counters.segments_evicted += 1
-                device.discard(segment)
-                evicted += 1
-        self._drop_lost(namespace_id, lost)
+            segment = victim.segment
+            keys = segment.entries["key"][victim.indices]
+            keep = victim.survives & ~np.isin(as_items(keys), as_items(lost))
+            if self._relocate(device, segment, victim.indices[keep]):
+                evicted += self._give_up(device, segment, held)
+        self._drop_lost(namespace_id, lost, held)
         return evicted
 
+    def _give_up(self, device: DeviceState, segment: SegmentState, held: HeldKeys) -> bool:
+        """Forget what is left in a victim and free it, unless something in it is held by now."""
+        state = self._state
+        with state.lock:
+            if segment.status is not SegmentStatus.SEALED:
+                return False
+            leftover = segment.live_indices()
+            if held.mask(segment.namespace_id, segment.entries["key"][leftover]).any():
+                return False
+            state.forget(segment.namespace_id, segment.records(leftover))
+            state.counters.segments_evicted += 1
+            device.discard(segment)
+        return True
+
     def _close_over_descendants(
-        self, device: DeviceState, namespace_id: int, victims: list[_Victim]
+        self, device: DeviceState, namespace_id: int, victims: list[_Victim], held: HeldKeys
     ) -> KeyArray:
         """Return the keys that leave the pool: those with no other copy, and all below them."""
         dropped = np.concatenate(
@@ -242,13 +299,14 @@ class Evictor:
         if not len(dropped):
             return dropped
         keys, parents = self._all_live(namespace_id)
-        marks = np.isin(_as_items(keys), _as_items(dropped)).astype(np.uint8)
+        marks = np.isin(as_items(keys), as_items(dropped)).astype(np.uint8)
         _native.closure(keys, parents, marks)
         closed = np.ascontiguousarray(keys[marks.astype(np.bool_)])
-        return np.ascontiguousarray(closed[~self._held(namespace_id, closed)])
+        return np.ascontiguousarray(closed[~held.mask(namespace_id, closed)])
 
     def _all_live(self, namespace_id: int) -> tuple[KeyArray, KeyArray]:
-        keys, parents = [], []
+        keys = [np.zeros((0, KEY_BYTES), np.uint8)]
+        parents = [np.zeros((0, KEY_BYTES), np.uint8)]
         for device in self._state.devices:
             for segment in device.segments.values():
                 if segment.namespace_id == namespace_id and segment.live_count:
@@ -268,74 +326,57 @@ class Evictor:
     def _relocate(
         self, device: DeviceState, victim: SegmentState, indices: npt.NDArray[np.intp]
     ) -> bool:
-        """Copy blocks to the open log and persist them; False if there is no room for them."""
-        assert self._writer is not None
-        if not len(indices):
-            return True
-        state = self._state
-        namespace = state.namespaces[victim.namespace_id]
-        entries = victim.entries[indices]
-        lease = self._reader.lease(
-            namespace.namespace_id, np.ascontiguousarray(entries["key"]), verify=False
+        """Copy blocks to the open log, persist the copies, then let them take the place.
+
+        Until then the victim's are the blocks. False if that failed; nothing has changed then.
+        """
+        namespace = self._state.namespaces.get(victim.namespace_id)
+        if not len(indices) or namespace is None:
+            return not len(indices)
+        lengths = victim.entries["stored_bytes"][indices].astype(np.uint64)
+        scratch = np.empty(int(lengths.sum()), np.uint8)
+        addresses = np.uint64(scratch.ctypes.data) + np.cumsum(lengths) - lengths
+        good = self._reader.read_entries(victim, indices, lengths, addresses)
+        chosen = indices[good]
+        entries = victim.entries[chosen]
+        batch = Batch(
+            keys=np.ascontiguousarray(entries["key"]),
+            parents=np.ascontiguousarray(entries["parent"]),
+            addresses=addresses[good],
+            lengths=lengths[good],
+            tokens=np.ascontiguousarray(entries["token_count"]),
+            flags=np.ascontiguousarray(entries["flags"]),
         )
+        assert self._writer is not None
+        move = _Move(self._state)
         try:
-            records = victim.records(indices)
-            good = self._reader.verified(records)
-            entries, records = entries[good], records[good]
-            lengths = entries["stored_bytes"].astype(np.uint64)
-            scratch = np.empty(int(lengths.sum()), np.uint8)
-            addresses = np.uint64(scratch.ctypes.data) + np.cumsum(lengths) - lengths
-            lease.records = records
-            read = self._reader.read_ranges(
-                lease,
-                np.arange(len(records)),
-                np.zeros(len(records), np.uint64),
-                lengths,
-                addresses,
+            copies = self._writer.append(
+                device, namespace, batch, keep_reserve=False, settle=move.hold
             )
-            batch = Batch(
-                keys=np.ascontiguousarray(entries["key"]),
-                parents=np.ascontiguousarray(entries["parent"]),
-                addresses=addresses,
-                lengths=lengths,
-                tokens=np.ascontiguousarray(entries["token_count"]),
-                flags=np.ascontiguousarray(entries["flags"]),
-            ).take(np.flatnonzero(read))
-            copies = self._writer.append(device, namespace, batch, keep_reserve=False)
             self._writer.persist_holding(copies)
-            self._keep_recency(copies, victim.accessed_ns[indices[good][read]])
+            move.replace(victim, chosen)
         except (NoSpaceError, DeviceError, PoisonedError):
             return False
         finally:
-            self._reader.release(lease)
-        with state.lock:
-            state.counters.blocks_relocated += len(batch)
-            state.counters.bytes_relocated += int(batch.lengths.sum())
+            move.release()
         return True
 
-    def _keep_recency(self, copies: RecordArray, accessed_ns: npt.NDArray[np.int64]) -> None:
-        """Let copies be as old as what they were made from: moving a block is no use of it."""
-        for device, slot, generation, positions in group_by_segment(copies):
-            segment = self._state.segment_of(device, slot, generation)
-            if segment is not None:
-                segment.accessed_ns[copies["entry"][positions]] = accessed_ns[positions]
-
-    def _drop_lost(self, namespace_id: int, lost: KeyArray) -> None:
-        """Drop every copy of keys that left the pool."""
-        if len(lost):
-            self.drop(namespace_id, lost)
-            self._state.counters.blocks_evicted += len(lost)
+    def _drop_lost(self, namespace_id: int, lost: KeyArray, held: HeldKeys) -> None:
+        """Drop every copy of keys that left the pool, but those held by now."""
+        with self._state.lock:
+            lost = np.ascontiguousarray(lost[~held.mask(namespace_id, lost)])
+            if len(lost):
+                self.drop(namespace_id, lost)
+                self._state.counters.blocks_evicted += len(lost)
 
     def _discard_empty(self, device: DeviceState) -> None:
         with self._state.lock:
             empty = [
                 segment
                 for segment in device.segments.values()
-                if segment.status is SegmentStatus.SEALED and segment.live_count == 0
+                if segment.status is SegmentStatus.SEALED
+                and segment.live_count == 0
+                and segment.leases == 0
             ]
             for segment in empty:
                 device.discard(segment)
-
-
-def _as_items(keys: KeyArray) -> npt.NDArray[np.void]:
-    return np.ascontiguousarray(keys).view("V32").ravel()

@@ -101,9 +101,8 @@ class SegmentLog:
         Raises:
             DeviceError: A write failed; the segment is poisoned and none of the batch is in it.
         """
+        self.require_writable()
         state = self.state
-        if state.is_poisoned or state.status is not SegmentStatus.OPEN:
-            raise PoisonedError(f"segment takes no writes: {self.where}")
         padded = page_round(batch.lengths)
         offsets = (state.payload_end + np.cumsum(padded) - padded).astype(np.uint64)
         digests = np.zeros((len(batch), 16), np.uint8)
@@ -132,6 +131,11 @@ class SegmentLog:
         state.entry_count = count
         return np.arange(first, count)
 
+    def require_writable(self) -> None:
+        """Raise PoisonedError if the segment takes no writes (any more)."""
+        if self.state.is_poisoned or self.state.status is not SegmentStatus.OPEN:
+            raise PoisonedError(f"segment takes no writes: {self.where}")
+
     def persist(self, *, wanted: int | None = None) -> None:
         """Make the first `wanted` entries (all so far) survive a crash. Durability: persist.
 
@@ -143,8 +147,8 @@ class SegmentLog:
             wanted = self.state.entry_count
         with self.persist_lock:
             state = self.state
-            if state.persisted_count >= wanted:
-                return
+            if state.persisted_count >= wanted or state.status is SegmentStatus.DRAINING:
+                return  # covered already, or on its way out with its namespace
             if state.is_poisoned:
                 raise PoisonedError(f"an earlier write or persist failed: {self.where}")
             covered = state.entry_count
@@ -162,6 +166,8 @@ class SegmentLog:
         """
         self.persist()
         state = self.state
+        if state.status is not SegmentStatus.OPEN:
+            return
         if state.needs_verify:
             state.status = SegmentStatus.SEALED
             return
@@ -175,6 +181,21 @@ class SegmentLog:
     def where(self) -> str:
         """Name the segment for messages."""
         return segment_where(self.device, self.state.handle)
+
+    def rewrite_summary(self) -> None:
+        """Write the open header and all entries again, and persist them. Durability: persist.
+
+        For a segment of an earlier owner: the page cache may show what never reached the medium,
+        and would not write it again by itself after a failed persist.
+        """
+        with self._poisoning("write"):
+            self.device.write_tail(
+                self.state.handle, fmt.OPEN_POSITION, fmt.encode_header(self._header)
+            )
+            if self.state.entry_count:
+                self._write_entries(0, self.state.entry_count)
+        with self._poisoning("persist"):
+            self.device.persist(self.state.handle)
 
     def _write_entries(self, first: int, count: int) -> None:
         """Write the summary pages that hold entries [first, count), whole."""
@@ -292,11 +313,14 @@ def is_unborn(device: Device, handle: Segment) -> bool:
 
     For segments whose open header does not hold.
     """
-    if not any(device.read_tail(handle, HEADER_BYTES)):
-        return True
     if handle.is_file:  # a sidecar is persisted before its payload gets a name
-        return False
-    return device.next_data(handle, 0) >= handle.nbytes - HEADER_BYTES
+        return not any(device.read_tail(handle, _TAIL_FIRST_READ))
+    start = device.next_data(handle, 0)
+    if start >= handle.nbytes - HEADER_BYTES:
+        return True
+    # Where the filesystem shows no holes, look: an unborn segment is zero below its header.
+    rest = device.read_tail(handle, _TAIL_FIRST_READ)[:-HEADER_BYTES]
+    return not any(rest) and not any(device.read(handle, 0, PAGE))
 
 
 def _load_sealed(

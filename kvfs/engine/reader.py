@@ -18,7 +18,7 @@ import numpy.typing as npt
 from kvfs import _native
 from kvfs.devices.base import AddressArray
 from kvfs.engine.index import RECORD, RecordArray
-from kvfs.engine.segment_table import SegmentState, SegmentStatus, group_by_segment, is_verified
+from kvfs.engine.segment_table import SegmentState, group_by_segment, is_verified
 from kvfs.engine.state import EngineState
 from kvfs.keys import KeyArray
 from kvfs.units import PAGE
@@ -83,9 +83,7 @@ class Reader:
         """Let go of a lease; idempotent."""
         with self._state.lock:
             for segment in lease.segments:
-                segment.leases -= 1
-                if segment.leases == 0 and segment.status is SegmentStatus.DRAINING:
-                    self._state.device(segment.handle.device_index).discard(segment)
+                self._state.release(segment)
             lease.segments.clear()
 
     def read_into(
@@ -143,10 +141,42 @@ class Reader:
         records = lease.records[positions]
         starts = records["page"].astype(np.uint64) * np.uint64(PAGE) + offsets
         statuses = self._transfer(records, self._parts(records), starts, lengths, addresses, None)
-        good: Mask = statuses == 0
-        if not good.all():
-            self._drop_bad(records[~good], statuses[~good])
+        bad = (statuses != 0) & (records["length"] > 0)
+        if bad.any():
+            self._drop_bad(records[bad], statuses[bad])
+        good: Mask = (statuses == 0) & (records["length"] > 0)
         self._state.counters.bytes_read += int(lengths[good].sum())
+        return good
+
+    def read_entries(
+        self,
+        segment: SegmentState,
+        indices: npt.NDArray[np.integer],
+        lengths: AddressArray,
+        addresses: AddressArray,
+    ) -> Mask:
+        """Copy whole blocks out of one segment, verified; the caller holds a lease on it.
+
+        Blocks that do not hold what their entries say are dropped.
+        """
+        records = segment.records(indices)
+        if segment.needs_verify:
+            known = self._state.index(segment.namespace_id).lookup(
+                np.ascontiguousarray(records["key"]), segment.handle.device_index
+            )
+            same = (known["segment"] == records["segment"]) & (
+                known["generation"] == records["generation"]
+            )
+            records["flags"][same] = known["flags"][same]
+            records["length"][~self.verified(records)] = 0
+        parts = [Part(segment, np.arange(len(records)))]
+        starts = records["page"].astype(np.uint64) * np.uint64(PAGE)
+        digests = segment.digests(indices)
+        statuses = self._transfer(records, parts, starts, lengths, addresses, digests)
+        bad = (statuses != 0) & (records["length"] > 0)
+        if bad.any():
+            self._drop_bad(records[bad], statuses[bad])
+        good: Mask = (statuses == 0) & (records["length"] > 0)
         return good
 
     def verified(self, records: RecordArray) -> Mask:

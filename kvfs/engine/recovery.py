@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from kvfs import _native
 from kvfs.clock import Clock
-from kvfs.devices.base import Device, Segment
+from kvfs.devices.base import Device, Segment, SegmentName
 from kvfs.engine import format as fmt
 from kvfs.engine.device_state import GENERATIONS_RESERVED, DeviceState
 from kvfs.engine.format import Superblock
@@ -161,11 +161,15 @@ def load_devices(state: EngineState) -> RecoveryReport:
         for name in names:
             newest[name.slot] = max(name.generation, newest.get(name.slot, 0))
         for name in names:
-            handle = device.device.attach(name)
-            if name.generation < newest[name.slot]:
-                _free(device, handle, report)
+            try:
+                handle = device.device.attach(name)
+                if name.generation < newest[name.slot]:
+                    _free(device, handle, report)
+                    continue
+                loaded = _load(state, device, handle, report)
+            except OSError as error:
+                _shun(device, name, error, report)
                 continue
-            loaded = _load(state, device, handle, report)
             if loaded is not None:
                 found.append(_Found(device, handle, loaded))
     totals: dict[int, int] = {}
@@ -181,6 +185,16 @@ def load_devices(state: EngineState) -> RecoveryReport:
     for device in state.devices:
         device.device.persist_names()
     return report
+
+
+def _shun(device: DeviceState, name: SegmentName, error: OSError, report: RecoveryReport) -> None:
+    """Leave a segment alone that the device cannot read, and its slot."""
+    device.claimed.add(name.slot)
+    device.failures += 1
+    report.problems.append(
+        f"segment cannot be read: {segment_where(device.device, name)}: {error.strerror or error}; "
+        "its blocks are misses, its space stays used; run 'kvfs-admin check --repair'"
+    )
 
 
 def _load(
@@ -251,8 +265,9 @@ def _enter(state: EngineState, item: _Found, report: RecoveryReport) -> None:
         report.unsealed += 1
         for distance, page in loaded.residue:
             device.device.write_tail(handle, distance, page)
-        device.device.persist(handle)
-        if not handle.is_file:
+        if handle.is_file:
+            device.device.persist(handle)
+        else:
             _resume(device, segment, header)
     segment.persisted_count = loaded.entry_count
     last_access_ns = segment.last_access_ns
@@ -293,7 +308,9 @@ def _resume(device: DeviceState, segment: SegmentState, header: fmt.SegmentHeade
     if older is not None:
         older.state.status = SegmentStatus.SEALED  # generations ascend, so this one is newer
     segment.status = SegmentStatus.OPEN
-    device.logs[segment.namespace_id] = SegmentLog(device.device, segment, header)
+    log = SegmentLog(device.device, segment, header)
+    log.rewrite_summary()
+    device.logs[segment.namespace_id] = log
 
 
 def reap_unnamed_files(

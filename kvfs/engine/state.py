@@ -19,9 +19,15 @@ import numpy.typing as npt
 
 from kvfs.clock import Clock
 from kvfs.config import PoolOptions
+from kvfs.engine.activity import Activity
 from kvfs.engine.device_state import DeviceState, NamespaceSpec
 from kvfs.engine.index import VERIFIED, BlockIndex, RecordArray
-from kvfs.engine.segment_table import SegmentState, group_by_segment, page_round
+from kvfs.engine.segment_table import (
+    SegmentState,
+    SegmentStatus,
+    group_by_segment,
+    page_round,
+)
 from kvfs.errors import NotFoundError
 from kvfs.keys import KeyArray
 from kvfs.metrics import Counters
@@ -57,10 +63,12 @@ class EngineState:
     pinned_bytes: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        by_index = {device.info.index: device for device in self.devices}
-        self._by_index = by_index
+        self._by_index = {device.info.index: device for device in self.devices}
+        self.activity = Activity(self.lock)
 
     _by_index: dict[int, DeviceState] = dataclasses.field(init=False)
+    activity: Activity = dataclasses.field(init=False)
+    naming_epoch: int = 0  # counts what makes more keys reachable in a durable namespace
 
     def device(self, index: int) -> DeviceState:
         """Return the device with this number."""
@@ -108,8 +116,9 @@ class EngineState:
         if verified:
             records["flags"] = VERIFIED
         with self.lock:
+            index = self.index(segment.namespace_id)
             segment.mark_live(indices)
-            self.mark_dead(self.index(segment.namespace_id).insert(records))
+            self.mark_dead(index.insert(records))
             segment.last_access_ns = self.clock.monotonic_ns()
             segment.accessed_ns[indices] = segment.last_access_ns
         return records
@@ -123,6 +132,16 @@ class EngineState:
             removed = self.index(namespace_id).remove(hits)
             self.mark_dead(hits)
         return removed
+
+    def release(self, segment: SegmentState) -> None:
+        """Give back one lease; a segment that waited for it, or has become empty, is freed."""
+        with self.lock:
+            segment.leases -= 1
+            if segment.leases == 0 and (
+                segment.status is SegmentStatus.DRAINING
+                or (segment.status is SegmentStatus.SEALED and not segment.live_count)
+            ):
+                self.device(segment.handle.device_index).discard(segment)
 
     def mark_dead(self, records: RecordArray) -> None:
         """Count the entries that these records name as dead. REQUIRES: `lock`; not in the index."""

@@ -8,7 +8,8 @@ Layer: L3.
 - Nothing here knows names: contexts and files are the pool's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,10 +27,11 @@ from kvfs.engine.recovery import RecoveryReport, load_devices
 from kvfs.engine.segment_table import SegmentStatus
 from kvfs.engine.state import EngineState
 from kvfs.engine.writer import Durability, PutResult, Writer
-from kvfs.errors import BusyError, ClosedError, DeviceError, NoSpaceError, UsageError
+from kvfs.errors import BusyError, DeviceError, NoSpaceError, UsageError
 from kvfs.keys import KEY_BYTES, KeyArray
 
 _ROOM_ATTEMPTS = 16
+_CLOSE_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,6 @@ class Store:
             tokens: Tokens per block; the layout's when missing and the block is full.
             durability: See Durability.
         """
-        self._require_open()
         namespace = self._namespace(namespace_id)
         count = len(keys)
         if parents is None:
@@ -116,27 +117,47 @@ class Store:
             tokens=np.asarray(tokens if tokens is not None else np.zeros(count), np.uint32),
             flags=np.where(partial, EntryFlag.PARTIAL, 0).astype(np.uint8),
         )
-        return self._writer.put(namespace, batch, durability, self.reader.verified)
+        with self.state.activity.during(namespace_id):
+            return self._writer.put(namespace, batch, durability, self.reader.verified)
 
     def lookup(self, namespace_id: int, keys: KeyArray) -> RecordArray:
         """Return the fastest copy of each block; length 0 for a miss."""
-        return self.reader.lookup(namespace_id, keys)
+        with self.state.activity.during(namespace_id):
+            return self.reader.lookup(namespace_id, keys)
 
     def match_prefix(self, namespace_id: int, keys: KeyArray) -> int:
         """Return how many leading keys are resident."""
-        return self.state.index(namespace_id).match_prefix(keys)
+        with self.state.activity.during(namespace_id):
+            return self.state.index(namespace_id).match_prefix(keys)
 
     def read_into(
         self, namespace_id: int, keys: KeyArray, addresses: Addresses, lengths: Addresses
     ) -> Mask:
         """Copy whole blocks to memory, verified; returns which were."""
-        self._require_open()
-        return self.reader.read_into(namespace_id, keys, addresses, lengths)
+        with self.state.activity.during(namespace_id):
+            return self.reader.read_into(namespace_id, keys, addresses, lengths)
 
-    def lease(self, namespace_id: int, keys: KeyArray) -> Lease:
+    def lease(self, namespace_id: int, keys: KeyArray, *, verify: bool = True) -> Lease:
         """Hold blocks for reading in place; give back with `release`."""
-        self._require_open()
-        return self.reader.lease(namespace_id, keys)
+        with self.state.activity.during(namespace_id):
+            return self.reader.lease(namespace_id, keys, verify=verify)
+
+    def verified(self, records: RecordArray) -> Mask:
+        """Verify leased records that were not verified yet; bad ones are dropped. One namespace."""
+        with self.state.activity.during():
+            return self.reader.verified(records)
+
+    def read_ranges(
+        self,
+        lease: Lease,
+        positions: npt.NDArray[np.integer],
+        offsets: Addresses,
+        lengths: Addresses,
+        addresses: Addresses,
+    ) -> Mask:
+        """Copy parts of leased, verified blocks; see Reader.read_ranges."""
+        with self.state.activity.during():
+            return self.reader.read_ranges(lease, positions, offsets, lengths, addresses)
 
     def release(self, lease: Lease) -> None:
         """End a lease; idempotent."""
@@ -171,8 +192,8 @@ class Store:
 
     def drop(self, namespace_id: int, keys: KeyArray) -> int:
         """Drop blocks on all devices; return the copies dropped. Leaves no tombstone."""
-        self._require_open()
-        return self._evictor.drop(namespace_id, keys)
+        with self.state.activity.during(namespace_id):
+            return self._evictor.drop(namespace_id, keys)
 
     def flush(self) -> None:
         """Persist everything put so far. Durability: persist.
@@ -180,7 +201,44 @@ class Store:
         Raises:
             DeviceError: A persist failed; what it would have covered is dropped.
         """
-        self._writer.flush()
+        with self.state.activity.during():
+            self._writer.flush()
+
+    @contextmanager
+    def being_named(self, namespace_id: int, keys: KeyArray) -> Iterator[None]:
+        """Keep blocks of a durable namespace that are put now and named before the block ends.
+
+        Between its put and its naming a block has no name that would keep it.
+
+        Raises:
+            BusyError: The namespace has too much pinned already.
+        """
+        if not self._namespace(namespace_id).is_durable:
+            yield
+            return
+        nbytes = self.pin(namespace_id, keys)
+        try:
+            yield
+        finally:
+            self.note_named()
+            self.unpin(namespace_id, keys, nbytes)
+
+    def note_named(self) -> None:
+        """Say that more keys of a durable namespace are reachable by a name."""
+        with self.state.lock:
+            self.state.naming_epoch += 1
+
+    def is_kept(self, namespace_id: int, keys: KeyArray) -> bool:
+        """Say whether all blocks have a copy that survives this process, if the pool can."""
+        persistent = [d for d in self.state.devices if d.info.is_persistent]
+        with self.state.activity.during(namespace_id):
+            index = self.state.index(namespace_id)
+            if not persistent:
+                return index.match_prefix(keys) == len(keys)
+            found = np.zeros(len(keys), np.bool_)
+            for device in persistent:
+                found |= index.lookup(keys, device.info.index)["length"] > 0
+            return bool(found.all())
 
     @property
     def has_unsynced(self) -> bool:
@@ -195,7 +253,6 @@ class Store:
 
     def create_staging(self, name: str, namespace_id: int) -> tuple[int, Staging]:
         """Make a staging file on the tier that will hold it; return (device index, staging)."""
-        self._require_open()
         self._namespace(namespace_id)
         tiers = self.state.tiers(persistent=True) or self.state.tiers(persistent=False)
         if not tiers:
@@ -246,32 +303,44 @@ class Store:
             lengths: Bytes of each block; all but the last equal to the namespace's stride.
             digests: (n, 16) uint8, XXH3-128 of each block.
         """
-        self._require_open()
         namespace = self._namespace(namespace_id)
         entries = np.zeros(len(keys), ENTRY)
         entries["key"], entries["payload_xxh3"] = keys, digests
         entries["offset"] = np.cumsum(lengths) - lengths
         entries["stored_bytes"] = entries["logical_bytes"] = lengths
         entries["flags"] = np.where(lengths < namespace.block_bytes, EntryFlag.PARTIAL, 0)
-        return self._writer.adopt(self.state.device(device_index), namespace, staging, entries)
+        with self.state.activity.during(namespace_id):
+            return self._writer.adopt(self.state.device(device_index), namespace, staging, entries)
 
     # --- the rest
 
     def destroy_namespace(self, namespace_id: int) -> None:
-        """Free all segments of a namespace. The catalog forgot it before, durably."""
-        with self.state.lock:
-            for device in self.state.devices:
-                device.logs.pop(namespace_id, None)
-                device.full = [log for log in device.full if log.state.namespace_id != namespace_id]
-                for segment in list(device.segments.values()):
-                    if segment.namespace_id == namespace_id:
-                        device.discard(segment)
-            self.state.namespaces.pop(namespace_id, None)
-            # Not closed: readers in flight may hold it; the last one releases the table.
-            self.state.indexes.pop(namespace_id, None)
-        for device in self.state.devices:
-            with device.open_lock:
-                device.unregister(namespace_id)
+        """Free all segments of a namespace. The catalog forgot it before, durably.
+
+        Operations on it that are under way end first; new ones are refused.
+        """
+        state = self.state
+        state.activity.end(namespace_id)
+        with self._evictor.paused():
+            for device in state.devices:
+                with device.open_lock:
+                    device.unregister(namespace_id)
+                with state.lock:
+                    logs = [log for log in [*device.full, *device.logs.values()]
+                            if log.state.namespace_id == namespace_id]  # fmt: skip
+                for log in logs:
+                    with log.lock, log.persist_lock, state.lock:  # no flush is at work on it
+                        device.discard(log.state)
+                with state.lock:
+                    device.logs.pop(namespace_id, None)
+                    device.full = [log for log in device.full if log not in logs]
+                    for segment in list(device.segments.values()):
+                        if segment.namespace_id == namespace_id:
+                            device.discard(segment)
+            with state.lock:
+                state.namespaces.pop(namespace_id, None)
+                # Not closed: readers in flight may hold it; the last one releases the table.
+                state.indexes.pop(namespace_id, None)
 
     def device_statistics(self) -> list[DeviceStatistics]:
         """Return a snapshot of every device."""
@@ -283,13 +352,15 @@ class Store:
 
         Raises:
             DeviceError: The flush failed; everything was closed all the same.
+            BusyError: Operations did not end in time; the devices stay open.
         """
         if self._is_closed:
             return
         self._is_closed = True
+        self.state.activity.close(_CLOSE_TIMEOUT_S)
         failure: Exception | None = None
         try:
-            self.flush()
+            self._writer.flush()
         except Exception as error:  # noqa: BLE001 - raised again when the devices are closed
             failure = error
         for device in self.state.devices:
@@ -305,24 +376,22 @@ class Store:
 
     def _with_room(self, device: DeviceState, nbytes: int, operation: Callable[[], None]) -> None:
         """Run what needs space, evicting until it fits or nothing can go."""
-        if nbytes > device.info.capacity_bytes:
-            return operation()  # it will fail, and nothing need go for that
-        for _ in range(_ROOM_ATTEMPTS):
-            try:
-                return operation()
-            except NoSpaceError:
-                # Others may take what a round frees, so one round need not be enough.
-                if not self._evictor.make_room(device, max(nbytes, device.info.segment_bytes)):
-                    raise
-        return operation()
+        with self.state.activity.during():
+            # What can never fit fails at once: nothing need go for that.
+            attempts = _ROOM_ATTEMPTS if nbytes <= device.info.capacity_bytes else 0
+            for _ in range(attempts):
+                try:
+                    return operation()
+                except NoSpaceError:
+                    # Others may take what a round frees, so one round need not be enough.
+                    if not self._evictor.make_room(device, max(nbytes, device.info.segment_bytes)):
+                        raise
+            return operation()
 
     def _namespace(self, namespace_id: int) -> NamespaceSpec:
+        self.state.activity.require()
         self.state.index(namespace_id)
         return self.state.namespaces[namespace_id]
-
-    def _require_open(self) -> None:
-        if self._is_closed:
-            raise ClosedError("the pool is closed")
 
 
 def _device_statistics(device: DeviceState) -> DeviceStatistics:

@@ -55,6 +55,9 @@ class PutResult:
     bytes_deduplicated: int
 
 
+Settle = Callable[[SegmentState, npt.NDArray[np.int64]], RecordArray]
+
+
 class Writer:
     """Appends to the logs of a pool."""
 
@@ -112,9 +115,17 @@ class Writer:
         batch: Batch,
         *,
         keep_reserve: bool = True,
-        publish: bool = True,
+        settle: Settle | None = None,
     ) -> RecordArray:
         """Append blocks to the device's log of a namespace; return their records.
+
+        Args:
+            device: Where.
+            namespace: Whose.
+            batch: The blocks.
+            keep_reserve: Leave a segment free for relocation.
+            settle: What to do with each run of entries, under the engine's lock; publishes them
+                when missing.
 
         Durability: flush.
 
@@ -122,6 +133,7 @@ class Writer:
             NoSpaceError: Nothing more can be evicted.
             DeviceError: Writes failed on two segments in a row.
         """
+        settle = settle or self._publish
         made: list[RecordArray] = []
         done = failures = 0
         while done < len(batch):
@@ -135,18 +147,20 @@ class Writer:
                     log.state.reserve(log.state.entry_count + fits)
                 try:
                     indices = log.append(part)
+                    with self._state.lock:
+                        log.require_writable()  # a persist may have failed meanwhile
+                        made.append(settle(log.state, indices))
                 except (DeviceError, PoisonedError):
                     self._retire_poisoned(device, log)
                     failures += 1
                     if failures > 1:
                         raise
                     continue
-                if publish:
-                    made.append(self._state.publish(log.state, indices, verified=True))
-                else:
-                    made.append(log.state.records(indices))
             done += fits
         return np.concatenate(made) if made else np.zeros(0, RECORD)
+
+    def _publish(self, segment: SegmentState, indices: npt.NDArray[np.int64]) -> RecordArray:
+        return self._state.publish(segment, indices, verified=True)
 
     def flush(self) -> None:
         """Persist all that was appended, and seal full segments. Durability: persist.
@@ -370,14 +384,29 @@ class Writer:
                 device.full.remove(log)
             lost = np.arange(segment.persisted_count, segment.entry_count)
             lost = lost[segment.live[lost]]
-            state.forget(segment.namespace_id, segment.records(lost))
-            segment.status = (
-                SegmentStatus.SEALED
-            )  # as a place: full, evictable, never written again
+            self._drop_lost(segment, lost)
+            # As a place: full, evictable, never written again.
+            segment.status = SegmentStatus.SEALED
             segment.needs_verify = True
             state.counters.segments_poisoned += 1
             self._unverify(segment)
             self._count_failure(device)
+
+    def _drop_lost(self, segment: SegmentState, lost: npt.NDArray[np.intp]) -> None:
+        """Drop blocks that a failed persist would have covered, on every device.
+
+        A copy left on a volatile tier would let names and callers believe that they are safe.
+        REQUIRES: the state's lock.
+        """
+        state = self._state
+        state.counters.blocks_lost += len(lost)
+        keys = np.ascontiguousarray(segment.entries["key"][lost])
+        state.forget(segment.namespace_id, segment.records(lost))
+        if state.device(segment.handle.device_index).info.is_persistent:
+            index = state.index(segment.namespace_id)
+            for device in state.devices:
+                if not device.info.is_persistent:
+                    state.forget(segment.namespace_id, index.lookup(keys, device.info.index))
 
     def _unverify(self, segment: SegmentState) -> None:
         """Make readers verify again, from the medium. REQUIRES: the state's lock."""
