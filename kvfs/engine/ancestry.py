@@ -5,8 +5,9 @@ Layer: L3 (reads tables and index; no I/O).
 - A block whose parent is not resident can serve no prefix, nor can its descendants: they are
   *unreachable* and worth nothing.
 - A prefix is as valuable as what continues it: a block's recency is the latest access of itself or
-  any of its descendants. Plain least-recently-used order would drop the head of a chain first, and
-  the whole chain with it.
+  any of its descendants, plus a nanosecond or few for each block between them. Plain
+  least-recently-used order would drop the head of a chain first, and the whole chain with it; so
+  would any order that does not tell apart blocks that were read together.
 
 Both are computed for all blocks of a device at once by pointer doubling along parents: O(n log
 depth).
@@ -30,7 +31,7 @@ class Standing:
         indices: Entries.
         lengths: Bytes, rounded up to 4 KiB.
         reachable: Whether the chain is resident up to the block.
-        recency_ns: Latest access of the block or a descendant.
+        recency_ns: Latest access of the block or a descendant; later than any descendant's.
     """
 
     indices: npt.NDArray[np.intp]
@@ -106,11 +107,14 @@ def _propagate(
     """Spread recency to all ancestors and unreachability to all descendants, in place.
 
     `ancestor[i]` is the row of i's parent, or i itself for a root. After round k it is the 2**k-th
-    ancestor. Parents that form a cycle (possible, as parents are hints) end the doubling after as
-    many rounds as a chain of all rows would take.
+    ancestor, or the root; recency grows by a nanosecond for each step up, at the root by up to four
+    times as much. Parents that form a cycle (possible, as parents are hints) end the doubling after
+    as many rounds as a chain of all rows would take.
     """
-    for _ in range(len(ancestor).bit_length() + 1):
-        np.maximum.at(recency, ancestor, recency)
+    rows = np.arange(len(ancestor))
+    for number in range(len(ancestor).bit_length() + 1):
+        below = np.flatnonzero(ancestor != rows)
+        np.maximum.at(recency, ancestor[below], recency[below] + (1 << number))
         unreachable |= unreachable[ancestor]
         further = ancestor[ancestor]
         if np.array_equal(further, ancestor):
