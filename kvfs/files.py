@@ -404,7 +404,13 @@ class Files(FileContents):
             node.node_id, node.namespace_id, version, keys, nbytes,
             int(lengths[-1]) if count else 0, writer.mtime_ns, now,
         )  # fmt: skip
-        is_persisted = not count or self._store_content(writer, adopted, lengths)
+        if count and self._catalog.namespace(node.namespace_id).retention == "durable":
+            adopted.pinned_bytes = self._store.pin(node.namespace_id, keys)
+        try:
+            is_persisted = not count or self._store_content(writer, adopted, lengths)
+        except BaseException:
+            self._unpin(adopted)
+            raise
         self._note_adopted(adopted)
         writer.is_dirty = writer.is_written = False
         if is_persisted:

@@ -3,10 +3,10 @@
 import errno
 import functools
 import os
-import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.fuse.mounting import MIB, MountedPool, sh_fails, wait_until, write_file
@@ -16,7 +16,7 @@ FILE_BYTES = 3 * MIB + 123
 
 
 def content(number: int) -> bytes:
-    return random.Random(number).randbytes(FILE_BYTES)
+    return np.random.default_rng(number).bytes(FILE_BYTES)
 
 
 def present(path: Path) -> list[str]:
@@ -28,15 +28,15 @@ def test_eviction_takes_closed_files_whole(
     make_mount: Callable[..., MountedPool], file_bytes: int
 ) -> None:
     """Small files share segments, large ones have their own; both go whole, least recent first."""
-    mounted = make_mount(dir_mib=128, dram_mib=64)
+    mounted = make_mount(dir_mib=96, dram_mib=64)
     path = mounted.path
 
     def data(number: int) -> bytes:
-        return random.Random(number).randbytes(file_bytes)
+        return np.random.default_rng(number).bytes(file_bytes)
 
     write_file(path / "f000", data(0))
     with (path / "f000").open("rb", buffering=0) as kept:
-        count = 3 * 128 * MIB // file_bytes
+        count = 2 * 96 * MIB // file_bytes
         for number in range(1, count):
             write_file(path / f"f{number:03}", data(number))
         names = present(path)
@@ -62,10 +62,10 @@ def test_eviction_takes_closed_files_whole(
 
 def test_rewriting_a_full_pool_keeps_names(make_mount: Callable[..., MountedPool]) -> None:
     """New content makes room by evicting, perhaps the former content of the very file."""
-    mounted = make_mount(dir_mib=128, dram_mib=0)
+    mounted = make_mount(dir_mib=96, dram_mib=0)
     path = mounted.path
     for round_number in range(3):
-        for number in range(20):
+        for number in range(16):
             write_file(path / f"f{number:03}", content(100 * round_number + number), os.O_TRUNC)
             assert (path / f"f{number:03}").read_bytes() == content(100 * round_number + number)
     for name in present(path):
