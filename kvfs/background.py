@@ -4,18 +4,22 @@ Layer: L4.
 
 - The data plane is synchronous; this is the one place where a pool runs an event loop of its own.
   Later background work (migration, scrubbing) joins its nursery.
-- A failing step is logged and tried again; what could not be persisted has been dropped and
-  counted by the engine.
+- A failing step is logged and tried again after the delay, then after twice that, and so on up to
+  10 s: whatever failed, the thread goes on. What could not be persisted for good has been dropped
+  and counted by the engine; then there is nothing left to do.
 """
 
 import logging
+import math
 import threading
 from collections.abc import Callable
+from typing import Final
 
 import trio
 
 from kvfs.errors import KvfsError
 
+_RETRY_S_MAX: Final = 10.0
 _log = logging.getLogger("kvfs.background")
 
 
@@ -29,6 +33,7 @@ class Background:
         self._started = threading.Event()
         self._is_dirty = False
         self._is_stopping = False
+        self._failures = 0  # in a row
         self._token: trio.lowlevel.TrioToken | None = None
         self._wake: trio.Event | None = None
 
@@ -69,7 +74,8 @@ class Background:
         self._wake = trio.Event()
         self._started.set()
         while not self._is_stopping:
-            await self._wake.wait()
+            with trio.move_on_after(self._retry_s()):
+                await self._wake.wait()
             if self._is_stopping:
                 return
             # Half the bound for gathering a group, half for the persist itself.
@@ -85,8 +91,20 @@ class Background:
             self._wake = trio.Event()
             await self._wake.wait()
 
+    def _retry_s(self) -> float:
+        """Return how long to wait before a step that nobody asked for."""
+        if not self._failures:
+            return math.inf
+        return float(min(_RETRY_S_MAX, self._delay_s * 2 ** min(self._failures - 1, 30)))
+
     def _guarded_step(self) -> None:
         try:
             self._step()
         except KvfsError as error:
+            self._failures += 1
             _log.warning("background persist failed: %s", error)
+        except Exception:  # noqa: BLE001 - the thread must outlive whatever a step does
+            self._failures += 1
+            _log.exception("background persist failed unexpectedly; it is tried again")
+        else:
+            self._failures = 0

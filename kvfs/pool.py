@@ -42,7 +42,6 @@ from kvfs.engine.store import DeviceStatistics, Store
 from kvfs.errors import (
     ClosedError,
     DeviceError,
-    KvfsError,
     NotFoundError,
     RefusedError,
     UsageError,
@@ -151,10 +150,10 @@ class Pool:
         self.files = Files(self.store, catalog, self._layouts.__getitem__, clock)
         self.pins = Pins(self.store, catalog, lambda number: self._layouts[number].stride)
         self.files.on_gone = self.pins.release
-        catalog.on_checkpoint_due = self.note_written
         self.recovery = self.store.load()
         self._reconcile(self.recovery)
         self._background: Background | None = None
+        catalog.on_checkpoint_due = self.note_written
 
     # --- namespaces
 
@@ -360,13 +359,14 @@ class Pool:
         """
         if self._is_closed:
             return
+        steps = [self.sync, self.store.close, self.catalog.close]
         if self._background is not None:
-            self._background.stop()
-        failure: KvfsError | None = None
-        for step in (self.sync, self.store.close, self.catalog.close):
+            steps.insert(0, self._background.stop)
+        failure: Exception | None = None
+        for step in steps:
             try:
                 step()
-            except KvfsError as error:
+            except Exception as error:  # noqa: BLE001 - raised again when all is closed
                 failure = failure or error
         self._is_closed = True
         if self._lock_fd >= 0:
