@@ -78,15 +78,7 @@ def create_pool(
     catalog: Catalog | None = None
     try:
         for row, url in plan:
-            device = _open_device(row, url, create=True)
-            if device.read_superblock() is not None:
-                device.close()
-                raise ExistsError(
-                    f"device belongs to a pool: {url}; destroy that pool or delete the directory"
-                )
-            opened.append(
-                format_device(device, pool_uuid, location_of(device), this_process(), clock)
-            )
+            opened.append(_format_row(row, url, pool_uuid, clock))
         catalog = Catalog.create(root / CATALOG_NAME, pool_uuid)
         catalog.set_meta("name", name or root.name)
         for row, _ in plan:
@@ -195,6 +187,26 @@ def _open_device(row: DeviceRow, url: DeviceURL, *, create: bool = False) -> Dev
         url, index=row.index, uuid=uuid.UUID(bytes=row.uuid), capacity_bytes=url.size_bytes,
         segment_bytes=url.segment_bytes, name=row.name, create=create,
     )  # fmt: skip
+
+
+def _format_row(row: DeviceRow, url: DeviceURL, pool_uuid: uuid.UUID, clock: Clock) -> DeviceState:
+    """Make one device of a new pool; what belongs to another pool is left as it is."""
+    device = _open_device(row, url, create=True)
+    try:
+        is_taken = device.read_superblock() is not None
+    except BaseException:
+        device.close()
+        raise
+    if is_taken:
+        device.close()
+        raise ExistsError(
+            f"device belongs to a pool: {url}; destroy that pool or delete the directory"
+        )
+    try:
+        return format_device(device, pool_uuid, location_of(device), this_process(), clock)
+    except BaseException:
+        device.destroy()
+        raise
 
 
 def _open_row(
