@@ -145,9 +145,13 @@ class Namespace:
 
         Raises:
             NotFoundError: A block is not resident.
+            UsageError: A block before the last is partial.
         """
         keys = as_key_array(keys, self.info.namespace_id)
-        return View(self._store, self.info.namespace_id, keys, self.layout.stride)
+        return View(
+            self._store, self.info.namespace_id, keys,
+            block_bytes=self.layout.block_bytes, stride=self.layout.stride,
+        )  # fmt: skip
 
     def context(self, name: str, *, create: bool = True) -> "Context":
         """Return the context of that name ('a/b/c' makes directories), made empty if there is none.
@@ -200,10 +204,10 @@ class Context:
         Raises:
             NotFoundError: The context was dropped.
         """
-        node = self.namespace.pool.catalog.node(self._node_id)
-        if node is None:
-            raise NotFoundError(f"context was dropped: node {self._node_id}")
-        return node
+        try:
+            return self.namespace.pool.catalog.node(self._node_id)
+        except NotFoundError:
+            raise NotFoundError(f"context was dropped: node {self._node_id}") from None
 
     @property
     def name(self) -> str:
@@ -218,7 +222,7 @@ class Context:
 
     @property
     def tokens(self) -> npt.NDArray[np.uint32] | None:
-        """The token ids given to `append`, or None."""
+        """The token ids given to `append`, or None where those of some block were not given."""
         return self.namespace.pool.catalog.tokens(self.node.node_id)
 
     @property
