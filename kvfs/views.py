@@ -4,13 +4,15 @@ Layer: L4.
 
 - A view reserves address space of n x stride bytes and maps each extent into it in order. Nothing
   is copied where the kernel can map (`is_zero_copy`); the rest is copied into private pages.
-- It holds leases on its segments until closed: bytes do not change or move under it.
+- It holds leases on its segments until closed: bytes do not change or move under it. Arrays and
+  memoryviews of a view that was dropped, not closed, hold them until the last one is gone.
 - Blocks are verified before they are mapped, once per process and generation.
 - A page that fails under a reader (poison, truncation) reads as zeros and marks the view failed:
   `check` raises, as does leaving the `with` block.
 """
 
 import errno
+import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -32,8 +34,23 @@ if TYPE_CHECKING:
 _ALIGNMENT: Final = 2 * MIB
 
 
+class _Hold:
+    """Stands for the lease of a view: the lease ends when nothing refers to this any more."""
+
+    __slots__ = ("__weakref__",)
+
+
+class _Exported(np.ndarray[Any, np.dtype[np.uint8]]):
+    """The bytes of a view, as buffers of it refer to them; keeps the lease."""
+
+    hold: _Hold
+
+
 class View:
     """Blocks as one tensor. Use as a context manager, or call `close`.
+
+    Where the layout's `block_bytes` is no multiple of 4 KiB, each block but the last is followed by
+    padding up to the layout's `stride`. Its bytes are unspecified; they were zeros when written.
 
     Attributes:
         nbytes: Bytes from the first block's start to the last block's end (padding between blocks
@@ -41,7 +58,9 @@ class View:
         is_zero_copy: Every block is mapped; nothing was copied.
     """
 
-    def __init__(self, store: Store, namespace_id: int, keys: KeyArray, stride: int) -> None:
+    def __init__(
+        self, store: Store, namespace_id: int, keys: KeyArray, *, block_bytes: int, stride: int
+    ) -> None:
         """Map blocks in order; see Namespace.view."""
         if not len(keys):
             raise UsageError("a view needs at least one block")
@@ -49,6 +68,9 @@ class View:
         self._stride = stride
         self._mapping: _native.Mapping | None = None
         self._lease = store.lease(namespace_id, keys)
+        self._hold = _Hold()
+        self._release = weakref.finalize(self._hold, store.release, self._lease)
+        self._release.atexit = False
         try:
             missing = np.flatnonzero(self._lease.records["length"] == 0)
             if len(missing):
@@ -57,8 +79,12 @@ class View:
                     "ask match_prefix first"
                 )
             lengths = self._lease.records["length"].astype(np.int64)
-            if (lengths[:-1] < stride - PAGE + 1).any():
-                raise UsageError("only the last block of a view may be partial")
+            partial = np.flatnonzero(lengths[:-1] < block_bytes)
+            if len(partial):
+                raise UsageError(
+                    f"only the last block of a view may be partial: number {int(partial[0])} of "
+                    f"{len(keys)} has {int(lengths[partial[0]])} bytes; read blocks one by one"
+                )
             self.nbytes = int((len(keys) - 1) * stride + lengths[-1])
             self._mapping = _native.Mapping(len(keys) * stride, _ALIGNMENT)
             self.is_zero_copy = self._map(self._mapping, self._lease)
@@ -106,7 +132,9 @@ class View:
 
     def memory(self) -> memoryview:
         """Return the bytes, read-only. The view cannot be closed while the memoryview lives."""
-        return memoryview(self._open_mapping())[: self.nbytes]
+        exported = np.frombuffer(memoryview(self._open_mapping()), np.uint8).view(_Exported)
+        exported.hold = self._hold
+        return memoryview(exported)[: self.nbytes]
 
     def numpy(self, dtype: npt.DTypeLike = np.uint8, shape: tuple[int, ...] | None = None) -> Any:
         """Return the bytes as one array, without a copy.
@@ -116,12 +144,12 @@ class View:
             shape: Must hold exactly `nbytes`; one dimension when missing. One axis may be -1.
 
         Raises:
-            UsageError: The shape does not fit.
+            UsageError: The shape does not fit, or there is no such type.
         """
         try:
             array = np.frombuffer(self.memory(), np.dtype(dtype))
             return array if shape is None else array.reshape(shape)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise UsageError(f"view of {self.nbytes} bytes: {error}") from error
 
     def torch(self, dtype: "torch.dtype", shape: tuple[int, ...]) -> "torch.Tensor":
@@ -135,11 +163,11 @@ class View:
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            flat = torch.frombuffer(self.memory(), dtype=dtype)
-        try:
-            return flat.reshape(shape)
-        except RuntimeError as error:
-            raise UsageError(f"view of {self.nbytes} bytes: {error}") from error
+            memory = self.memory()
+            try:
+                return torch.frombuffer(memory, dtype=dtype).reshape(shape)
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise UsageError(f"view of {self.nbytes} bytes: {error}") from error
 
     @property
     def has_failed(self) -> bool:
@@ -167,7 +195,7 @@ class View:
         if self._mapping is not None:
             self._mapping.close()
             self._mapping = None
-        self._store.release(self._lease)
+        self._release()
 
     def __enter__(self) -> Self:
         return self
@@ -190,7 +218,7 @@ class View:
             try:
                 self.close()
             except BufferError:
-                return  # arrays outlive the view: their base keeps the mapping, the leases stay
+                return  # arrays outlive the view: they keep the mapping and the lease
 
     def _open_mapping(self) -> _native.Mapping:
         if self._mapping is None:
