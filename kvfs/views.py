@@ -134,7 +134,7 @@ class View:
         """Return the bytes, read-only. The view cannot be closed while the memoryview lives."""
         exported = np.frombuffer(memoryview(self._open_mapping()), np.uint8).view(_Exported)
         exported.hold = self._hold
-        return memoryview(exported)[: self.nbytes]
+        return exported.data[: self.nbytes]
 
     def numpy(self, dtype: npt.DTypeLike = np.uint8, shape: tuple[int, ...] | None = None) -> Any:
         """Return the bytes as one array, without a copy.
