@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +158,7 @@ def test_closed_pool(place: Place) -> None:
     pool.close()
     pool.close()
     room = np.zeros((2, LAYOUT.block_bytes), np.uint8)
-    operations: list[Callable[[], object]] = [
+    operations = [
         lambda: pool.namespace("s"),
         pool.namespaces,
         pool.statistics,
