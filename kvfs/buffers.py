@@ -3,6 +3,7 @@
 Layer: L0/L1 helper, no I/O.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,10 @@ def addresses_of(
     if not isinstance(buffers, Sequence) or len(buffers) != count:
         raise UsageError(f"expected {count} buffers, one per key")
     pairs = [_one(buffer, writable) for buffer in buffers]
-    table = np.array(pairs, dtype=np.uint64).reshape(count, 2)
+    try:
+        table = np.array(pairs, dtype=np.uint64).reshape(count, 2)
+    except OverflowError as error:
+        raise UsageError(f"address or length out of range: {error}") from error
     return np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1])
 
 
@@ -54,7 +58,10 @@ def _rows_of(array: Any, count: int, writable: bool) -> tuple[Addresses, Address
 
 def _one(buffer: Any, writable: bool) -> tuple[int, int]:
     if isinstance(buffer, tuple) and len(buffer) == 2:
-        return int(buffer[0]), int(buffer[1])
+        try:
+            return operator.index(buffer[0]), operator.index(buffer[1])
+        except TypeError as error:
+            raise UsageError(f"expected (address, length) of whole numbers: {error}") from error
     if hasattr(buffer, "data_ptr"):
         if buffer.device.type != "cpu" or not buffer.is_contiguous():
             raise UsageError("a tensor must be contiguous and on the CPU; see Tensor.contiguous()")

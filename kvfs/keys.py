@@ -25,6 +25,7 @@ import numpy.typing as npt
 from kvfs.errors import UsageError
 
 KEY_BYTES: Final = 32
+U32_MAX: Final = (1 << 32) - 1
 DIGEST_BYTES: Final = 24
 NO_PARENT: Final = bytes(KEY_BYTES)
 KeyArray = npt.NDArray[np.uint8]
@@ -54,24 +55,60 @@ def as_key_array(keys: Any, namespace_id: int | None = None) -> KeyArray:
         namespace_id: When given, every key must lie in this namespace.
 
     Raises:
-        UsageError: The shape is wrong or a key belongs to another namespace.
+        UsageError: The type or shape is wrong, or a key belongs to another namespace.
     """
     if isinstance(keys, (list, tuple)):
-        if any(len(key) != KEY_BYTES for key in keys):
-            raise UsageError(f"block keys have {KEY_BYTES} bytes each")
-        keys = b"".join(bytes(key) for key in keys)
+        keys = b"".join(_key_bytes(key) for key in keys)
     if isinstance(keys, (bytes, bytearray, memoryview)):
-        if len(keys) % KEY_BYTES:
-            raise UsageError(f"{len(keys)} bytes are no whole number of {KEY_BYTES}-byte keys")
+        nbytes = memoryview(keys).nbytes
+        if nbytes % KEY_BYTES:
+            raise UsageError(f"{nbytes} bytes are no whole number of {KEY_BYTES}-byte keys")
         keys = np.frombuffer(keys, np.uint8).reshape(-1, KEY_BYTES)
-    array = np.ascontiguousarray(keys, dtype=np.uint8)
+    array = np.asarray(keys)
     if array.ndim != 2 or array.shape[1] != KEY_BYTES:
         raise UsageError(f"keys must have shape (n, {KEY_BYTES}), found {array.shape}")
+    if array.dtype.kind not in "iu":
+        raise UsageError(f"keys must be uint8, found {array.dtype}")
+    if array.dtype != np.uint8 and array.size and (array.min() < 0 or array.max() > 255):
+        raise UsageError(f"keys must be uint8, found {array.min()} to {array.max()}")
+    array = np.ascontiguousarray(array, np.uint8)
     if namespace_id is not None and len(array):
         ids = array.view("<u8")[:, 0]
         if not bool((ids == np.uint64(namespace_id)).all()):
             raise UsageError("a key belongs to another namespace")
     return array
+
+
+def _key_bytes(key: Any) -> bytes:
+    """Return one key of a list."""
+    try:
+        raw = bytes(memoryview(key))
+    except (TypeError, ValueError):
+        raw = b""
+    if len(raw) != KEY_BYTES:
+        raise UsageError(f"block keys have {KEY_BYTES} bytes each, found {key!r:.80}")
+    return raw
+
+
+def as_u32_array(values: Any, what: str) -> npt.NDArray[np.uint32]:
+    """Return token ids, or counts of tokens, as a C-contiguous array; nothing wraps round.
+
+    Raises:
+        UsageError: They are no flat sequence of whole numbers from 0 to 2**32 - 1.
+    """
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, OverflowError):
+        array = np.empty((), object)
+    if array.ndim == 1 and array.size == 0:
+        return np.empty(0, np.uint32)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise UsageError(f"{what}: expected a flat sequence of whole numbers")
+    if array.dtype != np.uint32 and (int(array.min()) < 0 or int(array.max()) > U32_MAX):
+        raise UsageError(
+            f"{what}: expected 0 to {U32_MAX}, found {int(array.min())} to {int(array.max())}"
+        )
+    return np.ascontiguousarray(array, np.uint32)
 
 
 def chain_keys(
@@ -93,8 +130,12 @@ def chain_keys(
 
     Returns:
         keys and parents, both (n, 32) uint8; the first parent is `parent`.
-    """  # fmt: skip
-    tokens = np.ascontiguousarray(token_ids, dtype="<u4")
+
+    Raises:
+        UsageError: A token id is out of range, or `parent` is no key.
+    """
+    parent = _key_bytes(parent)
+    tokens = as_u32_array(token_ids, "token ids").astype("<u4", copy=False)
     count = -(-len(tokens) // block_tokens)
     keys = np.zeros((count, KEY_BYTES), np.uint8)
     prefix = struct.pack("<Q", namespace_id)

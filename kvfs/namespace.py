@@ -14,7 +14,7 @@ from kvfs.engine.catalog_schema import NamespaceInfo, Node, NodeKind, NodeState,
 from kvfs.engine.index import RecordArray
 from kvfs.engine.writer import Durability, PutResult
 from kvfs.errors import ExistsError, NotFoundError, UsageError
-from kvfs.keys import NO_PARENT, KeyArray, as_key_array, chain_keys
+from kvfs.keys import NO_PARENT, KeyArray, as_key_array, as_u32_array, chain_keys
 from kvfs.layout import Layout
 from kvfs.views import View
 
@@ -91,15 +91,14 @@ class Namespace:
         """
         keys = as_key_array(keys, self.info.namespace_id)
         addresses, lengths = addresses_of(buffers, len(keys))
-        if token_counts is None:
-            token_counts = [self.layout.block_tokens] * len(keys)
+        counts = _token_counts(self.layout, len(keys), None, token_counts)
         result = self._store.put(
             self.info.namespace_id,
             keys,
             addresses,
             lengths,
             parents=None if parents is None else as_key_array(parents),
-            tokens=token_counts,
+            tokens=counts,
             durability=_durability(durability),
         )
         self._pool.note_written()
@@ -270,7 +269,7 @@ class Context:
             return PutResult(0, 0, 0, 0)
         if (lengths[:-1] < layout.block_bytes).any():
             raise UsageError("only the last block of a context may be partial")
-        token_ids = None if tokens is None else np.asarray(tokens, np.uint32)
+        token_ids = None if tokens is None else as_u32_array(tokens, "tokens")
         counts = _token_counts(layout, len(keys), token_ids, token_counts)
         node, namespace_id = self.node, self.namespace.info.namespace_id
         kept = node.block_count - int(replace_tail)
@@ -329,9 +328,10 @@ def _token_counts(
 ) -> list[int]:
     """Return tokens per block: as given, or by cutting `tokens` into blocks, or full blocks."""
     if given is not None:
-        if len(given) != count:
-            raise UsageError(f"expected {count} token counts, found {len(given)}")
-        return list(given)
+        counts: list[int] = as_u32_array(given, "token counts").tolist()
+        if len(counts) != count:
+            raise UsageError(f"expected {count} token counts, found {len(counts)}")
+        return counts
     if tokens is None:
         return [layout.block_tokens] * count
     full = layout.block_tokens
