@@ -14,20 +14,26 @@ while the store is called: eviction takes the store's locks first and the catalo
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import replace as with_changes
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvfs.clock import Clock
 from kvfs.engine.catalog import Catalog
 from kvfs.engine.catalog_schema import Node, NodeState, Origin
+from kvfs.engine.index import RecordArray
 from kvfs.engine.store import Store
 from kvfs.errors import BusyError, KvfsError, NotFoundError
 from kvfs.file_reading import FileReader, FileReading
 from kvfs.keys import KeyArray
 from kvfs.layout import Layout
+
+if TYPE_CHECKING:
+    from kvfs.engine.reader import Lease
 
 _OPEN_ATTEMPTS = 4
 
@@ -69,6 +75,7 @@ class FileContents(FileReading):
         self._publish_lock = threading.Lock()
         self._adopted: dict[int, Adopted] = {}
         self._readers: dict[int, int] = {}
+        self._places: dict[int, Lease] = {}
         self._orphans: dict[int, tuple[int, list[KeyArray]]] = {}
         self.on_gone: Callable[[int], None] = lambda _: None  # told of pinned nodes that went
 
@@ -149,8 +156,34 @@ class FileContents(FileReading):
                 return
             del self._readers[reader.node_id]
             orphan = self._orphans.pop(reader.node_id, None)
+            lease = self._places.pop(reader.node_id, None)
+        if lease is not None:
+            self._store.release(lease)
         if orphan is not None:
             self._drop(*orphan)
+
+    @contextmanager
+    def places(self, node: Node) -> Iterator[RecordArray]:
+        """Give where the resident blocks of a context lie while the block runs.
+
+        If somebody has the file open, the places told first stay until the last close: they were
+        perhaps handed to a reader that goes past the mount.
+        """
+        with self._lock:
+            known = self._places.get(node.node_id)
+        if known is not None:
+            yield known.records
+            return
+        lease = self._store.lease(node.namespace_id, self.resident(node)[0])
+        try:
+            yield lease.records
+        finally:
+            with self._lock:
+                is_kept = node.node_id in self._readers and node.node_id not in self._places
+                if is_kept:
+                    self._places[node.node_id] = lease
+            if not is_kept:
+                self._store.release(lease)
 
     # --- names
 

@@ -118,12 +118,12 @@ class Xattrs:
         return json.dumps(tiers)
 
     def _extents(self, node: Node) -> str:
-        """Path, offset and length of the fastest copy of each byte, in order, runs joined."""
+        """Path, offset and length of the fastest copy of each byte, in order, runs joined.
+
+        They stay true while somebody has the file open.
+        """
         store = self._pool.store
-        keys, _ = self._pool.files.resident(node)
-        lease = store.lease(node.namespace_id, keys)
-        try:
-            records = lease.records
+        with self._pool.files.places(node) as records:
             paths = np.full(len(records), "", object)
             for device, slot, generation, positions in group_by_segment(records):
                 segment = store.state.segment_of(device, slot, generation)
@@ -138,8 +138,6 @@ class Xattrs:
                 else:
                     extents.append({"path": path, "offset": offset, "length": length})
                 end = offset + length
-        finally:
-            store.release(lease)
         return json.dumps(extents)
 
 
