@@ -265,17 +265,16 @@ class Store:
     ) -> None:
         """Write to a staging file; evicts when the device is full. Durability: flush."""
         device = self.state.device(device_index)
+        end = max(staging.nbytes, offset + memoryview(data).nbytes)
         self._with_room(
-            device, len(data), lambda: device.device.write_staging(staging, offset, data)
+            device, staging, end, lambda: device.device.write_staging(staging, offset, data)
         )
 
     def resize_staging(self, device_index: int, staging: Staging, nbytes: int) -> None:
         """Cut or extend a staging file with zeros; evicts when the device is full."""
         device = self.state.device(device_index)
         self._with_room(
-            device,
-            max(0, nbytes - staging.nbytes),
-            lambda: device.device.resize_staging(staging, nbytes),
+            device, staging, nbytes, lambda: device.device.resize_staging(staging, nbytes)
         )
 
     def staging_device(self, device_index: int) -> DeviceState:
@@ -374,17 +373,20 @@ class Store:
         if failure is not None:
             raise failure
 
-    def _with_room(self, device: DeviceState, nbytes: int, operation: Callable[[], None]) -> None:
-        """Run what needs space, evicting until it fits or nothing can go."""
+    def _with_room(
+        self, device: DeviceState, staging: Staging, end: int, operation: Callable[[], None]
+    ) -> None:
+        """Give a staging file a new size, evicting until it fits or nothing can go."""
+        growth = max(0, end - staging.nbytes)
         with self.state.activity.during():
             # What can never fit fails at once: nothing need go for that.
-            attempts = _ROOM_ATTEMPTS if nbytes <= device.info.capacity_bytes else 0
+            attempts = _ROOM_ATTEMPTS if end <= device.info.capacity_bytes else 0
             for _ in range(attempts):
                 try:
                     return operation()
                 except NoSpaceError:
                     # Others may take what a round frees, so one round need not be enough.
-                    if not self._evictor.make_room(device, max(nbytes, device.info.segment_bytes)):
+                    if not self._evictor.make_room(device, max(growth, device.info.segment_bytes)):
                         raise
             return operation()
 
