@@ -2,7 +2,8 @@
 
 Layer: tool.
 
-    every text file      at most 100 columns, ASCII where it is source, no unfinished-work marks
+    source               at most 100 columns, ASCII, no unfinished-work marks
+    every text file      no space at the end of lines
     Python               functions of at most 70 lines, files of at most 800 (a warning above 600)
     kvfs/                no print outside cli, demo and bench; a module docstring with its layer;
                          every module is imported by another or is an entry point; messages of
@@ -59,11 +60,12 @@ def is_source(path: str) -> bool:
 
 
 def check_text(path: str, text: str) -> Iterator[Finding]:
-    """Check the rules for any text: columns, ASCII, marks, length, tabs at line ends."""
+    """Check the rules for any text: columns, ASCII, marks, length, space at line ends."""
     lines = text.splitlines()
     is_code = is_source(path)
     for number, line in enumerate(lines, 1):
-        if len(line) > COLUMNS_MAX and not _may_be_long(path, line):
+        # Stubs of the native core carry long signatures; ruff does not hold them to it either.
+        if is_code and len(line) > COLUMNS_MAX and not path.endswith(".pyi"):
             yield Finding(path, number, f"{len(line)} columns, at most {COLUMNS_MAX}")
         if is_code and not line.isascii():
             yield Finding(path, number, "not ASCII")
@@ -74,13 +76,6 @@ def check_text(path: str, text: str) -> Iterator[Finding]:
     if is_code and len(lines) > FILE_LINES_WARN:
         is_warning = len(lines) <= FILE_LINES_MAX
         yield Finding(path, 1, f"{len(lines)} lines, at most {FILE_LINES_MAX}", is_warning)
-
-
-def _may_be_long(path: str, line: str) -> bool:
-    """Tables and links of Markdown cannot be broken; stubs are held to it by nobody."""
-    if path.endswith(".md"):
-        return line.lstrip().startswith("|") or "](" in line or "://" in line
-    return path.endswith(".pyi")
 
 
 def check_markdown(path: str, text: str) -> Iterator[Finding]:

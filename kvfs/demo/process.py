@@ -21,20 +21,49 @@ from kvfs.errors import UnavailableError
 STOP_SECONDS: Final = 20.0
 
 
+class _Interrupts:
+    """Whether interrupts are put off, and whether one came meanwhile. Main thread only."""
+
+    held = 0
+    is_pending = False
+
+
 @contextlib.contextmanager
 def signals_as_interrupts() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP clean up as Ctrl-C does."""
+    """Let SIGTERM and SIGHUP clean up as Ctrl-C does, and `held_interrupts` put all off."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        _Interrupts.is_pending = True
+        if not _Interrupts.held:
+            _raise_pending()
 
-    numbers = (signal.SIGTERM, signal.SIGHUP)
+    numbers = [signal.SIGTERM, signal.SIGHUP]
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a job in the background
+        numbers.append(signal.SIGINT)
     before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def held_interrupts() -> Iterator[None]:
+    """Put interrupts off until the block ends: a child that is half made could not be ended."""
+    _Interrupts.held += 1
+    try:
+        yield
+    finally:
+        _Interrupts.held -= 1
+    if not _Interrupts.held:
+        _raise_pending()
+
+
+def _raise_pending() -> None:
+    if _Interrupts.is_pending:
+        _Interrupts.is_pending = False
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -46,11 +75,12 @@ def workplace(directory: str | None) -> Iterator[Path]:
             (root / name).mkdir()
         yield root
     finally:
-        unmount(root / "mount")
-        if os.path.ismount(root / "mount"):
-            sys.stderr.write(f"demo: {root}/mount is still mounted; nothing was removed\n")
-        else:
-            shutil.rmtree(root, ignore_errors=True)
+        with held_interrupts():
+            unmount(root / "mount")
+            if os.path.ismount(root / "mount"):
+                sys.stderr.write(f"demo: {root}/mount is still mounted; nothing was removed\n")
+            else:
+                shutil.rmtree(root, ignore_errors=True)
 
 
 def unmount(mountpoint: Path) -> None:
@@ -66,12 +96,14 @@ class Child:
     """A Python process of the demo, talked to in lines of JSON. Ends with the `with` block."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        # A session of its own: Ctrl-C reaches this process, which ends its children in order.
-        self._process = subprocess.Popen(
-            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, start_new_session=True,
-        )  # fmt: skip
-        self._name = command[1]
+        """Name the arguments of the interpreter; the process starts with the `with` block."""
+        self._command = [sys.executable, *command]
+        self._started: subprocess.Popen[str] | None = None
+
+    @property
+    def _process(self) -> "subprocess.Popen[str]":
+        assert self._started is not None
+        return self._started
 
     @property
     def pid(self) -> int:
@@ -95,7 +127,7 @@ class Child:
         line = self._process.stdout.readline()
         if not line:
             status = self._process.wait(STOP_SECONDS)
-            raise UnavailableError(f"{self._name} ended with status {status}; see above")
+            raise UnavailableError(f"{self._command[2]} ended with status {status}; see above")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -105,9 +137,28 @@ class Child:
         self._process.wait()
 
     def __enter__(self) -> Self:
+        try:
+            with held_interrupts():
+                # A session of its own: Ctrl-C reaches this process, which ends its children.
+                self._started = subprocess.Popen(
+                    self._command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    start_new_session=True,
+                )
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        with held_interrupts():
+            self._end()
+
+    def _end(self) -> None:
+        if self._started is None:
+            return
         if self._process.poll() is None:
             self._process.terminate()
             try:

@@ -24,7 +24,13 @@ from typing import Any, Final
 import kvfs
 from kvfs.demo import prompts, report
 from kvfs.demo.model import MODEL_NAME, now_ns, require
-from kvfs.demo.process import Child, signals_as_interrupts, unmount, workplace
+from kvfs.demo.process import (
+    Child,
+    held_interrupts,
+    signals_as_interrupts,
+    unmount,
+    workplace,
+)
 from kvfs.demo.serve import CONTEXT_NAMES, NAMESPACE
 from kvfs.errors import DataError, KvfsError, UnavailableError, UsageError
 from kvfs.units import GIB, format_bytes, format_duration
@@ -32,6 +38,7 @@ from kvfs.units import GIB, format_bytes, format_duration
 DRAM_BYTES: Final = "1GiB"
 DIRECTORY_BYTES: Final = "2GiB"
 _FREE_BYTES_MIN: Final = 3 * GIB
+_COMMAND_SECONDS: Final = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -198,6 +205,18 @@ def _mount_again(stack: contextlib.ExitStack, pool: Path, mountpoint: Path) -> i
 
 
 def _kvfs(*words: str) -> int:
-    """Run the command `kvfs`; return its exit status."""
+    """Run the command `kvfs` to its end, whatever signal comes; return its exit status."""
     command = [sys.executable, "-m", "kvfs.cli.kvfs", *words]
-    return subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+    with held_interrupts():
+        try:
+            return subprocess.run(
+                command,
+                stdout=subprocess.DEVNULL,
+                check=False,
+                start_new_session=True,
+                timeout=_COMMAND_SECONDS,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            raise UnavailableError(
+                f"no end after {_COMMAND_SECONDS:.0f} s: kvfs {' '.join(words)}"
+            ) from None

@@ -2,12 +2,19 @@
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from kvfs.demo.process import Child, signals_as_interrupts, unmount, workplace
+from kvfs.demo.process import (
+    Child,
+    held_interrupts,
+    signals_as_interrupts,
+    unmount,
+    workplace,
+)
 from kvfs.errors import UnavailableError
 
 ECHO = """
@@ -60,7 +67,7 @@ def test_unmount_of_what_is_not_mounted(tmp_path: Path) -> None:
     assert tmp_path.is_dir()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_signals_clean_up_like_ctrl_c(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt), signals_as_interrupts():
@@ -71,3 +78,41 @@ def test_signals_clean_up_like_ctrl_c(number: signal.Signals) -> None:
 def test_children_run_the_same_python() -> None:
     with Child(["-c", "import json, sys; print(json.dumps({'at': sys.executable}))"]) as child:
         assert child.answer()["at"] == sys.executable
+
+
+def test_an_interrupt_waits_for_the_end_of_the_block() -> None:
+    reached = []
+
+    def work() -> None:
+        with held_interrupts():
+            with held_interrupts():
+                os.kill(os.getpid(), signal.SIGTERM)
+                reached.append("inner")
+            reached.append("outer")
+        reached.append("after")
+
+    with signals_as_interrupts(), pytest.raises(KeyboardInterrupt):
+        work()
+    assert reached == ["inner", "outer"]
+    with signals_as_interrupts(), held_interrupts():
+        reached.clear()  # the pending one was used up
+
+
+def test_a_child_interrupted_while_it_starts_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    popen = subprocess.Popen
+
+    def start(*arguments: object, **options: object) -> object:
+        started.append(popen(*arguments, **options))  # type: ignore[call-overload]
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+
+    def work() -> None:
+        with Child(["-c", ECHO]):
+            pytest.fail("not reached")
+
+    with signals_as_interrupts(), pytest.raises(KeyboardInterrupt):
+        work()
+    assert started[0].returncode == -signal.SIGTERM
