@@ -173,8 +173,8 @@ def test_forgotten_view_gives_its_leases_back(scattered: Scattered) -> None:
 class Unmappable:
     """A mapping that no file can be mapped into, as in a process that is out of maps."""
 
-    def __init__(self, nbytes: int) -> None:
-        self._inner = REAL_MAPPING(nbytes)
+    def __init__(self, *arguments: int) -> None:
+        self._inner = REAL_MAPPING(*arguments)
 
     def map(self, *arguments: object) -> None:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
