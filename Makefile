@@ -36,7 +36,8 @@ $(VENV)/.system: tools/setup.sh
 	touch $@
 
 # The build tools are in the venv, not isolated, so that a change in C compiles the changed files
-# alone; and kvfs is installed without dependencies, which are there by then (tools/requirements.py).
+# alone; and kvfs is installed without dependencies, which are there by then; tools/requirements.py
+# says why.
 $(VENV)/.dependencies: $(VENV)/.system pyproject.toml tools/requirements.py
 	@echo 'setup: installing what kvfs and its tests need' >&2
 	$(PIP) install -q 'scikit-build-core>=0.11' cmake ninja
