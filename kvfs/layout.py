@@ -13,7 +13,6 @@ import msgspec
 from kvfs.errors import UsageError
 from kvfs.units import MIB, PAGE, align_up
 
-BLOCK_BYTES_MIN: Final = PAGE
 BLOCK_BYTES_MAX: Final = 256 * MIB
 _ITEM_BYTES: Final = {"uint8": 1, "int8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1, "float16": 2,
                       "bfloat16": 2, "float32": 4}  # fmt: skip
@@ -68,11 +67,6 @@ class Layout:
     def stride(self) -> int:
         """Distance of two blocks in a file or view: `block_bytes` rounded up to 4 KiB."""
         return align_up(self.block_bytes, PAGE)
-
-    @property
-    def is_opaque(self) -> bool:
-        """Whether the namespace holds plain bytes, as those made by mkdir do."""
-        return self.model == "" and self.dtype == "uint8" and self.block_tokens == 1
 
     def to_json(self) -> str:
         """Encode canonically (sorted keys); the fingerprint is taken over this."""

@@ -257,22 +257,6 @@ def destroy_pool(path: str | os.PathLike[str]) -> None:
         root.rmdir()
 
 
-def owner_of(path: str | os.PathLike[str]) -> dict[str, object] | None:
-    """Return who owns the pool (pid, command, since), or None if nobody does."""
-    file = Path(path).absolute() / LOCK_NAME
-    try:
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _lock_content(fd)
-    finally:
-        os.close(fd)
-    return None
-
-
 def _lock(root: Path) -> int:
     """Take the pool's lock.
 

@@ -260,7 +260,7 @@ class Context:
         Raises:
             UsageError: The context ends in a partial block and `replace_tail` is not set.
             BusyError: The context is pinned and has outgrown its share; the blocks are appended,
-                the new ones not pinned.
+                as durable as asked, and the new ones are not pinned.
         """
         pool, layout = self.namespace.pool, self.namespace.layout
         keys = as_key_array(keys, self.namespace.info.namespace_id)
@@ -295,9 +295,9 @@ class Context:
                 now_ns=pool.clock.wall_ns(),
                 replace_tail=replace_tail,
             )
-        pool.pins.follow(self.node)
         if durability == "sync":
             pool.catalog.sync()
+        pool.pins.follow(self.node)
         return result
 
     def view(self) -> View:

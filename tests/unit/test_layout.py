@@ -86,9 +86,3 @@ def test_refused(arguments: tuple[object, ...], message: str) -> None:
 def test_text_not_understood(text: str) -> None:
     with pytest.raises(UsageError, match="layout not understood"):
         Layout.from_json(text)
-
-
-def test_opaque() -> None:
-    assert OPAQUE.is_opaque
-    assert not MODEL.is_opaque
-    assert not Layout(model="x").is_opaque
