@@ -1,5 +1,6 @@
 """Pools: made, opened, owned by one, destroyed; namespaces; persisting in the background."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -172,6 +173,25 @@ def test_closed_pool(place: Place) -> None:
     for operation in operations:
         with pytest.raises(ClosedError):
             operation()
+
+
+def test_close_that_fails_closes_all_the_same(place: Place) -> None:
+    place.create().close()
+    pool = place.open(background=False)
+    space = pool.namespace("s", LAYOUT)
+    kept, lost = space.keys(np.arange(8))[0], space.keys(np.arange(100, 108))[0]
+    space.put(kept, blocks(2), durability="sync")
+    space.put(lost, blocks(2), durability="async")
+
+    def fail(segment: Segment) -> None:
+        raise OSError(errno.EIO, "made to fail")
+
+    pool.store.state.devices[0].device.persist = fail  # type: ignore[method-assign]
+    with pytest.raises(DeviceError, match="persist failed: dir0"):
+        pool.close()
+    pool.close()
+    with place.open() as pool:
+        assert (read(pool.namespace("s"), kept, 2) == blocks(2)).all()
 
 
 def test_layouts_must_agree(pool: kvfs.Pool) -> None:
