@@ -52,11 +52,14 @@ class Window:
         fds = np.full(len(records), -1, np.int64)
         addresses = np.zeros(len(records), np.uint64)
         vouched = is_verified(records)
+        in_memory = np.zeros(len(records), np.bool_)
         for device, slot, generation, positions in group_by_segment(records):
             segment = store.state.segment_of(device, slot, generation)
             assert segment is not None, "a leased segment is there"
             fds[positions] = -1 if segment.handle.address else segment.handle.fd
             addresses[positions] = segment.handle.address
+            # A memory file never makes its reader wait, and does not know RWF_NOWAIT.
+            in_memory[positions] = not store.state.device(device).info.is_persistent
             if not store.state.options.verify_reads and not segment.needs_verify:
                 vouched[positions] = True
         self._offsets: list[int] = (records["page"].astype(np.int64) * PAGE).tolist()
@@ -64,6 +67,7 @@ class Window:
         self._fds: list[int] = fds.tolist()
         self._addresses: list[int] = addresses.tolist()
         self._is_vouched: list[bool] = vouched.tolist()
+        self._in_memory: list[bool] = in_memory.tolist()
 
     def covers(self, first: int, last: int) -> bool:
         """Say whether blocks [first, last) lie inside."""
@@ -138,7 +142,7 @@ class Window:
                 raise LostBlockError(f"memory fault: block {i + self.first}")
             return True
         done = 0
-        flags = 0 if wait else os.RWF_NOWAIT
+        flags = 0 if wait or self._in_memory[i] else os.RWF_NOWAIT
         while done < part.nbytes:
             try:
                 count = os.preadv(self._fds[i], [part[done:]], start + done, flags)

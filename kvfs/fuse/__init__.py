@@ -4,7 +4,8 @@ Layer: L5.
 
     mount.py        mount and unmount, in the foreground or in a thread
     mountpoint.py   what the kernel says of mountpoints: checks, stale mounts, read-ahead
-    operations.py   the request handlers: thin, they call kvfs.tree and kvfs.files
+    operations.py   request handlers of names and attributes: thin, they call kvfs.tree
+    file_operations.py  request handlers of open files: thin, they call kvfs.files
     requests.py     deadline, errors to errno, counts
     handles.py      open files and directories, lookup counts
     attributes.py   nodes to stat

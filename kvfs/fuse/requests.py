@@ -29,7 +29,7 @@ _P = ParamSpec("_P")
 
 
 class RequestCounters:
-    """Counts of a mount since it began. Used by its loop alone."""
+    """Counts of a mount since it began. Counted by its loop alone."""
 
     def __init__(self) -> None:
         self.requests: dict[str, int] = {}
@@ -49,13 +49,13 @@ class RequestCounters:
         self.errors[number] = self.errors.get(number, 0) + 1
 
     def snapshot(self) -> dict[str, Any]:
-        """Return what was counted, with names for people and machines."""
+        """Return what was counted, with names for people and machines. Any thread."""
         return {
-            "requests": dict(sorted(self.requests.items())),
-            "busy_ns": dict(sorted(self.busy_ns.items())),
+            "requests": dict(sorted(self.requests.copy().items())),
+            "busy_ns": dict(sorted(self.busy_ns.copy().items())),
             "errors": {
                 errno.errorcode.get(number, str(number)): count
-                for number, count in sorted(self.errors.items())
+                for number, count in sorted(self.errors.copy().items())
             },
             "timeouts": self.timeouts,
             "bytes_read": self.bytes_read,

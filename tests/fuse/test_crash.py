@@ -33,7 +33,7 @@ def restart(mounted: MountedPool) -> None:
 
 def test_finished_file_survives_and_a_part_does_not(mounted: MountedPool) -> None:
     rng = random.Random(1)
-    small, large = rng.randbytes(100_000), rng.randbytes(20 * MIB)
+    small, large = rng.randbytes(100_000), rng.randbytes(5 * MIB)
     path = mounted.path / "ns"
     path.mkdir()
     write_file(path / "small", small)
@@ -64,7 +64,7 @@ def test_closed_file_is_whole_or_absent(mounted: MountedPool) -> None:
         assert (mounted.path / name).read_bytes() == data[name]
 
 
-@pytest.mark.parametrize("size", [100_000, 20 * MIB])
+@pytest.mark.parametrize("size", [100_000, 5 * MIB])
 def test_replaced_file_has_former_or_new_content(mounted: MountedPool, size: int) -> None:
     old, new = random.Random(2).randbytes(size), random.Random(3).randbytes(size + 5)
     path = mounted.path / "f"

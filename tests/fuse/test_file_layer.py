@@ -1,7 +1,9 @@
 """Files below the mount: failures, lost blocks, and many threads at once. Needs no FUSE."""
 
+import contextlib
 import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +48,7 @@ def leases(pool: Pool) -> int:
     return sum(s.leases for device in devices for s in device.segments.values())
 
 
-@pytest.mark.parametrize("size", [1000, 20 * MIB])
+@pytest.mark.parametrize("size", [1000, 5 * MIB])
 def test_failed_write_leaves_former_content(
     pool: Pool, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
@@ -68,7 +70,7 @@ def test_failed_write_leaves_former_content(
     assert read(pool, "new") is None
 
 
-@pytest.mark.parametrize("size", [1000, 20 * MIB])
+@pytest.mark.parametrize("size", [1000, 5 * MIB])
 def test_failed_adoption_leaves_former_content(
     pool: Pool, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
@@ -98,7 +100,7 @@ def test_failed_persist_of_the_staging_file(pool: Pool, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(pool.store.state.devices[0].device, "persist_staging", fail)
     with pytest.raises(DeviceError, match="persist failed"):
-        write(pool, "f", b"x" * (20 * MIB))
+        write(pool, "f", b"x" * (5 * MIB))
     assert read(pool, "f") is None
 
 
@@ -265,74 +267,89 @@ def test_dropped_namespace_under_open_files(pool: Pool) -> None:
     assert tree.lookup(1, "ns") is None
 
 
-def test_whole_or_absent_under_threads(tmp_path: Path, seed: int) -> None:
-    """Writers, readers, renames and removals in a pool that is too small for what they do."""
-    (tmp_path / "device").mkdir()
-    devices = [
-        f"dir:{tmp_path / 'device'}?size=80MiB&segment=16MiB", "dram:?size=64MiB&segment=16MiB",
-    ]  # fmt: skip
-    pool = kvfs.create_pool(tmp_path / "pool", devices)
-    tree = Tree(pool)
-    names = [f"f{i}" for i in range(60)]
-    failures: list[BaseException] = []
-    is_over = threading.Event()
-    # What is being written takes space too, so that a pool this small may refuse.
-    fine = (kvfs.NotFoundError, kvfs.BusyError, kvfs.ExistsError, kvfs.NoSpaceError)
+class Chaos:
+    """Writers, readers, renames and removals at once, on files whose content can be checked."""
 
+    # What is being written takes space too, so that a pool this small may refuse.
+    FINE = (kvfs.NotFoundError, kvfs.BusyError, kvfs.ExistsError, kvfs.NoSpaceError)
+    NAMES = tuple(f"f{i}" for i in range(60))
+    JOBS = (("write",), ("write", "move"), ("read",), ("read",), ("remove", "sync", "read"))
+
+    def __init__(self, pool: Pool, seed: int) -> None:
+        self.pool = pool
+        self.tree = Tree(pool)
+        self.is_over = threading.Event()
+        self.failures: list[BaseException] = []
+        self._threads = [
+            threading.Thread(target=self._run, args=(kinds, random.Random(seed + i)))
+            for i, kinds in enumerate(self.JOBS)
+        ]
+
+    def run_until(self, condition: Callable[[], bool], what: str) -> None:
+        for thread in self._threads:
+            thread.start()
+        try:
+            wait_until(lambda: self.is_over.is_set() or condition(), what)
+        finally:
+            self.is_over.set()
+            for thread in self._threads:
+                thread.join()
+        if self.failures:
+            raise self.failures[0]
+
+    def check(self, pool: Pool, name: str) -> None:
+        data = read(pool, name)
+        if data:
+            assert data == self.content(int.from_bytes(data[:8], "little"))
+
+    @staticmethod
     def content(number: int) -> bytes:
         rng = random.Random(number)
         body = rng.randbytes(rng.choice((10, 5000, MIB, 3 * MIB + 7, 6 * MIB)))
         return number.to_bytes(8, "little") + body
 
-    def check(data: bytes | None) -> None:
-        if data:
-            assert data == content(int.from_bytes(data[:8], "little"))
-
-    def work(kind: str, rng: random.Random) -> None:
-        name = rng.choice(names)
-        if kind == "write":
-            write(pool, name, content(rng.randrange(1000)))
-        elif kind == "read":
-            check(read(pool, name))
-        elif kind == "move":
-            write(pool, f"tmp-{threading.get_ident()}", content(rng.randrange(1000)))
-            tree.rename(1, f"tmp-{threading.get_ident()}", 1, name, replace=True)
-        elif kind == "remove":
-            tree.remove_file(1, name)
-        else:
-            pool.sync()
-
-    def run(kinds: list[str], number: int) -> None:
-        rng = random.Random(seed + number)
+    def _run(self, kinds: tuple[str, ...], rng: random.Random) -> None:
         try:
-            while not is_over.is_set():
-                try:
-                    work(rng.choice(kinds), rng)
-                except fine:
-                    continue
-        except BaseException as error:  # noqa: BLE001 - raised again below
-            failures.append(error)
-            is_over.set()
+            while not self.is_over.is_set():
+                with contextlib.suppress(*self.FINE):
+                    self._step(rng.choice(kinds), rng)
+        except BaseException as error:  # noqa: BLE001 - raised again by run_until
+            self.failures.append(error)
+            self.is_over.set()
 
-    jobs = [["write"], ["write", "move"], ["read"], ["read"], ["remove", "sync", "read"]]
-    threads = [threading.Thread(target=run, args=(kinds, i)) for i, kinds in enumerate(jobs)]
-    for thread in threads:
-        thread.start()
+    def _step(self, kind: str, rng: random.Random) -> None:
+        name = rng.choice(self.NAMES)
+        temporary = f"tmp-{threading.get_ident()}"
+        match kind:
+            case "write":
+                write(self.pool, name, self.content(rng.randrange(1000)))
+            case "read":
+                self.check(self.pool, name)
+            case "move":
+                write(self.pool, temporary, self.content(rng.randrange(1000)))
+                self.tree.rename(1, temporary, 1, name, replace=True)
+            case "remove":
+                self.tree.remove_file(1, name)
+            case _:
+                self.pool.sync()
+
+
+def test_whole_or_absent_under_threads(tmp_path: Path, seed: int) -> None:
+    """In a pool that is too small for what is done to it."""
+    (tmp_path / "device").mkdir()
+    devices = [
+        f"dir:{tmp_path / 'device'}?size=64MiB&segment=16MiB", "dram:?size=64MiB&segment=16MiB",
+    ]  # fmt: skip
+    pool = kvfs.create_pool(tmp_path / "pool", devices)
+    chaos = Chaos(pool, seed)
     counters = pool.store.state.counters
-    try:
-        wait_until(lambda: is_over.is_set() or counters.files_evicted > 20, "files evicted")
-    finally:
-        is_over.set()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+    chaos.run_until(lambda: counters.files_evicted > 5, "files evicted")
     assert counters.checksum_errors == counters.media_errors == 0
-    for name in names:
-        check(read(pool, name))
+    for name in chaos.NAMES:
+        chaos.check(pool, name)
     assert leases(pool) == 0
     assert not pool.store.state.pins
     pool.close()
     with kvfs.open_pool(tmp_path / "pool") as again:
-        for name in names:
-            check(read(again, name))
+        for name in chaos.NAMES:
+            chaos.check(again, name)

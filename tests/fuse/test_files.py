@@ -28,7 +28,7 @@ def test_cp_and_back(area: Path, tmp_path: Path, size: int) -> None:
 
 def test_content_survives_a_remount(mounted: MountedPool) -> None:
     rng = random.Random(1)
-    contents = {f"f{size}": rng.randbytes(size) for size in (*SIZES, 20 * MIB)}
+    contents = {f"f{size}": rng.randbytes(size) for size in (*SIZES, 5 * MIB)}
     for name, data in contents.items():
         write_file(mounted.path / name, data)
     mounted.stop()
@@ -282,7 +282,7 @@ with open(sys.argv[1], "wb", buffering=0) as file:
 
 def test_large_file_changed_after_a_flush(area: Path) -> None:
     """A large file is adopted by its first flush, as its own segment; more bytes start anew."""
-    data = random.Random(13).randbytes(20 * MIB)
+    data = random.Random(13).randbytes(5 * MIB)
     path = area / "f"
     fd = os.open(path, os.O_RDWR | os.O_CREAT)
     for start in range(0, len(data), MIB):

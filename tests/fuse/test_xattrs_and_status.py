@@ -35,13 +35,15 @@ def test_getfattr_shows_a_file(area: Path) -> None:
     assert xattr(area / "f", "origin") == "file"
     assert xattr(area / "f", "lane") == "namespace"
     assert xattr(area / "f", "namespace") == area.name
-    assert json.loads(xattr(area / "f", "tiers")) == {"dir0": len(data), "dram0": len(data)}
+    tiers = json.loads(xattr(area / "f", "tiers"))
+    assert tiers.pop("dir0") == tiers.pop("dram0", len(data)) == len(data)
+    assert not tiers
     assert kvfs.Layout.from_json(xattr(area / "f", "layout")) == kvfs.Layout()
     assert xattr(area / "f", "fingerprint") == kvfs.Layout().fingerprint().hex()
 
 
 def test_extents_lead_to_the_bytes(area: Path) -> None:
-    data = random.Random(2).randbytes(20 * MIB + 5)
+    data = random.Random(2).randbytes(5 * MIB + 5)
     for name, size in (("small", 2 * MIB + 5), ("large", len(data))):
         write_file(area / name, data[:size])
         with (area / name).open("rb"):
