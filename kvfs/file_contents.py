@@ -27,7 +27,7 @@ from kvfs.engine.catalog import Catalog
 from kvfs.engine.catalog_schema import Node, NodeState, Origin
 from kvfs.engine.index import RecordArray
 from kvfs.engine.store import Store
-from kvfs.errors import BusyError, KvfsError, NotFoundError
+from kvfs.errors import BusyError, NotFoundError
 from kvfs.file_reading import FileReader, FileReading
 from kvfs.keys import KeyArray
 from kvfs.layout import Layout
@@ -230,10 +230,10 @@ class FileContents(FileReading):
                 batch = list(self._adopted.values())
             try:
                 self._store.flush()
-            except KvfsError:
+            finally:
+                # After a flush that went well, too: a block may have been lost before it.
                 for adopted in batch:
                     self._drop_if_broken(adopted)
-                raise
             self._name(batch)
 
     def _note_adopted(self, adopted: Adopted) -> None:
@@ -298,8 +298,11 @@ class FileContents(FileReading):
 
     def _drop_if_broken(self, adopted: Adopted) -> None:
         """Give up content that lost a block before it was named; former content stays."""
-        if self._store.is_kept(adopted.namespace_id, adopted.keys):
-            return
+        try:
+            if self._store.is_kept(adopted.namespace_id, adopted.keys):
+                return
+        except NotFoundError:
+            pass  # its namespace was destroyed
         with self._lock:
             if self._adopted.get(adopted.node_id) is not adopted:
                 return
