@@ -11,7 +11,9 @@ Layer: L5.
 import errno
 import logging
 import os
-from typing import Any, Final, cast
+from collections.abc import Callable
+from dataclasses import replace as with_changes
+from typing import Any, Final, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import pyfuse3
@@ -32,6 +34,7 @@ from kvfs.tree import Tree
 IDLE_LEASE_NS: Final = 1_000_000_000
 _log = logging.getLogger("kvfs.fuse")
 _Context = pyfuse3.RequestContext
+_T = TypeVar("_T")
 
 
 def text_of(name: bytes) -> str:
@@ -109,7 +112,8 @@ class FileOperations(pyfuse3.Operations):
         def make() -> tuple[Node, WriteHandle]:
             node = self._tree.create_file(parent_inode, text_of(name), mode, ctx.uid, ctx.gid)
             try:
-                return node, self._files.open_write(node, truncate=True)
+                file = self._files.open_write(node, truncate=True)
+                return self._files.current(node), file
             except BaseException:
                 self._files.remove(node)
                 raise
@@ -120,10 +124,12 @@ class FileOperations(pyfuse3.Operations):
         try:
             node, file = await self._runner.run(make, undo=undo)
         except ExistsError:
-            found = self._tree.lookup(parent_inode, text_of(name))
+            found = await self._look(self._tree.lookup, parent_inode, text_of(name))
             if flags & os.O_EXCL or found is None:
                 raise
             info = await self._open_node(found, flags)
+            if flags & os.O_TRUNC:
+                found = with_changes(found, size_bytes=0)
             return info, self._entry(found)
         return self._writing(node, file, flags), self._entry(node)
 
@@ -133,7 +139,7 @@ class FileOperations(pyfuse3.Operations):
         if is_virtual(inode):
             return await self._open_virtual(inode, flags)
         try:
-            return await self._open_node(self._tree.node(inode), flags)
+            return await self._open_node(await self._look(self._tree.node, inode), flags)
         except NotFoundError as error:
             raise FUSEError(errno.ESTALE) from error
 
@@ -204,10 +210,17 @@ class FileOperations(pyfuse3.Operations):
 
     # --- internals
 
+    async def _look(self, function: Callable[..., _T], *args: object) -> _T:
+        """Read the catalog: here and now if that needs no waiting, else in a worker."""
+        with self._pool.catalog.hold_at_once() as is_held:
+            if is_held:
+                return function(*args)
+        return await self._runner.run(function, *args)
+
     def _entry(self, node: Node) -> pyfuse3.EntryAttributes:
-        """Return a node's entry and count the lookup."""
+        """Return the entry of a node as the tree shows it, and count the lookup."""
         self._inodes.add(node.node_id)
-        return entry_of(self._files.current(node), self._timeouts)
+        return entry_of(node, self._timeouts)
 
     async def _read(self, handle: ReadHandle, offset: int, nbytes: int) -> memoryview:
         """Read into a buffer of the task that serves the request.
@@ -236,7 +249,7 @@ class FileOperations(pyfuse3.Operations):
                 self._files.truncate, handle.file, nbytes, nbytes=handle.file.writer.size_bytes
             )
             return
-        node = self._tree.node(inode)
+        node = await self._look(self._tree.node, inode)
         await self._runner.run(self._files.truncate_node, node, nbytes, nbytes=2 * node.size_bytes)
         self._inodes.drop_cache(inode)
         self._pool.note_written()

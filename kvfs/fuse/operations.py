@@ -4,8 +4,8 @@ Layer: L5.
 
 - Handlers translate; `kvfs.tree` and `kvfs.files` decide.
 - Node ids of the catalog are inode numbers; `/.kvfs` has numbers far above them.
-- Reading the catalog takes tens of microseconds and happens in the loop; whatever writes it, or
-  touches blocks, runs in a worker within the deadline.
+- Reading the catalog takes tens of microseconds and happens in the loop if it is free at once;
+  otherwise, and for whatever writes it or touches blocks, a worker does it within the deadline.
 """
 
 import errno
@@ -53,7 +53,7 @@ class KvfsOperations(FileOperations):
             entry = await self._runner.run(self._status.entry, inode)
             self._inodes.add(inode)
             return entry
-        node = self._tree.lookup(parent_inode, text_of(name))
+        node = await self._look(self._tree.lookup, parent_inode, text_of(name))
         if node is None:
             raise FUSEError(errno.ENOENT)
         return self._entry(node)
@@ -97,7 +97,7 @@ class KvfsOperations(FileOperations):
         require_mutable(parent_inode_new)
         if flags & ~pyfuse3.RENAME_NOREPLACE:
             raise FUSEError(errno.EINVAL)
-        node = self._tree.lookup(parent_inode_old, text_of(name_old))
+        node = await self._look(self._tree.lookup, parent_inode_old, text_of(name_old))
         await self._runner.run(
             lambda: self._tree.rename(
                 parent_inode_old, text_of(name_old), parent_inode_new, text_of(name_new),
@@ -148,7 +148,7 @@ class KvfsOperations(FileOperations):
         """Return what stat shows, of an open file without a name too."""
         if is_virtual(inode):
             return await self._runner.run(self._status.entry, inode)
-        return self._attributes(inode)
+        return await self._attributes(inode)
 
     @handler
     async def setattr(
@@ -170,7 +170,7 @@ class KvfsOperations(FileOperations):
                 await self._runner.run(lambda: self._tree.set_attributes(inode, **changes))
             except NotFoundError:
                 self._set_unnamed(inode, changes)
-        return self._attributes(inode)
+        return await self._attributes(inode)
 
     @handler
     async def access(self, inode: InodeT, mode: ModeT, ctx: _Context) -> bool:
@@ -204,15 +204,15 @@ class KvfsOperations(FileOperations):
         """Return one of kvfs's own. The kernel asks for others at every write."""
         if not name.startswith(PREFIX) or is_virtual(inode):
             raise FUSEError(errno.ENODATA)
-        node = self._tree.node(inode)
-        return await self._runner.run(self._xattrs.get, node, name)
+        return await self._runner.run(lambda: self._xattrs.get(self._tree.node(inode), name))
 
     @handler
     async def listxattr(self, inode: InodeT, ctx: _Context) -> Sequence[XAttrNameT]:
         """List kvfs's own."""
         if is_virtual(inode):
             return []
-        return [XAttrNameT(name) for name in self._xattrs.names(self._tree.node(inode))]
+        names = await self._look(lambda: self._xattrs.names(self._tree.node(inode)))
+        return [XAttrNameT(name) for name in names]
 
     @handler
     async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: _Context) -> None:
@@ -221,14 +221,14 @@ class KvfsOperations(FileOperations):
             raise FUSEError(errno.EROFS)
         if not name.startswith(PREFIX):
             raise FUSEError(errno.ENOTSUP)
-        await self._runner.run(self._xattrs.set, self._tree.node(inode), name, value)
+        await self._runner.run(lambda: self._xattrs.set(self._tree.node(inode), name, value))
 
     @handler
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: _Context) -> None:
         """Refuse."""
         if is_virtual(inode):
             raise FUSEError(errno.EROFS)
-        self._xattrs.remove(self._tree.node(inode), name)
+        await self._look(lambda: self._xattrs.remove(self._tree.node(inode), name))
 
     # --- directories
 
@@ -238,7 +238,7 @@ class KvfsOperations(FileOperations):
         if is_virtual(inode):
             if not self._status.is_directory(inode):
                 raise FUSEError(errno.ENOTDIR)
-        elif self._tree.node(inode).kind is not NodeKind.DIRECTORY:
+        elif (await self._look(self._tree.node, inode)).kind is not NodeKind.DIRECTORY:
             raise FUSEError(errno.ENOTDIR)
         return FileHandleT(self._handles.add(DirectoryHandle(inode)))
 
@@ -260,7 +260,7 @@ class KvfsOperations(FileOperations):
                 self._inodes.add(status.STATUS_DIRECTORY)
         after = handle.names[start_id - 1] if start_id else ""
         # Read anew for each request: the kernel believes the sizes it is told here.
-        while nodes := self._tree.children(handle.inode, after):
+        while nodes := await self._look(self._tree.children, handle.inode, after):
             for node in nodes:
                 handle.names.append(node.name)
                 entry = entry_of(node, self._timeouts)
@@ -286,9 +286,9 @@ class KvfsOperations(FileOperations):
     def _is_status_name(self, parent_inode: int, name: bytes) -> bool:
         return parent_inode == pyfuse3.ROOT_INODE and text_of(name) == status.NAME
 
-    def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
+    async def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
         try:
-            return entry_of(self._tree.node(inode), self._timeouts)
+            return entry_of(await self._look(self._tree.node, inode), self._timeouts)
         except NotFoundError:
             handles = self._handles.of_inode(inode)
             if not handles:
