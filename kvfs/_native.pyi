@@ -32,7 +32,11 @@ def buffer_address(obj: Buffer, writable: bool = False) -> tuple[int, int]:
 
 # --- copying (GIL released, SIGBUS-guarded) ------------------------------------------------
 def copy_hash(
-    targets: Buffer, sources: Buffer, lengths: Buffer, digests: Buffer, statuses: Buffer,
+    targets: Buffer,
+    sources: Buffer,
+    lengths: Buffer,
+    digests: Buffer,
+    statuses: Buffer,
     pad_to: int = 1,
 ) -> int:
     """Copy n memory ranges with non-temporal stores and XXH3-128 in one pass over the source.
@@ -43,7 +47,11 @@ def copy_hash(
     """
 
 def copy_verify(
-    targets: Buffer, sources: Buffer, lengths: Buffer, digests: Buffer | None, statuses: Buffer,
+    targets: Buffer,
+    sources: Buffer,
+    lengths: Buffer,
+    digests: Buffer | None,
+    statuses: Buffer,
 ) -> int:
     """Copy n memory ranges; when digests is given compare XXH3-128 in the same pass (status 1)."""
 
@@ -51,7 +59,12 @@ def verify(sources: Buffer, lengths: Buffer, digests: Buffer, statuses: Buffer) 
     """Compare XXH3-128 of n memory ranges with `digests` (n x 16)."""
 
 def pwrite_hash(
-    fd: int, offsets: Buffer, sources: Buffer, lengths: Buffer, digests: Buffer, statuses: Buffer,
+    fd: int,
+    offsets: Buffer,
+    sources: Buffer,
+    lengths: Buffer,
+    digests: Buffer,
+    statuses: Buffer,
     pad_to: int = 1,
 ) -> int:
     """Write n memory ranges to a file and hash them in one pass (steps of 256 KiB: hash, then pwrite).
@@ -61,7 +74,11 @@ def pwrite_hash(
     """
 
 def pread_verify(
-    fds: Buffer, offsets: Buffer, lengths: Buffer, targets: Buffer, digests: Buffer | None,
+    fds: Buffer,
+    offsets: Buffer,
+    lengths: Buffer,
+    targets: Buffer,
+    digests: Buffer | None,
     statuses: Buffer,
 ) -> int:
     """Read n ranges (fds: int32[n]) into memory and verify XXH3-128 in the same pass."""
@@ -71,7 +88,10 @@ def sign_entries(entries: Buffer, seed: int) -> None:
     """Fill the checksum (bytes 120..127) of each 128-byte entry in place: xxh3_64(bytes 0..119, seed)."""
 
 def scan_entries(
-    summary: Buffer, seed: int, entry_count: int, payload_limit: int,
+    summary: Buffer,
+    seed: int,
+    entry_count: int,
+    payload_limit: int,
 ) -> tuple[bytes, bytes, int]:
     """Collect the valid entries of a summary.
 
