@@ -113,7 +113,7 @@ wheel: $(VENV)/.dependencies ## build the wheel, try it in a fresh venv from ano
 	$(BIN)/python -m venv build/wheel-venv
 	build/wheel-venv/bin/python -m pip install -q dist/kvfs-*.whl
 	cd build/wheel-venv && bin/python -c 'import kvfs, kvfs._native; print(kvfs.__file__)' && \
-	    bin/kvfs --version && bin/kvfs-admin --version
+	    bin/kvfs --version && bin/kvfs-admin --help >/dev/null
 
 .PHONY: clean
 clean: ## remove what was built, and the venv
