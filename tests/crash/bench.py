@@ -1,9 +1,10 @@
 """The operations that scenarios are made of, each reported to the oracle.
 
-An operation tells the oracle when it began and, where it promises durability, when it was acknowledged.
-Everything is deterministic: ids, contents and times come from the seed.
+An operation tells the oracle when it began and, where it promises durability, when it was
+acknowledged. Everything is deterministic: ids, contents and times come from the seed.
 """
 
+import contextlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,20 +14,22 @@ from unittest import mock
 import numpy as np
 
 from kvfs.config import PoolOptions
+from kvfs.errors import DeviceError, KvfsError
 from kvfs.engine.reader import Lease
 from kvfs.keys import KEY_BYTES, NO_PARENT
 from kvfs.layout import Layout
 from kvfs.namespace import Context, Namespace
 from kvfs.tree import Tree
-from tests.crash.medium import Image, Medium
+from tests.crash.medium import Medium
 from tests.crash.simfs import Commit, Journal
+from tests.crash.verify import check_world
 from tests.crash.world import (
     SEGMENT_BYTES,
     SMALL,
     Geometry,
-    Wrap,
     World,
     file_names,
+    names_of,
     resident_keys,
 )
 from tests.oracle import ContextValue, FileValue, NamespaceValue, Oracle, Path
@@ -40,30 +43,24 @@ class Bench:
     """One pool, one oracle, one journal."""
 
     def __init__(
-        self, seed: str, geometry: Geometry | None = None, options: PoolOptions | None = None,
-        *, image: Image | None = None, oracle: Oracle | None = None, wrap: Wrap | None = None,
+        self, seed: str, geometry: Geometry | None = None, options: PoolOptions | None = None
     ) -> None:
-        """Make a new pool, or recover one from an image; `base` is the medium before the first operation."""  # fmt: skip
+        """Make a new pool; `base` is the medium before the first operation."""
         self.random = random.Random(seed)
         self.seed = seed
-        self.oracle = oracle or Oracle()
+        self.oracle = Oracle()
         self.journal = Journal()
         self.world = World(geometry or Geometry(), journal=self.journal)
         if options is not None:
             self.world.options = options
-        if wrap is not None:
-            self.world.wrap = wrap
         self.may_evict = False
+        self.spaces = 0
+        self.written: set[bytes] = set()
         self.unpublished: dict[Path, FileValue] = {}
         self.publishing: set[Path] = set()
-        if image is None:
-            self.world.format()
-            self.start = len(self.journal)
-            self.base = Medium.replay(self.journal.events)
-        else:
-            self.start = 0
-            self.base = Medium.of(image.disks, image.catalog)
-            self.world.recover(image.disks, image.catalog)
+        self.world.format()
+        self.start = len(self.journal)
+        self.base = Medium.replay(self.journal)
 
     @property
     def now(self) -> int:
@@ -78,7 +75,7 @@ class Bench:
     def operation(self, *, may_drop: bool = False, may_lose: bool = False) -> Iterator[int]:
         """Run one operation; note what it dropped. Yields where in the journal it began.
 
-        `may_drop`: it may drop blocks of files, by replacing or removing them. `may_lose`: any block.
+        `may_drop`: it may drop blocks of files, by replacing or removing them. `may_lose`: any.
         """
         begin = self.now
         self.world.clock.advance(_MILLISECOND)
@@ -115,16 +112,15 @@ class Bench:
 
     # --- namespaces
 
-    def space(
-        self, name: str = "s", layout: Layout = SMALL, retention: str = "cache"
-    ) -> Namespace:
+    def space(self, name: str = "s", layout: Layout = SMALL, retention: str = "cache") -> Namespace:
         """Make a namespace, its id from the seed, or return it."""
         if self.oracle.value((name, "")) is not None:
             return self.pool.namespace(name)
         with self.operation() as begin:
-            number = random.Random(f"{self.seed}/{name}/{begin}").getrandbits(62) | 1
+            self.spaces += 1
+            number = random.Random(f"{self.seed}/{self.spaces}").getrandbits(62) | 1
             self.oracle.assign((name, ""), NamespaceValue(number, retention), begin)
-            with mock.patch("kvfs.pool.new_namespace_id", lambda: number):
+            with mock.patch("kvfs.pool.new_namespace_id", return_value=number):
                 space = self.pool.namespace(name, layout, retention=retention)
         self.oracle.settle_names(self.now)
         return space
@@ -135,7 +131,8 @@ class Bench:
         with self.operation(may_lose=True) as begin:
             for path in [p for p in self.oracle.names if p[0] == name]:
                 self.oracle.assign(path, None, begin)
-                self.unpublished.pop(path, None)
+            for path in [p for p in self.unpublished if p[0] == name]:
+                del self.unpublished[path]
             self.pool.drop_namespace(name)
         self.oracle.settle_names(self.now)
 
@@ -169,6 +166,7 @@ class Bench:
             for key, payload in zip(keys, payloads, strict=True):
                 self.oracle.offer(key.tobytes(), payload, begin)
             space.put(keys, payloads, parents=parents, durability=durability)
+            self.written.update(key.tobytes() for key in keys)
         if durability == "sync":
             self.oracle.promise([key.tobytes() for key in keys], self.now)
 
@@ -188,17 +186,20 @@ class Bench:
         """Persist everything."""
         with self.operation(may_drop=True) as begin:
             self._publish(begin)
+            self._report_lost()
             self.pool.sync()
         self._promise_resident()
         self.oracle.settle_names(self.now)
 
     def flush_failing(self) -> None:
         """Persist all blocks while a device fails; what was not persisted is gone."""
-        with self.operation(may_lose=True):
+        with self.operation(may_lose=True) as begin:
             try:
                 self.pool.flush()
-            finally:
+            except KvfsError:
                 self._forget_broken()
+                raise
+            self._publish(begin)
 
     def put_failing(self, space: Namespace, count: int) -> None:
         """Put while a device fails."""
@@ -218,6 +219,11 @@ class Bench:
             node = self.pool.catalog.resolve(root, path[1])
             if node is None or not self.pool.files.awaits_content(node.node_id):
                 del self.unpublished[path]
+
+    def _report_lost(self) -> None:
+        """Let `sync` say what earlier failures took, as it does once."""
+        with contextlib.suppress(DeviceError):
+            self.pool.sync()
 
     def read(self, space: Namespace, keys: np.ndarray) -> int:
         """Read blocks; those that are there must be right. Return how many."""
@@ -272,6 +278,7 @@ class Bench:
             )
             self.oracle.assign(path, value, begin)
             context.append(keys, payloads, tokens=tokens, durability=durability)
+            self.written.update(names)
         if durability == "sync":
             self.oracle.promise(names, self.now)
             self.oracle.settle_names(self.now)
@@ -344,11 +351,13 @@ class Bench:
                 self.oracle.assign(path, None, begin)
             Tree(self.pool).remove_file(space.info.root_node_id, name)
 
-    def _promise_resident(self, among: set[bytes] | None = None) -> None:
-        """All that is resident is durable now. Files' blocks stand and fall with their names."""
-        keys = resident_keys(self.pool)
-        keys = keys if among is None else keys & among
-        self.oracle.promise((key for key in keys if key[24:] != _FILE_TAG), self.now)
+    def _promise_resident(self) -> None:
+        """What this process put is durable now, if nothing dropped it since.
+
+        Not what it found at opening and did not verify; nor files' blocks, which stand and fall
+        with their names.
+        """
+        self.oracle.promise(self.written & resident_keys(self.pool), self.now)
 
     def _publish(self, begin: int) -> None:
         for path, value in self.unpublished.items():
@@ -362,13 +371,32 @@ class Bench:
         """Close cleanly and open again."""
         with self.operation(may_drop=True) as begin:
             self._publish(begin)
+            self._report_lost()
             before = resident_keys(self.pool)
             self.pool.close()
-            self.world._pool = None  # noqa: SLF001 - a closed pool needs no abandoning
+            self.world._pool = None
             self.oracle.settle_names(self.now)
             commits = [e for e in self.journal.events if isinstance(e, Commit)]
             self.world.open(commits[-1].image)
-        self._promise_resident(before)
+            self.written &= before
+        self._promise_resident()
+
+    def crash(self, seed: int) -> None:
+        """Cut the power, open what that may have left, and compare; go on from there."""
+        medium = Medium.replay(self.journal)
+        choice, catalog = medium.random_choice(random.Random(seed))
+        image = medium.image(choice, catalog, {})
+        position, options = self.now, self.world.options
+        self.close()
+        self.journal, self.start = Journal(image.disks, image.catalog), 0
+        self.base = Medium.of(image.disks, image.catalog)
+        clock = self.world.clock
+        self.world = World(self.world.geometry, options, clock, self.journal)
+        self.world.recover(image.disks, image.catalog)
+        found = check_world(self.world, self.oracle, position, by_lease=False)
+        self.oracle.restart(found, names_of(self.pool))
+        self.written.clear()
+        self.unpublished.clear()
 
     def close(self) -> None:
         """Let go of everything; nothing is flushed."""

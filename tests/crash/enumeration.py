@@ -1,7 +1,8 @@
 """Walking through the crash points of a scenario.
 
-A point is a position in the journal, a choice of what reached the medium, and a commit of the catalog. A
-state counts once per distinct image. For a sample of images the recovery itself is recorded and crashed.
+A point is a position in the journal, a choice of what reached the medium, and a commit of the
+catalog. A state counts once per distinct image. For a sample of images the recovery itself is
+recorded and crashed.
 """
 
 import gc
@@ -89,19 +90,15 @@ def walk(name: str, plan: Plan, only: str = "") -> Outcome:
     return outcome
 
 
-def _check(
-    state: State, bench: Bench, scenario: Scenario, plan: Plan, outcome: Outcome
-) -> None:
+def _check(state: State, bench: Bench, scenario: Scenario, plan: Plan, outcome: Outcome) -> None:
     number = int.from_bytes(state.image.digest[8:], "little")
     outcome.recoveries += 1
     try:
         if number % plan.crashed == 0:
             check_crashed(state.image, scenario.geometry)
         goes_on = number % plan.goes_on == 0
-        check_image(
-            state.image, scenario.geometry, bench.oracle, state.position, goes_on=goes_on
-        )
-    except Exception:
+        check_image(state.image, scenario.geometry, bench.oracle, state.position, goes_on=goes_on)
+    except Exception:  # noqa: BLE001 - whatever goes wrong is a finding
         outcome.failures.append(
             f"{traceback.format_exc(limit=-6)}\nrepeat: python -m tests.crash.run "
             f"--seed {plan.seed} --turn {plan.turn} --randoms {plan.randoms} "
@@ -150,7 +147,7 @@ def _recovery_states(
     journal = Journal()
     try:
         recover(state.image, scenario.geometry, journal).discard()
-    except Exception:
+    except Exception:  # noqa: BLE001
         return  # reported by the check of the state itself
     base = Medium.of(state.image.disks, state.image.catalog)
     seed = f"{plan.seed}/{plan.turn}/{scenario.name}/{state.point}"

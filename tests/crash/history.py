@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 
+import numpy as np
+
 from kvfs.errors import BusyError, KvfsError, NoSpaceError
+from kvfs.namespace import Context, Namespace
 from tests.crash.bench import Bench
 from tests.crash.world import LARGE, SMALL, Geometry
 from tests.oracle import ContextValue, FileValue
@@ -11,6 +14,7 @@ GEOMETRIES = (Geometry((16,)), Geometry((6,)), Geometry((5, 5)), Geometry((6,), 
 _STEPS = 14
 _FILES = ("a", "b", "c")
 _CONTEXTS = ("x", "y", "z")
+Step = Callable[[], None]
 
 
 class History:
@@ -22,7 +26,7 @@ class History:
         bench.may_evict = sum(bench.world.geometry.disks) < 16
         retention = self.random.choice(("cache", "cache", "durable"))
         self.spaces = [("s", SMALL, "cache"), ("t", self.random.choice((SMALL, LARGE)), retention)]
-        self.steps: list[tuple[int, Callable[[], None]]] = [
+        self.steps: list[tuple[int, Step]] = [
             (6, self.put), (2, self.put_again), (3, self.append), (2, self.write_file),
             (1, self.remove_file), (2, self.rename), (1, self.drop_context), (1, self.pin),
             (3, self.bench.flush), (2, self.bench.sync), (1, self.bench.reopen), (2, self.read),
@@ -38,13 +42,11 @@ class History:
             except (NoSpaceError, BusyError):
                 continue  # a full disk, or too much pinned, is a legal answer
 
-    def space(self):
+    def space(self) -> Namespace:
         return self.bench.space(*self.random.choice(self.spaces))
 
-    def keys(self, space):
+    def keys(self, space: Namespace) -> np.ndarray:
         """Return some keys that were put into a namespace, as an array."""
-        import numpy as np
-
         prefix = space.info.namespace_id.to_bytes(8, "little")
         known = [k for k in self.bench.oracle.blocks if k[:8] == prefix and k[24:] != b"kvfsfile"]
         chosen = self.random.sample(known, min(len(known), self.random.randint(1, 6)))
@@ -69,7 +71,7 @@ class History:
         if len(keys):
             self.bench.read(space, keys)
 
-    def context(self, space):
+    def context(self, space: Namespace) -> Context | None:
         """Return a context by a name that no file has."""
         name = self.random.choice(_CONTEXTS)
         if isinstance(self.bench.oracle.value((space.info.name, name)), FileValue):

@@ -2,11 +2,12 @@
 
 The model is weaker than any filesystem kvfs runs on, so that what survives here survives there:
 
-- Contents: what the last sync of a file covered is there. Each later write may have reached the medium or
-  not, whole or in pieces of 4 KiB or 64 B, in any order. So may each change of size.
-- Names: what the last sync of a directory covered is there. Each later creation, renaming and unlinking may
-  have reached the medium or not, in any order. A renaming inside one directory is atomic. One between two
-  directories may leave both names, but never takes the old name without giving the new one.
+- Contents: what the last sync of a file covered is there. Each later write may have reached the
+  medium or not, whole or in pieces of 4 KiB or 64 B, in any order. So may each change of size.
+- Names: what the last sync of a directory covered is there. Each later creation, renaming and
+  unlinking may have reached the medium or not, in any order. A renaming inside one directory is
+  atomic. One between two directories may leave both names, but never takes the old name without
+  giving the new one.
 - Catalog: any prefix of its commits that contains those synced.
 """
 
@@ -20,6 +21,7 @@ from tests.crash.simfs import (
     Create,
     Event,
     FailedSync,
+    Journal,
     Rename,
     Resize,
     Sync,
@@ -136,12 +138,11 @@ class Medium:
         return cls(states, [catalog])
 
     @classmethod
-    def replay(cls, events: Iterable[Event]) -> "Medium":
-        """Start from empty disks and apply all events."""
-        events = list(events)
-        count = 1 + max((getattr(event, "disk", 0) for event in events), default=0)
-        made = cls.of([{} for _ in range(count)], None)
-        for event in events:
+    def replay(cls, journal: Journal) -> "Medium":
+        """Start from what the journal began with and apply all its events."""
+        count = 1 + max((getattr(event, "disk", 0) for event in journal.events), default=0)
+        made = cls.of(journal.before or [{} for _ in range(count)], journal.catalog)
+        for event in journal.events:
             made.apply(event)
         return made
 
@@ -209,6 +210,10 @@ class Medium:
                 yield self._pick(f"keep {i}", {slot})
         for i in range(random_count):
             yield self._random(f"random {i}", slots, random.Random(f"{seed}/{i}"))
+
+    def random_choice(self, rng: random.Random) -> tuple[Choice, int]:
+        """Return one random choice, and the last commit found."""
+        return self._random("random", self._slots(), rng), rng.choice(self.catalogs())
 
     def _slots(self) -> list[tuple[str, int, int, int]]:
         """Return every pending operation as (kind, disk, inode, position)."""
@@ -287,7 +292,10 @@ class Medium:
                 done.add(change.serial)
         files = {}
         for path, inode in names.items():
-            kept, tears = choice.contents.get((number, inode), ()), choice.tears.get((number, inode))
+            kept, tears = (
+                choice.contents.get((number, inode), ()),
+                choice.tears.get((number, inode)),
+            )
             state = disk.inodes[inode]
             if tears:
                 files[path] = _blob(state.content(kept, tears))

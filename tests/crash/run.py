@@ -1,7 +1,8 @@
 """Enumerates crash points: `python -m tests.crash.run --seed 7`.
 
-Walks through all scenarios again and again, each time with other random choices, until so many distinct
-images have been recovered from and checked. A failure prints the command that repeats it.
+Walks through all scenarios again and again, each time with other random choices, until so many
+distinct images have been recovered from and checked. A failure prints the command that repeats
+it.
 """
 
 import argparse
@@ -58,7 +59,8 @@ class Tally:
         seconds = time.perf_counter() - self._started
         each = 1000 * self.worker_seconds / max(1, self.recoveries)
         return (
-            f"{len(self.digests)} distinct states, {self.recoveries} recoveries, {each:.1f} ms each, "
+            f"{len(self.digests)} distinct states, {self.recoveries} recoveries, "
+            f"{each:.1f} ms each, "
             f"{len(self.failures)} failures, {seconds:.0f} s"
         )
 

@@ -1,8 +1,8 @@
 """A filesystem in memory that writes down all that is done to it.
 
-Files are memfds, so that native reads, writes and maps work as on a real one. Every change goes into a
-`Journal`, shared by all devices and the catalog of a pool, so that one sequence orders everything.
-`tests.crash.medium` turns a prefix of that sequence into what a power cut may leave.
+Files are memfds, so that native reads, writes and maps work as on a real one. Every change goes
+into a `Journal`, shared by all devices and the catalog of a pool, so that one sequence orders
+everything. `tests.crash.medium` turns a prefix of that sequence into what a power cut may leave.
 """
 
 import ctypes
@@ -50,7 +50,7 @@ class Sync:
 
 @dataclass(frozen=True, slots=True)
 class FailedSync:
-    """A persist that failed: `kept` of the pending operations reached the medium, the rest never will."""
+    """A sync that failed: `kept` of the pending operations reached the medium, no other will."""
 
     disk: int
     inode: int
@@ -97,8 +97,10 @@ Event = (
 
 @dataclass(slots=True)
 class Journal:
-    """What was done to all media of a pool, in order."""
+    """What was done to all media of a pool, in order; `before`: the disks it began with."""
 
+    before: tuple[dict[str, bytes], ...] = ()
+    catalog: bytes | None = None
     events: list[Event] = field(default_factory=list)
 
     def add(self, event: Event) -> None:
@@ -122,7 +124,6 @@ class _Inode:
     links: int = 1
     medium: bytearray | None = None
 
-
     def note_write(self, offset: int, raw: bytes) -> None:
         """Let uncached reads see a later write: they write dirty pages out first."""
         if self.medium is not None:
@@ -145,12 +146,20 @@ class SimFile(File):
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         raw = bytes(data)
+        fails = self._files.takes_failing_write()
+        if fails:
+            raw = raw[: self._files.random.randrange(len(raw) + 1)]
         assert os.pwrite(self.fd, raw, offset) == len(raw)
         self._inode.note_write(offset, raw)
         self._files.note(Write(self._files.disk, self._inode.number, offset, raw))
+        if fails:
+            raise OSError(errno.EIO, "injected failure of pwrite")
 
     def write_hashed(self, offsets, sources, lengths, digests, statuses) -> int:
         failed = _native.pwrite_hash(self.fd, offsets, sources, lengths, digests, statuses, PAGE)
+        if self._files.takes_failing_write():
+            statuses[self._files.random.randrange(len(statuses))] = -errno.EIO
+            failed += 1
         for i in range(len(offsets)):
             if statuses[i] == 0:
                 nbytes = int(lengths[i])
@@ -183,6 +192,7 @@ class SimFileSystem(FileSystem):
         self.journal = journal
         self.place = LOCATION
         self.failing_syncs = 0
+        self.failing_writes = 0
         self.random = random.Random(0)
         self._names: dict[str, _Inode] = {}
         self._next = 1
@@ -193,7 +203,7 @@ class SimFileSystem(FileSystem):
     def restore(
         cls, files: dict[str, bytes], disk: int = 0, journal: Journal | None = None
     ) -> "SimFileSystem":
-        """Make a disk that holds exactly these files. Inodes are numbered from 1 in order of path."""
+        """Make a disk that holds exactly these files; inodes are numbered from 1 by path."""
         made = cls(disk, journal)
         for path in sorted(files):
             fd = os.memfd_create("sim", os.MFD_CLOEXEC)
@@ -210,6 +220,13 @@ class SimFileSystem(FileSystem):
         if self.journal is not None:
             self.journal.add(event)
 
+    def takes_failing_write(self) -> bool:
+        """Say whether this write is to fail."""
+        if not self.failing_writes:
+            return False
+        self.failing_writes -= 1
+        return True
+
     def sync_inode(self, inode: _Inode) -> None:
         """Sync, or fail as a kernel does: part of the pages written, all of them marked clean."""
         if not self.failing_syncs:
@@ -219,7 +236,7 @@ class SimFileSystem(FileSystem):
         if self.journal is not None:
             from tests.crash.medium import Medium  # the model reads this module's events
 
-            state = Medium.replay(self.journal.events).disks[self.disk].inodes[inode.number]
+            state = Medium.replay(self.journal).disks[self.disk].inodes[inode.number]
             kept = tuple(i for i in range(len(state.pending)) if self.random.random() < 0.5)
             inode.medium = bytearray(state.content(kept))
             self.note(FailedSync(self.disk, inode.number, kept))
@@ -336,4 +353,3 @@ def _fill(fd: int, raw: bytes) -> None:
             os.pwrite(fd, raw[start:end], start)
     if len(raw) % PAGE:
         os.pwrite(fd, raw[whole * PAGE :], whole * PAGE)
-

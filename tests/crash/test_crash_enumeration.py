@@ -1,4 +1,4 @@
-"""The crash enumerator itself: thousands of states, and proof that it sees what it is there to see."""
+"""The crash enumerator: thousands of states, and proof that it sees what it is there to see."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ _ROOT = Path(__file__).parents[2]
 @pytest.mark.crash
 @pytest.mark.timeout(900)
 def test_every_crash_point_recovers() -> None:
-    """Two processes, because the states are independent; the command is the one to repeat it with."""
+    """Two processes, because states are independent; the command repeats it."""
     command = [sys.executable, "-m", "tests.crash.run", "--seed", "1", "--randoms", "3"]
     done = subprocess.run(
         [*command, "--states", str(STATES), "--jobs", "2"],

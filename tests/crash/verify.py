@@ -32,7 +32,7 @@ def recover(image: Image, geometry: Geometry, journal: Journal | None = None) ->
 
 
 def read_blocks(pool: Pool, *, by_lease: bool) -> Found:
-    """Read all that the index knows: by copying with verification, or in place under a verified lease."""
+    """Read all that the index knows: by verified copies, or in place under a verified lease."""
     found: Found = {}
     for namespace_id, index in pool.store.state.indexes.items():
         keys = np.unique(index.snapshot()["key"], axis=0)
@@ -96,8 +96,8 @@ def check_medium(devices: list[Device], catalog: Catalog) -> None:
     assert not bad, "; ".join(bad)
 
 
-def check_world(world: World, oracle: Oracle, position: int, *, by_lease: bool) -> None:
-    """Compare a recovered pool with the oracle.
+def check_world(world: World, oracle: Oracle, position: int, *, by_lease: bool) -> Found:
+    """Compare a recovered pool with the oracle; return the blocks found.
 
     A power cut alone must leave nothing that recovery has to complain about.
     """
@@ -110,10 +110,11 @@ def check_world(world: World, oracle: Oracle, position: int, *, by_lease: bool) 
     oracle.check_blocks(found, position)
     check_engine(pool.store.state)
     assert all(not s.leases for d in pool.store.state.devices for s in d.segments.values())
+    return found
 
 
 def check_goes_on(world: World, oracle: Oracle, position: int, rng_seed: int) -> None:
-    """The pool must go on working: a sync put, a power cut that keeps all, and the block is there."""
+    """The pool must go on working: a sync put, a kill, and the block is there."""
     rng = np.random.default_rng(rng_seed)
     pool = world.pool
     for path, value in names_of(pool).items():
@@ -127,7 +128,7 @@ def check_goes_on(world: World, oracle: Oracle, position: int, rng_seed: int) ->
     before = set(read_blocks(pool, by_lease=False))
     space.put(keys, payload[None, :], parents=parents, durability="sync")
     after = set(read_blocks(pool, by_lease=False))
-    image = pool.catalog._connection.serialize()  # noqa: SLF001 - the database as it is
+    image = pool.catalog._connection.serialize()
     world.abandon()
     world.open(image)
     found = read_blocks(world.pool, by_lease=True)

@@ -2,8 +2,8 @@
 
     python -m tests.crash.victim POOL FIRST SEED
 
-Lines are `ready`, `begin N` before and `done N` after each operation; operation N writes what `expected(N)`
-says, numbered from FIRST. It never ends by itself.
+Lines are `ready`, `begin N` before and `done N` after each operation; operation N writes what
+`expected(N)` says, numbered from FIRST. It never ends by itself.
 """
 
 import itertools
@@ -48,7 +48,9 @@ def expected(number: int) -> Operation:
         return Operation(number, kind, (), (rng.bytes(nbytes),))
     count = 1 + number % 3
     tokens = tuple(int(token) for token in rng.integers(1 << 31, size=4 * count))
-    return Operation(number, kind, tokens, tuple(rng.bytes(LAYOUT.block_bytes) for _ in range(count)))
+    return Operation(
+        number, kind, tokens, tuple(rng.bytes(LAYOUT.block_bytes) for _ in range(count))
+    )
 
 
 def perform(pool: kvfs.Pool, operation: Operation) -> None:

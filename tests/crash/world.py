@@ -1,8 +1,7 @@
-"""Pools on simulated disks: opening them through the code that opens real ones, and looking at them."""
+"""Pools on simulated disks, opened by the code that opens real ones, and looking at them."""
 
 import sqlite3
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,14 +20,14 @@ from kvfs.layout import Layout
 from kvfs.pool import Pool
 from tests.crash.medium import Files
 from tests.crash.simfs import LOCATION, Commit, Journal, SimFileSystem, SyncCatalog
-from tests.oracle import ContextValue, FileValue, NamespaceValue, Path as Name, Value
+from tests.oracle import ContextValue, FileValue, NamespaceValue, Value
+from tests.oracle import Path as Name
 
 SEGMENT_BYTES = 64 << 10
 SMALL = Layout("uint8", (1024,), 4, model="small")  # blocks of 4 KiB, stride 4 KiB
 LARGE = Layout("uint8", (3000,), 4, model="large")  # blocks of 12000 bytes, stride 12 KiB
 POOL_UUID = uuid.UUID(int=0x6B766673 << 64)
 OWNER = Owner(bytes(range(16)), bytes(16), 4242)
-Wrap = Callable[[Device], Device]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +38,6 @@ class Geometry:
     frames: int = 0
 
 
-def _as_is(device: Device) -> Device:
-    return device
-
-
 @dataclass(slots=True, eq=False)
 class World:
     """A pool, its disks and its time."""
@@ -51,7 +46,6 @@ class World:
     options: PoolOptions = field(default_factory=lambda: PoolOptions(device_failures_max=1000))
     clock: ManualClock = field(default_factory=ManualClock)
     journal: Journal | None = None
-    wrap: Wrap = _as_is
     disks: list[SimFileSystem] = field(default_factory=list)
     _pool: Pool | None = None
 
@@ -151,7 +145,7 @@ class World:
                 segment_bytes=SEGMENT_BYTES,
                 name=f"dir{number}",
             )
-            made.append(self.wrap(device))
+            made.append(device)
         if self.geometry.frames:
             number = len(made)
             memory = MemoryDevice(
