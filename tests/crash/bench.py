@@ -14,8 +14,8 @@ from unittest import mock
 import numpy as np
 
 from kvfs.config import PoolOptions
-from kvfs.errors import DeviceError, KvfsError
 from kvfs.engine.reader import Lease
+from kvfs.errors import DeviceError, KvfsError
 from kvfs.keys import KEY_BYTES, NO_PARENT
 from kvfs.layout import Layout
 from kvfs.namespace import Context, Namespace
