@@ -27,7 +27,7 @@ from kvfs.engine.catalog import Catalog
 from kvfs.engine.catalog_schema import Node, NodeState, Origin
 from kvfs.engine.index import RecordArray
 from kvfs.engine.store import Store
-from kvfs.errors import BusyError, NotFoundError
+from kvfs.errors import BusyError, LeaseExpiredError, NotFoundError
 from kvfs.file_reading import FileReader, FileReading
 from kvfs.keys import KeyArray
 from kvfs.layout import Layout
@@ -75,6 +75,7 @@ class FileContents(FileReading):
         self._publish_lock = threading.Lock()
         self._adopted: dict[int, Adopted] = {}
         self._readers: dict[int, int] = {}
+        self._versions: dict[int, int] = {}  # adopted while somebody had the file open
         self._places: dict[int, Lease] = {}
         self._orphans: dict[int, tuple[int, list[KeyArray]]] = {}
         self.on_gone: Callable[[int], None] = lambda _: None  # told of pinned nodes that went
@@ -143,6 +144,37 @@ class FileContents(FileReading):
             raise NotFoundError(f"no such block: {reader.name}")
         return reader
 
+    def is_outdated(self, reader: FileReader) -> bool:
+        """Say whether a file has other content by now than a reader has open."""
+        return self._versions.get(reader.node_id, reader.version) != reader.version
+
+    def catch_up(self, reader: FileReader) -> None:
+        """Let a reader grow to what its context has by now, if that begins with what it has open.
+
+        Raises:
+            LeaseExpiredError: It does not: the tail was replaced.
+            BusyError: The namespace has too much open.
+        """
+        try:
+            node = self._catalog.node(reader.node_id)
+        except NotFoundError:
+            return  # nobody can have put anything else there
+        keys, size, version = self._content(node)
+        count = len(reader.keys)
+        if version != reader.version or not np.array_equal(keys[:count], reader.keys[: len(keys)]):
+            raise LeaseExpiredError(f"content was replaced: {reader.name!r}; open it again")
+        if size <= reader.size_bytes:
+            return
+        more = np.ascontiguousarray(keys[count:])
+        pinned = self._store.pin(reader.namespace_id, more) if len(more) else 0
+        with self._lock:
+            is_first = len(reader.keys) == count and not reader.is_closed
+            if is_first:
+                reader.keys, reader.size_bytes = keys, size
+                reader.pinned_bytes += pinned
+        if not is_first and len(more):  # another read of this reader came first
+            self._store.unpin(reader.namespace_id, more, pinned)
+
     def close_read(self, reader: FileReader) -> None:
         """Unpin; the last close of a removed file drops its blocks."""
         self._end_reading(reader)
@@ -155,6 +187,7 @@ class FileContents(FileReading):
             if self._readers[reader.node_id]:
                 return
             del self._readers[reader.node_id]
+            self._versions.pop(reader.node_id, None)
             orphan = self._orphans.pop(reader.node_id, None)
             lease = self._places.pop(reader.node_id, None)
         if lease is not None:
@@ -241,6 +274,8 @@ class FileContents(FileReading):
         with self._lock:
             before = self._adopted.get(adopted.node_id)
             self._adopted[adopted.node_id] = adopted
+            if adopted.node_id in self._readers:
+                self._versions[adopted.node_id] = adopted.version
         if before is not None:
             self._give_up(before)
 

@@ -80,7 +80,7 @@ class FileReading:
         first, last = offset // reader.stride, (end - 1) // reader.stride + 1
         if window is None or not window.covers(first, last) or not window.is_vouched(first, last):
             return None
-        window = self._enter(reader, first)
+        window = self._enter(reader, first, last)
         try:
             if not window.covers(first, last) or not window.is_vouched(first, last):
                 return None
@@ -105,7 +105,7 @@ class FileReading:
         last = (offset + target.nbytes - 1) // reader.stride + 1
         reason = ""
         for _ in range(_READ_ATTEMPTS):
-            window = self._enter(reader, first)
+            window = self._enter(reader, first, last)
             try:
                 window.vouch(first, last)
                 window.copy(offset, target)
@@ -122,17 +122,17 @@ class FileReading:
             f"{reason}; it is a miss now"
         )
 
-    def _enter(self, reader: FileReader, block: int) -> Window:
-        """Return the window around a block, which stays until `_leave`."""
+    def _enter(self, reader: FileReader, first: int, last: int) -> Window:
+        """Return the window around blocks [first, last), which stays until `_leave`."""
         with self._window_lock:
             window = reader.window
-            if window is not None and window.covers(block, block + 1):
+            if window is not None and window.covers(first, last):
                 window.users += 1
                 window.used_ns = self._clock.monotonic_ns()
                 return window
         if reader.is_closed:
             raise ClosedError(f"file is closed: {reader.name!r}")
-        window = Window(self._store, reader.namespace_id, reader.keys, reader.stride, block)
+        window = Window(self._store, reader.namespace_id, reader.keys, reader.stride, first)
         window.users, window.used_ns = 1, self._clock.monotonic_ns()
         with self._window_lock:
             if reader.is_closed:

@@ -31,7 +31,14 @@ from kvfs.engine.catalog import Catalog
 from kvfs.engine.catalog_schema import Node, NodeState, Origin
 from kvfs.engine.store import Store
 from kvfs.engine.writer import Durability
-from kvfs.errors import BusyError, DeviceError, KvfsError, MediaError, NotFoundError, RefusedError
+from kvfs.errors import (
+    BusyError,
+    DeviceError,
+    KvfsError,
+    MediaError,
+    NotFoundError,
+    RefusedError,
+)
 from kvfs.file_contents import Adopted, FileContents
 from kvfs.file_reading import FileReader
 from kvfs.keys import file_keys
@@ -137,6 +144,11 @@ class Files(FileContents):
                             f"file is being written: {node.name!r}; open it when it is closed"
                         )
         return super().open_read(node)
+
+    def is_outdated(self, reader: FileReader) -> bool:
+        """Say whether a file has, or is about to have, other content than a reader has open."""
+        writer = self.writer_of(reader.node_id)
+        return (writer is not None and writer.is_dirty) or super().is_outdated(reader)
 
     # --- writing
 

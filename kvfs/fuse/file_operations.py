@@ -21,7 +21,8 @@ import trio
 from pyfuse3 import FileHandleT, FileInfo, FileNameT, FUSEError, InodeT, ModeT
 
 from kvfs.engine.catalog_schema import Node
-from kvfs.errors import ExistsError, KvfsError, NotFoundError
+from kvfs.errors import ExistsError, KvfsError, LeaseExpiredError, NotFoundError
+from kvfs.file_reading import FileReader
 from kvfs.files import WriteHandle
 from kvfs.fuse import status
 from kvfs.fuse.attributes import Timeouts, entry_of
@@ -30,6 +31,7 @@ from kvfs.fuse.requests import RequestCounters, Runner, handler
 from kvfs.fuse.status import StatusTree, is_virtual
 from kvfs.pool import Pool
 from kvfs.tree import Tree
+from kvfs.units import PAGE, align_up
 
 IDLE_LEASE_NS: Final = 1_000_000_000
 _log = logging.getLogger("kvfs.fuse")
@@ -233,14 +235,34 @@ class FileOperations(pyfuse3.Operations):
         if buffer is None or buffer.nbytes < nbytes:
             buffer = self._buffers[task] = memoryview(bytearray(nbytes))
         target = buffer[:nbytes]
-        count = self._files.read_nowait(handle.reader, offset, target)
+        reader, count = handle.reader, None
+        is_beyond = self._is_beyond(handle, offset + nbytes)
+        if not is_beyond:
+            count = self._files.read_nowait(reader, offset, target)
         if count is None:
             del self._buffers[task]  # lost to the worker, should it miss the deadline
-            count = await self._runner.run(
-                self._files.read_into, handle.reader, offset, target, nbytes=nbytes
-            )
+            read = self._read_beyond if is_beyond else self._files.read_into
+            count = await self._runner.run(read, reader, offset, target, nbytes=nbytes)
             self._buffers[task] = buffer
         return target[:count]
+
+    def _is_beyond(self, handle: ReadHandle, end: int) -> bool:
+        """Say whether the kernel believes a file to be longer than its reader has open.
+
+        It keeps one size and one set of pages for all who have the file open. A short answer would
+        move the size under a writer that appends, and leave zeros in pages that others read.
+        """
+        reader = handle.reader
+        if handle.is_direct or end <= reader.size_bytes:
+            return False
+        if self._files.is_outdated(reader):
+            raise LeaseExpiredError(f"file is being replaced: {reader.name!r}; open it again")
+        return end > align_up(reader.size_bytes, PAGE)
+
+    def _read_beyond(self, reader: FileReader, offset: int, target: memoryview) -> int:
+        """Read where the kernel believes more to be than was there at open."""
+        self._files.catch_up(reader)
+        return self._files.read_into(reader, offset, target)
 
     async def _truncate(self, inode: int, nbytes: int, fh: int | None) -> None:
         handle: Handle | None = None if fh is None else self._handles[fh]
@@ -268,7 +290,7 @@ class FileOperations(pyfuse3.Operations):
         identity = (reader.version, reader.size_bytes, node.mtime_ns)
         is_direct = self._handles.must_bypass_cache(node.node_id, identity)
         is_kept = not is_direct and self._inodes.may_keep_cache(node.node_id, identity)
-        number = self._handles.add(ReadHandle(node, reader, identity))
+        number = self._handles.add(ReadHandle(node, reader, identity, is_direct))
         return FileInfo(fh=FileHandleT(number), direct_io=is_direct, keep_cache=is_kept)
 
     def _writing(self, node: Node, file: WriteHandle, flags: int) -> FileInfo:

@@ -26,6 +26,8 @@ class ReadHandle:
     node: Node
     reader: FileReader
     identity: Identity
+    is_direct: bool
+    """Opened past the kernel's page cache."""
 
 
 @dataclass(slots=True, eq=False)

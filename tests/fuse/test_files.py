@@ -205,6 +205,25 @@ def test_former_content_is_read_while_it_is_replaced(area: Path) -> None:
     assert path.read_bytes() == new
 
 
+def test_end_of_replaced_content_is_an_error_and_no_zeros(area: Path) -> None:
+    """The kernel has one size for all who have a file open; it must not be moved under a writer."""
+    path = area / "f"
+    write_file(path, b"a" * 29376)
+    with path.open("rb", buffering=0) as early:
+        writer = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.write(writer, b"b" * 30000)
+        assert os.pread(early.fileno(), 4096, 0) == b"a" * 4096
+        for offset in (28672, 40000):
+            with pytest.raises(OSError, match=r"[Ss]tale"):
+                os.pread(early.fileno(), 4096, offset)
+        os.write(writer, b"c" * 10)
+        os.close(writer)
+        with pytest.raises(OSError, match=r"[Ss]tale"):
+            os.pread(early.fileno(), 4096, 40000)
+        assert path.read_bytes() == b"a" * 29376 + b"b" * 30000 + b"c" * 10
+    assert path.read_bytes() == b"a" * 29376 + b"b" * 30000 + b"c" * 10
+
+
 def test_unlinked_file_lives_in_its_handles(area: Path) -> None:
     path = area / "f"
     data = random.Random(10).randbytes(2 * MIB + 9)
