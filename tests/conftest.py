@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave slow tests out unless asked for, and run low layers first, so that -x stops at the lowest."""
+    """Leave slow tests out unless asked for; run low layers first, for -x to stop at the lowest."""
     order = ("unit", "native", "property", "conformance", "corrupt", "compat", "sim", "crash")
 
     def rank(item: pytest.Item) -> int:
@@ -108,7 +108,7 @@ def expected_warnings(request: pytest.FixtureRequest) -> list[str]:
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """A seed of the test's own; KVFS_SEED overrides it. It is printed, so that a failure shows it."""
+    """A seed of the test's own; KVFS_SEED overrides it. Printed, so that a failure shows it."""
     value = int(os.environ.get("KVFS_SEED", zlib.crc32(request.node.nodeid.encode())))
     print(f"seed: repeat with KVFS_SEED={value}")
     return value

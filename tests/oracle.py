@@ -1,13 +1,13 @@
 """An independent model of a pool: what may be there after a crash, and what must.
 
-It knows nothing of segments, logs or tables. Time is the position in the journal: an operation that began at
-`begin` may have had any part of its effect at a crash at `k >= begin`; one that was acknowledged as durable
-at `end` must have had all of it at `k >= end`.
+It knows nothing of segments, logs or tables. Time is the position in the journal: an operation
+that began at `begin` may have had any part of its effect at a crash at `k >= begin`; one that was
+acknowledged as durable at `end` must have had all of it at `k >= end`.
 
-- A block is named by its key, and its bytes never change. It must be there if it was acknowledged and not
-  released since; whatever is there must have been offered, with these very bytes.
-- A name has a history of values. Legal at a crash are the newest value acknowledged as durable and every value
-  begun since.
+- A block is named by its key, and its bytes never change. It must be there if it was acknowledged
+  and not released since; whatever is there must have been offered, with these very bytes.
+- A name has a history of values. Legal at a crash are the newest value acknowledged as durable
+  and every value begun since.
 """
 
 from collections.abc import Iterable
@@ -115,6 +115,15 @@ class Oracle:
     def value(self, path: Path) -> Value:
         """Return what the name is now, without a crash."""
         return self.names[path][-1].value if path in self.names else None
+
+    def restart(self, found: Iterable[bytes], names: dict[Path, Value]) -> None:
+        """Start again from what a recovery found, at position 0: found is durable."""
+        there = set(found)
+        for key, block in self.blocks.items():
+            block.offered = 0
+            block.promises = [(0, key in there)]
+        self.names = {path: [_Version(value, 0, 0)] for path, value in names.items()}
+        self.renames.clear()
 
     # --- what must hold after a crash at k
 
