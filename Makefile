@@ -5,7 +5,8 @@
 # goes into .venv. Stamps in .venv remember what was done: a second run needs no network.
 #
 #   PYTHON       interpreter for the venv; python3.11 or any later one is found by itself
-#   TORCH_INDEX  where pip finds CPU builds of torch, for `make demo` only (tools/install_torch.sh)
+#   TORCH_INDEX  where pip finds CPU builds of torch, for `make demo` only: an index, or a directory
+#                of wheels as file:///path (tools/install_torch.sh)
 #   SEED         seed of `make test-crash`
 #   WERROR       ON: warnings of the C compiler are errors, as in CI
 

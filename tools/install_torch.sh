@@ -5,7 +5,8 @@
 #
 # In this order, the first that works:
 # 1. whatever pip is set up to find (a mirror, find-links) that has the "+cpu" build;
-# 2. the index TORCH_INDEX, by default PyTorch's own for CPU builds;
+# 2. the index TORCH_INDEX, by default PyTorch's own for CPU builds; a directory of wheels will do,
+#    as file:///path;
 # 3. the plain build from PyPI, said loudly; KVFS_TORCH_PLAIN=0 fails here instead.
 set -euo pipefail
 
@@ -35,7 +36,11 @@ if try "torch==$VERSION+cpu"; then
     exit 0
 fi
 say "pip's own indexes have no CPU build; trying TORCH_INDEX=$INDEX"
-if try --retries 1 --timeout 20 --extra-index-url "$INDEX" "torch==$VERSION+cpu"; then
+source=(--extra-index-url "$INDEX")
+case $INDEX in
+file://*) source+=(--find-links "$INDEX") ;;
+esac
+if try --retries 1 --timeout 20 "${source[@]}" "torch==$VERSION+cpu"; then
     exit 0
 fi
 say "$INDEX did not help (last lines of pip below)"

@@ -31,7 +31,7 @@ DTYPE: Final = "float32"
 BLOCK_TOKENS: Final = 64
 ORDER: Final = "token,layer,kv,head,dim"
 PREFILL_TOKENS: Final = 256
-_NEEDED: Final = ("torch", "transformers", "gguf", "accelerate", "safetensors", WEIGHTS_PACKAGE)
+NEEDED: Final = ("torch", "transformers", "gguf", "accelerate", "safetensors", WEIGHTS_PACKAGE)
 _CLOCK: Final = SystemClock()
 
 
@@ -56,7 +56,7 @@ def require() -> None:
     Raises:
         UsageError: Something is missing.
     """
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
             f"the demo needs packages that are not installed: {', '.join(missing)}; "

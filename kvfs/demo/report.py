@@ -60,7 +60,7 @@ def rows(
     restored: dict[str, Any],
     shared: dict[str, Any],
     again: dict[str, Any],
-    recovery_ns: int,
+    recovered: dict[str, int],
 ) -> list[tuple[str, str]]:
     """Return the rows of the last table.
 
@@ -69,8 +69,8 @@ def rows(
         restored: The answer of the process that mapped the file.
         shared: The server's answer to the second prompt.
         again: The answer of the process that mapped the file after the kill.
-        recovery_ns: From starting the mount command to a whole file on the mount.
-    """  # fmt: skip
+        recovered: What came back after the kill, and how long it took.
+    """
     factor = cold["first_ns"] / restored["first_ns"]
     stored_bytes = cold["bytes_stored"] + shared["bytes_stored"]
     stored_blocks = cold["blocks_stored"] + shared["blocks_stored"]
@@ -92,7 +92,8 @@ def rows(
             f"cold {format_duration(shared['cold_first_ns'])})"
         ),
         "time to first token, after kill -9 and remount": format_duration(again["first_ns"]),
-        "recovery: kvfs mount, until the file is whole": format_duration(recovery_ns),
+        "recovery: kvfs mount, until the file is whole": format_duration(recovered["recovery_ns"]),
+        "lost after kill -9": f"{recovered['lost_blocks']} of {recovered['blocks']} blocks",
         "stored": f"{format_bytes(stored_bytes)} in {stored_blocks} blocks",
         "not stored twice": (
             f"{format_bytes(shared['bytes_deduplicated'])} in "

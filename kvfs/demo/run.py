@@ -108,10 +108,10 @@ def _run(root: Path, arguments: argparse.Namespace) -> None:
         report.heading(6, f"kill -9 {server.pid}: the server, owner of pool and mount")
         server.kill()
     with contextlib.ExitStack() as stack:
-        recovery_ns = _mount_again(stack, pool, mountpoint)
+        recovered = _mount_again(stack, pool, mountpoint)
         again = _restore(mountpoint, options, cold, 7)
     report.say()
-    report.say(report.table(report.rows(cold, restored, shared, again, recovery_ns)))
+    report.say(report.table(report.rows(cold, restored, shared, again, recovered)))
 
 
 def _compute(server: Child) -> dict[str, Any]:
@@ -180,8 +180,12 @@ def _share(server: Child) -> dict[str, Any]:
     return shared
 
 
-def _mount_again(stack: contextlib.ExitStack, pool: Path, mountpoint: Path) -> int:
-    """Mount the pool by the command line; return how long until the context is whole again.
+def _mount_again(stack: contextlib.ExitStack, pool: Path, mountpoint: Path) -> dict[str, int]:
+    """Mount the pool by the command line, and count what came back.
+
+    Returns:
+        recovery_ns, from the start of the command until the first context is there; the blocks of
+        both contexts, and how many of them were lost.
 
     Raises:
         UnavailableError: The command failed, or the context is not there.
@@ -191,17 +195,20 @@ def _mount_again(stack: contextlib.ExitStack, pool: Path, mountpoint: Path) -> i
     stack.callback(_kvfs, "umount", str(mountpoint))
     if _kvfs("mount", str(pool), str(mountpoint)):
         raise UnavailableError("the pool could not be mounted again; see above")
-    file = mountpoint / NAMESPACE / CONTEXT_NAMES[prompts.COLD]
+    files = [mountpoint / NAMESPACE / CONTEXT_NAMES[name] for name in CONTEXT_NAMES]
     try:
-        size = file.stat().st_size
+        size = files[0].stat().st_size
+        recovery_ns = now_ns() - started_ns
+        blocks = sum(int(os.getxattr(file, "user.kvfs.blocks")) for file in files)
+        held = sum(int(os.getxattr(file, "user.kvfs.resident_blocks")) for file in files)
     except OSError as error:
-        raise UnavailableError(f"context did not come back: {file.name}: {error}") from error
-    recovery_ns = now_ns() - started_ns
+        raise UnavailableError(f"a context did not come back: {error}") from error
     report.say(
-        f"    kvfs mount: {file.relative_to(mountpoint)} is there again, "
+        f"    kvfs mount: {files[0].relative_to(mountpoint)} is there again, "
         f"{format_bytes(size)}, after {format_duration(recovery_ns)}"
     )
-    return recovery_ns
+    report.say(f"    {blocks - held} of {blocks} blocks of both contexts lost")
+    return {"recovery_ns": recovery_ns, "blocks": blocks, "lost_blocks": blocks - held}
 
 
 def _kvfs(*words: str) -> int:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from kvfs.demo.model import _NEEDED
+from kvfs.demo.model import NEEDED
 
-PACKAGES_MISSING = any(importlib.util.find_spec(name) is None for name in _NEEDED)
+PACKAGES_MISSING = any(importlib.util.find_spec(name) is None for name in NEEDED)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.fuse,

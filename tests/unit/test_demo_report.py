@@ -34,7 +34,9 @@ def test_rows_hold_every_figure() -> None:
         "blocks_stored": 20, "blocks_deduplicated": 30, "tokens": list(range(64)),
         "same_tokens": 64, "devices": [{"tier": 0, "kind": "dram", "live_bytes": 7 << 20}],
     }  # fmt: skip
-    rows = dict(report.rows(cold, {"first_ns": 150_000_000}, shared, {"first_ns": 160_000_000}, 50))
+    recovered = {"recovery_ns": 1_200_000_000, "blocks": 103, "lost_blocks": 0}
+    restored, again = {"first_ns": 150_000_000}, {"first_ns": 160_000_000}
+    rows = dict(report.rows(cold, restored, shared, again, recovered))
     assert rows["time to first token, cold"] == "9.0 s (3200 tokens computed)"
     assert rows["time to first token, restored from the file"] == (
         "150.00 ms (1 token computed; 60 x faster)"
@@ -44,6 +46,7 @@ def test_rows_hold_every_figure() -> None:
     )
     assert rows["stored"] == "160.0 MiB in 70 blocks"
     assert rows["not stored twice"] == "80.0 MiB in 30 blocks of the second context"
+    assert rows["lost after kill -9"] == "0 of 103 blocks"
     assert rows["live bytes by tier"] == "tier 0 (dram) 7.0 MiB"
 
 
