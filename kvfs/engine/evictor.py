@@ -168,16 +168,17 @@ class Evictor:
         if not victims and self._close_idle_log(device):
             self._flush()
             victims = self._choose(device, wanted, held)
+        leased = [victim.segment for victim in victims]
         freed = 0
         try:
             by_namespace: dict[int, list[_Victim]] = {}
             for victim in victims:
                 by_namespace.setdefault(victim.segment.namespace_id, []).append(victim)
             for namespace_id, members in by_namespace.items():
-                freed += self._evict(device, namespace_id, members, held)
+                freed += self._evict(device, namespace_id, members, held, leased)
         finally:
-            for victim in victims:
-                self._state.release(victim.segment)
+            for segment in leased:
+                self._state.release(segment)
         return freed > 0
 
     def _flush(self) -> None:
@@ -252,9 +253,18 @@ class Evictor:
             return True
 
     def _evict(
-        self, device: DeviceState, namespace_id: int, victims: list[_Victim], held: HeldKeys
+        self,
+        device: DeviceState,
+        namespace_id: int,
+        victims: list[_Victim],
+        held: HeldKeys,
+        leased: list[SegmentState],
     ) -> int:
-        """Evict segments of one namespace; return how many went."""
+        """Evict segments of one namespace; return how many went.
+
+        The lease of each is given back once it is done, and taken from `leased`: its space is what
+        the survivors of the next one may need.
+        """
         state = self._state
         with state.lock:
             doomed = self._close_over_descendants(device, namespace_id, victims, held)
@@ -266,6 +276,8 @@ class Evictor:
             keep = victim.survives & ~np.isin(as_items(keys), as_items(lost))
             if self._relocate(device, segment, victim.indices[keep]):
                 evicted += self._give_up(device, segment, held)
+            leased.remove(segment)
+            state.release(segment)
         self._drop_lost(namespace_id, lost, held)
         return evicted
 
