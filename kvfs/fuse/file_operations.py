@@ -34,6 +34,7 @@ from kvfs.tree import Tree
 from kvfs.units import PAGE, align_up
 
 IDLE_LEASE_NS: Final = 1_000_000_000
+SMALL_BLOCKS: Final = 64
 _log = logging.getLogger("kvfs.fuse")
 _Context = pyfuse3.RequestContext
 _T = TypeVar("_T")
@@ -284,9 +285,12 @@ class FileOperations(pyfuse3.Operations):
                 undo=lambda file: self._files.close_write(file, is_abandoned=True),
             )
             return self._writing(node, file, flags)
-        reader = await self._runner.run(
-            self._files.open_read, node, nbytes=node.size_bytes, undo=self._files.close_read
-        )
+        if node.block_count <= SMALL_BLOCKS and self._files.writer_of(node.node_id) is None:
+            reader = self._files.open_read(node)  # no bytes move; a thread would take longer
+        else:
+            reader = await self._runner.run(
+                self._files.open_read, node, nbytes=node.size_bytes, undo=self._files.close_read
+            )
         identity = (reader.version, reader.size_bytes, node.mtime_ns)
         is_direct = self._handles.must_bypass_cache(node.node_id, identity)
         is_kept = not is_direct and self._inodes.may_keep_cache(node.node_id, identity)

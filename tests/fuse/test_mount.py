@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import kvfs
+from kvfs.engine.catalog_schema import Node
+from kvfs.files import WriteHandle
 from kvfs.fuse.mount import MountOptions, mount, mount_in_background, unmount
 from kvfs.fuse.mountpoint import entry_at, prepare, set_read_ahead
 from kvfs.pool import Pool
@@ -136,28 +138,32 @@ def test_hung_block_fails_within_the_deadline(
     path = tmp_path / "mnt"
     path.mkdir()
     expected_warnings.append("request timed out")
-    may_go, is_late = threading.Event(), threading.Event()
-    real = pool.files.open_read
+    may_hang, may_go, is_late = (threading.Event() for _ in range(3))
+    real = pool.files.open_write
 
-    def hang(node: kvfs.engine.catalog_schema.Node) -> object:
-        if node.name != "hung":
-            return real(node)
+    def hang(node: Node, *, truncate: bool) -> WriteHandle:
+        if not may_hang.is_set():
+            return real(node, truncate=truncate)
         assert may_go.wait(30)
-        reader = real(node)
+        handle = real(node, truncate=truncate)
         is_late.set()
-        return reader
+        return handle
 
-    monkeypatch.setattr(pool.files, "open_read", hang)
+    monkeypatch.setattr(pool.files, "open_write", hang)
     with mount_in_background(pool, path, MountOptions(deadline_s=0.3)):
         write_file(path / "hung", b"x")
         write_file(path / "well", b"y")
+        may_hang.set()
         with pytest.raises(OSError, match="Input/output"):
-            (path / "hung").open("rb")
+            (path / "hung").open("r+b")
         assert (path / "well").read_bytes() == b"y"
         assert '"timeouts": 1' in (path / ".kvfs/status.json").read_text()
         may_go.set()
         assert is_late.wait(30)
-        wait_until(lambda: not pool.store.state.pins, "the late open is undone")
+        node = pool.catalog.lookup(1, "hung")
+        assert node is not None
+        wait_until(lambda: pool.files.writer_of(node.node_id) is None, "the late open is undone")
+        assert (path / "hung").read_bytes() == b"x"
 
 
 def test_unexpected_failure_is_an_error_and_no_end(
