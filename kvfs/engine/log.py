@@ -36,6 +36,7 @@ from kvfs.units import PAGE, align_up
 
 _ENTRIES_PER_PAGE = PAGE // ENTRY_BYTES
 _TAIL_FIRST_READ = 64 << 10
+_SCAN_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +289,8 @@ def load_segment(device: Device, handle: Segment) -> LoadedSegment:
     """Read headers and entries of a segment.
 
     With a seal header that holds, exactly its entries are read. Without one, entries are scanned
-    down to the payload's high-water mark, never stopping at a bad one.
+    down to the first page of zeros or to the payload's high-water mark, whichever comes first, and
+    never only to a bad one.
 
     Raises:
         CorruptionError: The open header does not hold: the segment never held a persisted payload,
@@ -354,7 +356,11 @@ def _load_sealed(
 def _scan_unsealed(
     device: Device, handle: Segment, header: SegmentHeader, tail: bytes, seed: int
 ) -> LoadedSegment:
-    """Scan entries in growing tails until nothing below can be an entry."""
+    """Scan entries in growing tails, as long as a tail is used down to its first page.
+
+    Pages of entries are written one below the other, so whatever was persisted lies above the first
+    page of zeros. What a crash left below it was promised to nobody.
+    """
     limit = 0 if handle.is_file else handle.nbytes
     while True:
         start = max(0, limit - len(tail))
@@ -362,11 +368,14 @@ def _scan_unsealed(
         entries = np.frombuffer(raw, ENTRY)
         ends = entries["offset"] + page_round(entries["stored_bytes"]).astype(np.uint64)
         high_water = int(ends.max()) if len(entries) else 0
-        if start <= high_water or device.next_data(handle, high_water) >= start:
+        if start <= high_water or tail[:PAGE] == bytes(PAGE):
             break
         tail = device.read_tail(handle, min(limit, 4 * len(tail)))
     positions = np.frombuffer(indices, np.uint32)
-    residue = () if handle.is_file else _residue(tail, positions, entries, high_water - start)
+    residue: tuple[tuple[int, bytes], ...] = ()
+    if not handle.is_file:
+        residue = _residue(tail, positions, entries, high_water - start)
+        residue += _stray_entries(device, handle, seed, high_water, start)
     return LoadedSegment(header, False, positions, entries, count, residue)
 
 
@@ -388,3 +397,23 @@ def _residue(
         ((len(pages) - number) * PAGE, pages[number].tobytes())
         for number in np.flatnonzero(differs).tolist()
     )
+
+
+def _stray_entries(
+    device: Device, handle: Segment, seed: int, low: int, high: int
+) -> tuple[tuple[int, bytes], ...]:
+    """Find valid entries between the payloads and the summary; their pages are to be zeroed.
+
+    Else they would be taken for part of the summary once it has grown that far.
+    """
+    pages: set[int] = set()
+    position = device.next_data(handle, low)
+    while position < high:
+        position -= position % PAGE
+        chunk = device.read(handle, position, min(_SCAN_BYTES, high - position))
+        _, indices, _ = _native.scan_entries(chunk, seed, len(chunk) // ENTRY_BYTES, 0)
+        found = np.frombuffer(indices, np.uint32).astype(np.int64)
+        offsets = position + len(chunk) - (found + 1) * ENTRY_BYTES
+        pages.update((offsets // PAGE * PAGE).tolist())
+        position = device.next_data(handle, position + len(chunk))
+    return tuple((handle.nbytes - page, bytes(PAGE)) for page in sorted(pages))
