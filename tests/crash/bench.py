@@ -21,7 +21,7 @@ from kvfs.layout import Layout
 from kvfs.namespace import Context, Namespace
 from kvfs.tree import Tree
 from tests.crash.medium import Medium
-from tests.crash.simfs import Commit, Journal
+from tests.crash.simfs import Journal
 from tests.crash.verify import check_world
 from tests.crash.world import (
     SEGMENT_BYTES,
@@ -376,8 +376,7 @@ class Bench:
             self.pool.close()
             self.world._pool = None
             self.oracle.settle_names(self.now)
-            commits = [e for e in self.journal.events if isinstance(e, Commit)]
-            self.world.open(commits[-1].image)
+            self.world.open(self.journal.last_commit())
             self.written &= before
         self._promise_resident()
 

@@ -109,6 +109,11 @@ class Journal:
     def __len__(self) -> int:
         return len(self.events)
 
+    def last_commit(self) -> bytes | None:
+        """Return the catalog's database as it is now."""
+        commits = (event.image for event in reversed(self.events) if isinstance(event, Commit))
+        return next(commits, self.catalog)
+
 
 def folder_of(path: str) -> str:
     return path.rpartition("/")[0] or "."
