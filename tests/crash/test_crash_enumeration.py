@@ -1,5 +1,6 @@
 """The crash enumerator: thousands of states, and proof that it sees what it is there to see."""
 
+import faulthandler
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from tests.crash.enumeration import Plan, walk
 from tests.crash.simfs import SimFile
 
 STATES = 20_000
+_NEVER = 1 << 40
+_QUICK = Plan(1, turn=1, randoms=4, deep=_NEVER, goes_on=_NEVER, crashed=_NEVER, failures=1)
 _ROOT = Path(__file__).parents[2]
 
 
@@ -26,6 +29,7 @@ _ROOT = Path(__file__).parents[2]
 @pytest.mark.timeout(900)
 def test_every_crash_point_recovers() -> None:
     """Two processes, because states are independent; the command repeats it."""
+    faulthandler.cancel_dump_traceback_later()  # nothing hangs: it takes a minute or two
     command = [sys.executable, "-m", "tests.crash.run", "--seed", "1", "--randoms", "3"]
     done = subprocess.run(
         [*command, "--states", str(STATES), "--jobs", "2"],
@@ -73,7 +77,7 @@ def test_sees_a_broken_engine(name: str, expected_warnings: list[str]) -> None:
     expected_warnings.append("set aside")
     scenario, target, attribute, replacement = MUTANTS[name]
     with mock.patch.object(target, attribute, replacement):
-        outcome = walk(scenario, Plan(1, randoms=2, failures=1))
+        outcome = walk(scenario, _QUICK)
     assert outcome.failures, f"{name}: not seen in {outcome.recoveries} states"
 
 
