@@ -101,7 +101,8 @@ class Namespace:
             tokens=counts,
             durability=_durability(durability),
         )
-        self._pool.note_written()
+        if durability != "none":
+            self._pool.note_written()
         return result
 
     def match_prefix(self, keys: Any) -> int:

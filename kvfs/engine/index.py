@@ -58,7 +58,7 @@ class BlockIndex:
 
     def insert(self, records: RecordArray) -> RecordArray:
         """Insert or replace; return the records replaced (all-zero where there was none)."""
-        replaced = np.zeros(len(records), RECORD)
+        replaced = np.empty(len(records), RECORD)
         done = 0
         while True:
             done += self._table.insert(records[done:], replaced[done:])
@@ -68,7 +68,7 @@ class BlockIndex:
 
     def lookup(self, keys: KeyArray, device: int | None = None) -> RecordArray:
         """Return one record per key, all-zero (length 0) for a miss."""
-        found = np.zeros(len(keys), RECORD)
+        found = np.empty(len(keys), RECORD)
         if device is None:
             self._table.lookup(keys, found)
         else:

@@ -85,12 +85,22 @@ class SegmentLog:
 
     def fitting(self, lengths: AddressArray) -> int:
         """Return how many leading payloads of these lengths the segment has room for."""
+        padded = page_round(lengths)
+        if self.has_room(len(lengths), int(padded.sum())):
+            return len(lengths)
         state = self.state
-        ends = state.payload_end + np.cumsum(page_round(lengths))
+        ends = state.payload_end + np.cumsum(padded)
         counts = state.entry_count + 1 + np.arange(len(lengths))
         limits = state.handle.nbytes - HEADERS_BYTES - page_round(counts * ENTRY_BYTES)
         misfits = np.flatnonzero(ends > limits)
         return int(misfits[0]) if len(misfits) else len(lengths)
+
+    def has_room(self, count: int, padded_bytes: int) -> bool:
+        """Say whether `count` payloads fit that take so many bytes together, padded."""
+        state = self.state
+        entries_bytes = align_up((state.entry_count + count) * ENTRY_BYTES, PAGE)
+        needed = state.payload_end + padded_bytes + entries_bytes
+        return needed <= state.handle.nbytes - HEADERS_BYTES
 
     def append(self, batch: Batch) -> npt.NDArray[np.int64]:
         """Write payloads and entries; return the entries' indices.

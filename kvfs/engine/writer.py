@@ -33,6 +33,7 @@ from kvfs.engine.segment_table import (
 )
 from kvfs.engine.state import EngineState
 from kvfs.errors import DeviceError, NoSpaceError, PoisonedError, UsageError
+from kvfs.units import PAGE, align_up
 
 _ROOM_ATTEMPTS = 16
 
@@ -142,7 +143,7 @@ class Writer:
                 fits = log.fitting(batch.lengths[done:])
                 if not fits or log.state.status is not SegmentStatus.OPEN:
                     continue
-                part = batch.take(slice(done, done + fits))
+                part = batch if fits == len(batch) else batch.take(slice(done, done + fits))
                 with self._state.lock:  # growing replaces arrays that others change under the lock
                     log.state.reserve(log.state.entry_count + fits)
                 try:
@@ -157,6 +158,8 @@ class Writer:
                         raise
                     continue
             done += fits
+        if len(made) == 1:
+            return made[0]
         return np.concatenate(made) if made else np.zeros(0, RECORD)
 
     def _publish(self, segment: SegmentState, indices: npt.NDArray[np.int64]) -> RecordArray:
@@ -237,8 +240,12 @@ class Writer:
     ) -> RecordArray:
         """Return for each block a verified copy on one of the homes, or a zero record."""
         index = self._state.index(namespace.namespace_id)
-        found = np.zeros(len(batch), RECORD)
-        for device in homes:
+        if not homes:
+            return np.zeros(len(batch), RECORD)
+        found = index.lookup(batch.keys, homes[0].info.index)
+        if found["length"].any():
+            found["length"][~trusted(found)] = 0
+        for device in homes[1:]:
             missing = np.flatnonzero(found["length"] == 0)
             if not len(missing):
                 break
@@ -287,7 +294,8 @@ class Writer:
     ) -> SegmentLog:
         """Return the open log if the first payload fits, else a new one."""
         state = self._state
-        if int(lengths[0]) > device.info.segment_bytes // 2:
+        first = align_up(int(lengths[0]), PAGE)
+        if first > device.info.segment_bytes // 2:
             raise UsageError(
                 f"block of {int(lengths[0])} bytes on {device.info.name} with segments of "
                 f"{device.info.segment_bytes}: a segment must hold at least two blocks"
@@ -297,7 +305,7 @@ class Writer:
                 with state.lock:
                     device.require_online()
                     log = device.logs.get(namespace.namespace_id)
-                    if log is not None and log.fitting(lengths[:1]) and not log.state.is_poisoned:
+                    if log is not None and not log.state.is_poisoned and log.has_room(1, first):
                         return log
                     if log is not None:
                         device.full.append(device.logs.pop(namespace.namespace_id))
