@@ -30,6 +30,7 @@ class Plan:
         deep: Sample whose recovery is crashed in turn.
         goes_on: Sample that must go on working afterwards.
         crashed: Sample that `check` looks at before the recovery.
+        checked: Sample that `check` looks at after it.
         failures: After how many to stop.
     """
 
@@ -39,6 +40,7 @@ class Plan:
     deep: int = 40
     goes_on: int = 16
     crashed: int = 8
+    checked: int = 1
     failures: int = 5
 
 
@@ -75,6 +77,9 @@ def walk(name: str, plan: Plan, only: str = "") -> Outcome:
     scenario = scenario_named(name)
     started = time.perf_counter()
     bench = scenario.run(f"{plan.seed}")
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # collected now and then below: worlds are many, and small
     try:
         for state in _states(bench, scenario, plan, outcome, only):
             if only and state.point != only:
@@ -85,6 +90,8 @@ def walk(name: str, plan: Plan, only: str = "") -> Outcome:
             if outcome.recoveries % 256 == 0:
                 gc.collect()
     finally:
+        gc.enable()
+        gc.unfreeze()
         bench.close()
     outcome.seconds = time.perf_counter() - started
     return outcome
@@ -96,8 +103,14 @@ def _check(state: State, bench: Bench, scenario: Scenario, plan: Plan, outcome: 
     try:
         if number % plan.crashed == 0:
             check_crashed(state.image, scenario.geometry)
-        goes_on = number % plan.goes_on == 0
-        check_image(state.image, scenario.geometry, bench.oracle, state.position, goes_on=goes_on)
+        check_image(
+            state.image,
+            scenario.geometry,
+            bench.oracle,
+            state.position,
+            checks=number % plan.checked == 0,
+            goes_on=number % plan.goes_on == 0,
+        )
     except Exception:  # noqa: BLE001 - whatever goes wrong is a finding
         outcome.failures.append(
             f"{traceback.format_exc(limit=-6)}\nrepeat: python -m tests.crash.run "

@@ -22,11 +22,11 @@ def _walk(task: _Task) -> Outcome:
     return walk(*task)
 
 
-def _tasks(seed: int, randoms: int) -> Iterator[_Task]:
+def _tasks(seed: int, randoms: int, checked: int) -> Iterator[_Task]:
     """Yield the walks without end: all scenarios of the first turn, of the second, and so on."""
     for turn in itertools.count():
         for name in names_of_turn(turn):
-            yield name, Plan(seed, turn=turn, randoms=randoms)
+            yield name, Plan(seed, turn=turn, randoms=randoms, checked=checked)
 
 
 class Tally:
@@ -65,18 +65,18 @@ class Tally:
         )
 
 
-def run(seed: int, states: int, jobs: int, randoms: int, *, progress: bool = True) -> Tally:
+def run(seed: int, states: int, jobs: int, randoms: int, checked: int = 1) -> Tally:
     """Walk until `states` distinct images were checked, or something failed."""
     tally = Tally(states)
     shown = 0
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         running: list[multiprocessing.pool.AsyncResult[Outcome]] = []
-        tasks = _tasks(seed, randoms)
+        tasks = _tasks(seed, randoms, checked)
         while not tally.is_done:
             while len(running) < jobs + 1:
                 running.append(pool.apply_async(_walk, (next(tasks),)))
             tally.add(running.pop(0).get())
-            if progress and len(tally.digests) - shown >= 5000:
+            if len(tally.digests) - shown >= 5000:
                 shown = len(tally.digests)
                 print(tally.line(), flush=True)
         pool.terminate()
@@ -89,6 +89,7 @@ def main() -> int:
     parser.add_argument("--states", type=int, default=300_000, help="distinct images to check")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--randoms", type=int, default=6, help="random choices per position")
+    parser.add_argument("--checked", type=int, default=1, help="run `check` on one in so many")
     parser.add_argument("--turn", type=int, default=0, help="with --only: the turn of the state")
     parser.add_argument("--only", default="", help="repeat one state: scenario:point")
     arguments = parser.parse_args()
@@ -99,7 +100,9 @@ def main() -> int:
         print("\n".join(outcome.failures) or f"no failure in {outcome.recoveries} states")
         return 1 if outcome.failures or not outcome.recoveries else 0
     print(f"seed {arguments.seed}, {arguments.states} states, {arguments.jobs} processes")
-    tally = run(arguments.seed, arguments.states, arguments.jobs, arguments.randoms)
+    tally = run(
+        arguments.seed, arguments.states, arguments.jobs, arguments.randoms, arguments.checked
+    )
     for name, count in sorted(tally.by_scenario.items()):
         print(f"{count:8d} {name}")
     for failure in tally.failures:

@@ -32,7 +32,7 @@ def test_every_crash_point_recovers() -> None:
     faulthandler.cancel_dump_traceback_later()  # nothing hangs: it takes a minute or two
     command = [sys.executable, "-m", "tests.crash.run", "--seed", "1", "--randoms", "3"]
     done = subprocess.run(
-        [*command, "--states", str(STATES), "--jobs", "2"],
+        [*command, "--states", str(STATES), "--jobs", "2", "--checked", "3"],
         cwd=_ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     print(done.stdout)
