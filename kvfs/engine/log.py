@@ -299,8 +299,7 @@ def load_segment(device: Device, handle: Segment) -> LoadedSegment:
     """Read headers and entries of a segment.
 
     With a seal header that holds, exactly its entries are read. Without one, entries are scanned
-    down to the first page of zeros or to the payload's high-water mark, whichever comes first, and
-    never only to a bad one.
+    down to the payload's high-water mark, never stopping at a bad one.
 
     Raises:
         CorruptionError: The open header does not hold: the segment never held a persisted payload,
@@ -368,25 +367,27 @@ def _scan_unsealed(
 ) -> LoadedSegment:
     """Scan entries in growing tails, as long as a tail is used down to its first page.
 
-    Pages of entries are written one below the other, so whatever was persisted lies above the first
-    page of zeros. What a crash left below it was promised to nobody.
+    What holds data between the last tail and the payloads is scanned in pieces: payloads without
+    entries, as a crash leaves them, or entries below a page that was lost.
     """
     limit = 0 if handle.is_file else handle.nbytes
     while True:
         start = max(0, limit - len(tail))
-        raw, indices, count = _native.scan_entries(tail[:-HEADERS_BYTES], seed, -1, start)
-        entries = np.frombuffer(raw, ENTRY)
+        raw, found, _ = _native.scan_entries(tail[:-HEADERS_BYTES], seed, -1, start)
+        entries, indices = np.frombuffer(raw, ENTRY), np.frombuffer(found, np.uint32)
         ends = entries["offset"] + page_round(entries["stored_bytes"]).astype(np.uint64)
         high_water = int(ends.max()) if len(entries) else 0
         if start <= high_water or tail[:PAGE] == bytes(PAGE):
             break
         tail = device.read_tail(handle, min(limit, 4 * len(tail)))
-    positions = np.frombuffer(indices, np.uint32)
     residue: tuple[tuple[int, bytes], ...] = ()
     if not handle.is_file:
-        residue = _residue(tail, positions, entries, high_water - start)
-        residue += _stray_entries(device, handle, seed, high_water, start)
-    return LoadedSegment(header, False, positions, entries, count, residue)
+        residue = _residue(tail, indices, entries, high_water - start)
+        below = _entries_between(device, handle, seed, high_water, start)
+        indices = np.concatenate([indices, *(part for part, _ in below)])
+        entries = np.concatenate([entries, *(part for _, part in below)])
+    count = int(indices.max()) + 1 if len(indices) else 0
+    return LoadedSegment(header, False, indices, entries, count, residue)
 
 
 def _residue(
@@ -409,21 +410,19 @@ def _residue(
     )
 
 
-def _stray_entries(
+def _entries_between(
     device: Device, handle: Segment, seed: int, low: int, high: int
-) -> tuple[tuple[int, bytes], ...]:
-    """Find valid entries between the payloads and the summary; their pages are to be zeroed.
-
-    Else they would be taken for part of the summary once it has grown that far.
-    """
-    pages: set[int] = set()
-    position = device.next_data(handle, low)
-    while position < high:
-        position -= position % PAGE
-        chunk = device.read(handle, position, min(_SCAN_BYTES, high - position))
-        _, indices, _ = _native.scan_entries(chunk, seed, len(chunk) // ENTRY_BYTES, 0)
-        found = np.frombuffer(indices, np.uint32).astype(np.int64)
-        offsets = position + len(chunk) - (found + 1) * ENTRY_BYTES
-        pages.update((offsets // PAGE * PAGE).tolist())
-        position = device.next_data(handle, position + len(chunk))
-    return tuple((handle.nbytes - page, bytes(PAGE)) for page in sorted(pages))
+) -> list[tuple[npt.NDArray[np.uint32], EntryArray]]:
+    """Find valid entries in the segment from `low` to `high`; return parts with their indices."""
+    parts = []
+    end = high
+    while device.next_data(handle, low) < end:
+        start = max(low, end - _SCAN_BYTES)
+        if device.next_data(handle, start) < end:
+            chunk = device.read(handle, start, end - start)
+            raw, found, _ = _native.scan_entries(chunk, seed, len(chunk) // ENTRY_BYTES, 0)
+            above = (handle.nbytes - HEADERS_BYTES - end) // ENTRY_BYTES
+            indices = np.frombuffer(found, np.uint32) + np.uint32(above)
+            parts.append((indices, np.frombuffer(raw, ENTRY)))
+        end = start
+    return parts

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvfs import _native
-from kvfs.devices.filesystem import File, FileSystem, is_own_name
+from kvfs.devices.filesystem import SEGMENTS, STAGING, File, FileSystem, is_own_name
 from kvfs.units import PAGE, align_up
 
 LOCATION = 0x10CA7104
@@ -308,7 +308,8 @@ class SimFileSystem(FileSystem):
     def remove_tree(self) -> None:
         for path in [path for path in self._names if is_own_name(path)]:
             self.unlink(path)
-        self.sync_directory(".")
+        for folder in (SEGMENTS, STAGING, "."):  # a directory that is gone takes its names along
+            self.sync_directory(folder)
 
     def location(self) -> int:
         return self.place

@@ -4,6 +4,7 @@ import random
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace as with_changes
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -229,17 +230,23 @@ def test_sidecars(subject: Subject) -> None:
     assert not load_segment(subject.device, handle).is_sealed
 
 
-def test_entries_below_a_lost_page_are_zeroed(started: Subject) -> None:
-    """They were promised to nobody, and must not come to life when the summary reaches them."""
+def test_entries_below_a_lost_page_are_found(started: Subject) -> None:
     started.append(*[1] * 600)
     lost = HEADERS_BYTES + 14 * PAGE  # the page of entries 416 to 447
     started.device.write_tail(started.state.handle, lost, bytes(PAGE))
     loaded = load_segment(started.device, started.state.handle)
-    assert loaded.entry_count == 416
-    zeroed = dict(loaded.residue)
-    below = [HEADERS_BYTES + n * PAGE for n in range(15, 20)]
-    assert {d: zeroed.get(d) for d in below} == dict.fromkeys(below, bytes(PAGE))
-    for distance, page in loaded.residue:
-        started.device.write_tail(started.state.handle, distance, page)
-    again = load_segment(started.device, started.state.handle)
-    assert (again.entry_count, again.residue) == (416, ())
+    assert loaded.indices.tolist() == [*range(416), *range(448, 600)]
+    assert (loaded.entry_count, loaded.residue) == (600, ())
+    kept = started.state.entries[loaded.indices]
+    assert (loaded.entries == kept).all()
+
+
+def test_payloads_without_entries_are_not_read_whole(started: Subject) -> None:
+    """Neither into memory, nor at all where the file has holes."""
+    started.append(*[PAGE] * 300)
+    started.device.write_tail(started.state.handle, HEADERS_BYTES + 11 * PAGE, bytes(10 * PAGE))
+    with mock.patch.object(started.device, "read", wraps=started.device.read) as read:
+        loaded = load_segment(started.device, started.state.handle)
+    assert loaded.entry_count == 32
+    assert sum(call.args[2] for call in read.call_args_list) <= 300 * PAGE + (1 << 20)
+    assert max(call.args[2] for call in read.call_args_list) <= 1 << 20

@@ -255,3 +255,24 @@ def test_what_was_put_after_the_last_persist_is_verified_before_it_is_served(ben
     assert again.match_prefix(keys) == 1
     assert isinstance(world.disks[0], SimFileSystem)
     world.discard()
+
+
+def test_a_crash_while_a_device_is_destroyed_leaves_a_whole_one_or_none(bench: Bench) -> None:
+    space = bench.space()
+    bench.put(space, 20)
+    bench.write_file(space, "file", 30_000)
+    bench.sync()
+    before = bench.world.disks[0].files()
+    start = bench.now
+    bench.pool.store.state.devices[0].device.destroy()
+    medium = bench.base
+    for event in bench.journal.events[bench.start : start]:
+        medium.apply(event)
+    for event in [None, *bench.journal.events[start:]]:
+        if event is not None:
+            medium.apply(event)
+        for choice in medium.choices("destroy", 20):
+            files = medium.image(choice, 0, {}).disks[0]
+            if SUPERBLOCK in files:
+                assert before.items() <= files.items()
+    assert not medium.image(choice, 0, {}).disks[0]
