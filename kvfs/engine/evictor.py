@@ -164,10 +164,20 @@ class Evictor:
             self._flush()
         wanted = max(nbytes, device.info.capacity_bytes // _ROUND_SHARE)
         held = HeldKeys(self._state)
-        victims = self._choose(device, wanted, held)
-        if not victims and self._close_idle_log(device):
+        freed = self._round(device, wanted, held)
+        if not freed and self._close_idle_log(device):
             self._flush()
-            victims = self._choose(device, wanted, held)
+            freed = self._round(device, wanted, held)
+        if not freed:
+            # A crash may have left no room to copy survivors to: spare nothing that may be dropped.
+            freed = self._round(device, wanted, held, is_sparing=False)
+        return freed > 0
+
+    def _round(
+        self, device: DeviceState, wanted: int, held: HeldKeys, *, is_sparing: bool = True
+    ) -> int:
+        """Choose victims and evict them; return how many went."""
+        victims = self._choose(device, wanted, held, is_sparing=is_sparing)
         leased = [victim.segment for victim in victims]
         freed = 0
         try:
@@ -179,7 +189,7 @@ class Evictor:
         finally:
             for segment in leased:
                 self._state.release(segment)
-        return freed > 0
+        return freed
 
     def _flush(self) -> None:
         """Seal what can be sealed; a failing device has been dealt with by the writer."""
@@ -189,10 +199,13 @@ class Evictor:
         except (DeviceError, PoisonedError):
             return
 
-    def _choose(self, device: DeviceState, wanted: int, held: HeldKeys) -> list[_Victim]:
+    def _choose(
+        self, device: DeviceState, wanted: int, held: HeldKeys, *, is_sparing: bool
+    ) -> list[_Victim]:
         """Ask the policy which sealed segments go, and what survives of each; lease those.
 
         If warm blocks are spread so evenly that no segment is worth evicting, they are not spared.
+        Without `is_sparing`, only segments are asked about that can go without any copying.
         """
         with self._state.lock:
             namespaces = {s.namespace_id for s in device.segments.values()}
@@ -210,8 +223,10 @@ class Evictor:
                 for segment in device.segments.values()
                 if segment.status is SegmentStatus.SEALED
             ]
-            for limit in (warm_ns, _NEVER_NS):
+            for limit in (warm_ns, _NEVER_NS) if is_sparing else (None,):
                 plans = [self._plan(s, standings[s.handle.slot], limit, held) for s in sealed]
+                if not is_sparing:
+                    plans = [plan for plan in plans if not plan.kept_bytes]
                 candidates = [plan.candidate(i) for i, plan in enumerate(plans)]
                 chosen = [plans[i] for i in choose_victims(candidates, wanted)]
                 if chosen:
@@ -221,17 +236,19 @@ class Evictor:
         return []
 
     def _plan(
-        self, segment: SegmentState, standing: Standing, warm_ns: int, held: HeldKeys
+        self, segment: SegmentState, standing: Standing, warm_ns: int | None, held: HeldKeys
     ) -> _Victim:
         lengths = standing.lengths
-        survives = spare(
-            held.mask(segment.namespace_id, segment.entries["key"][standing.indices]),
-            standing.reachable,
-            standing.recency_ns,
-            lengths,
-            warm_ns=warm_ns,
-            segment_bytes=segment.handle.nbytes,
-        )
+        survives = held.mask(segment.namespace_id, segment.entries["key"][standing.indices])
+        if warm_ns is not None:
+            survives = spare(
+                survives,
+                standing.reachable,
+                standing.recency_ns,
+                lengths,
+                warm_ns=warm_ns,
+                segment_bytes=segment.handle.nbytes,
+            )
         total = max(1, int(lengths.sum()))
         return _Victim(
             segment=segment,
