@@ -16,7 +16,7 @@ from tests.crash.bench import Bench
 from tests.crash.medium import Image, Medium
 from tests.crash.scenarios import Scenario, scenario_named
 from tests.crash.simfs import Event, Journal
-from tests.crash.verify import check_crashed, check_image, recover
+from tests.crash.verify import check_crashed, check_image, check_repaired, recover
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class Plan:
         goes_on: Sample that must go on working afterwards.
         crashed: Sample that `check` looks at before the recovery.
         checked: Sample that `check` looks at after it.
+        repaired: Sample that `check --repair` has before the recovery.
         failures: After how many to stop.
     """
 
@@ -41,6 +42,7 @@ class Plan:
     goes_on: int = 16
     crashed: int = 8
     checked: int = 1
+    repaired: int = 32
     failures: int = 5
 
 
@@ -103,6 +105,8 @@ def _check(state: State, bench: Bench, scenario: Scenario, plan: Plan, outcome: 
     try:
         if number % plan.crashed == 0:
             check_crashed(state.image, scenario.geometry)
+        if number % plan.repaired == 0:
+            check_repaired(state.image, scenario.geometry, bench.oracle, state.position)
         check_image(
             state.image,
             scenario.geometry,

@@ -91,6 +91,25 @@ def check_crashed(image: Image, geometry: Geometry) -> None:
         world.discard()
 
 
+def check_repaired(image: Image, geometry: Geometry, oracle: Oracle, position: int) -> None:
+    """`kvfs-admin check --repair` on what a power cut left must lose nothing acknowledged."""
+    world = World(geometry)
+    world.restore(image.disks)
+    devices, catalog = world.open_parts(image.catalog)
+    try:
+        check_devices(devices, catalog, repair=True)
+        repaired = catalog._connection.serialize()
+    finally:
+        for device in devices:
+            device.close()
+        catalog.close()
+    try:
+        world.open(repaired)
+        check_world(world, oracle, position, by_lease=False)
+    finally:
+        world.discard()
+
+
 def check_medium(devices: list[Device], catalog: Catalog) -> None:
     """`kvfs-admin check` must find nothing but what the next opening puts right by itself.
 
