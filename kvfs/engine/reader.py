@@ -189,7 +189,7 @@ class Reader:
         if not self._state.options.verify_reads:
             unknown &= self._needing_medium(records, self._parts(records))
         todo = np.flatnonzero(unknown)
-        for part in self._parts(records[todo]):
+        for part in self._parts(records[todo]) if len(todo) else ():
             chosen = todo[part.positions]
             subset = np.ascontiguousarray(records[chosen])
             statuses = self._verify_part(part.segment, subset)
