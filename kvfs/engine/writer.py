@@ -10,9 +10,10 @@ Layer: L3.
 - After a failed write the batch is tried once more on a fresh segment; what the failed segment
   held unpersisted is dropped.
 
-Locks: the log's lock, then the state's lock.
+Locks: the log's lock, then its persist lock, then the state's lock.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -211,7 +212,12 @@ class Writer:
                                        fmt.SegmentKind.FILE)  # fmt: skip
             sidecar = file_sidecar(header, entries)
             handle = device.device.adopt(staging, slot, generation, sidecar)
-            device.device.persist_names()
+            try:
+                device.device.persist_names()
+            except OSError:
+                with contextlib.suppress(OSError):
+                    device.device.free(handle)
+                raise
             segment = SegmentState(
                 handle, namespace.namespace_id, SegmentStatus.SEALED, state.clock.monotonic_ns()
             )
@@ -380,10 +386,13 @@ class Writer:
         return None
 
     def _retire_poisoned(self, device: DeviceState, log: SegmentLog) -> None:
-        """Take a poisoned segment out of use: no more writes, nothing unpersisted in the index."""
+        """Take a poisoned segment out of use: no more writes, nothing unpersisted in the index.
+
+        A persist under way is waited for: what it covers is kept.
+        """
         state = self._state
         segment = log.state
-        with state.lock:
+        with log.persist_lock, state.lock:
             if segment.status is not SegmentStatus.OPEN:
                 return
             if device.logs.get(segment.namespace_id) is log:
