@@ -168,7 +168,7 @@ class Bench:
             space.put(keys, payloads, parents=parents, durability=durability)
             self.written.update(key.tobytes() for key in keys)
         if durability == "sync":
-            self.oracle.promise([key.tobytes() for key in keys], self.now)
+            self._promise({key.tobytes() for key in keys})
 
     def put_again(self, space: Namespace, keys: np.ndarray, durability: str) -> None:
         """Put blocks that were put before; dropped ones are written again."""
@@ -280,7 +280,7 @@ class Bench:
             context.append(keys, payloads, tokens=tokens, durability=durability)
             self.written.update(names)
         if durability == "sync":
-            self.oracle.promise(names, self.now)
+            self._promise(set(names))
             self.oracle.settle_names(self.now)
         return keys
 
@@ -358,6 +358,12 @@ class Bench:
         with their names.
         """
         self.oracle.promise(self.written & resident_keys(self.pool), self.now)
+
+    def _promise(self, keys: set[bytes]) -> None:
+        """These were put durably. In a full pool some may have been evicted by the rest."""
+        resident = resident_keys(self.pool)
+        assert self.may_evict or keys <= resident, "an acknowledged block is not there"
+        self.oracle.promise(keys & resident, self.now)
 
     def _publish(self, begin: int) -> None:
         for path, value in self.unpublished.items():
