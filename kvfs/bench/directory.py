@@ -69,21 +69,21 @@ def _write(
     per_batch = memory.batch_bytes // _BLOCK_BYTES
     batches = max(1, session.scale.size_bytes // memory.batch_bytes)
     keys = session.new_keys(namespace, batches * per_batch)
+    windows = memory.windows(memory.private)
+    is_synced = durability == "sync"
     fd = os.open(plain, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        for turn in range(batches):
-            rows = memory.window(memory.private, turn).reshape(per_batch, _BLOCK_BYTES)
-            other = memory.window(memory.private, turn + 1)
-            part = keys[turn * per_batch : (turn + 1) * per_batch]
-            ways = {
-                "put": lambda part=part, rows=rows: namespace.put(
-                    part, rows, durability=durability
-                ),
-                "plain": lambda data=other, at=turn * other.nbytes: _pwrite(
-                    fd, data, at, is_synced=durability == "sync"
-                ),
-            }
-            watch.take_turns(ways, turn)
+        ways = {
+            "put": lambda i: namespace.put(
+                keys[i * per_batch : (i + 1) * per_batch],
+                windows[i % len(windows)].reshape(per_batch, _BLOCK_BYTES),
+                durability=durability,
+            ),
+            "plain": lambda i: _pwrite(
+                fd, windows[i % len(windows)], i * memory.batch_bytes, is_synced=is_synced
+            ),
+        }
+        watch.race(ways, batches)
         drop_all(pool, namespace, keys)
     finally:
         os.close(fd)

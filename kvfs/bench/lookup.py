@@ -46,19 +46,21 @@ def _race(session: Session, namespace: Namespace, keys: KeyArray) -> Stopwatch:
     table = np.zeros(len(keys), f"V{RECORD.itemsize}")
     table.view(np.uint8)[:] = 1
     order = np.random.default_rng(3).permutation(len(keys))
+    starts = range(0, _whole(keys), BATCH_KEYS)
+    batches = [keys[start : start + BATCH_KEYS] for start in starts]
+    # The two ask for other keys at any time: none finds in the caches what the other one fetched.
+    others = batches[len(batches) // 2 :] + batches[: len(batches) // 2]
+    rows = [order[start : start + BATCH_KEYS] for start in starts]
+    ways = {
+        "lookup": lambda i: namespace.lookup(batches[i]),
+        "match_prefix": lambda i: namespace.match_prefix(others[i]),
+        "gather": lambda i: table[rows[i]],
+    }
     watch, warm_up = Stopwatch(), Stopwatch()
     for repeat in range(-1, session.scale.repeats):
         session.progress.note("lookup", max(0, repeat), session.scale.repeats)
         current = watch if repeat >= 0 else warm_up
-        for turn, start in enumerate(range(0, _whole(keys), BATCH_KEYS)):
-            part = keys[start : start + BATCH_KEYS]
-            rows = order[start : start + BATCH_KEYS]
-            ways = {
-                "lookup": lambda part=part: namespace.lookup(part),
-                "match_prefix": lambda part=part: namespace.match_prefix(part),
-                "gather": lambda rows=rows: table[rows],
-            }
-            current.take_turns(ways, turn)
+        current.race(ways, len(batches))
         current.lap()
     assert namespace.match_prefix(keys) == len(keys), "every block is resident"
     return watch

@@ -78,10 +78,10 @@ def _command(*arguments: str) -> None:
 def _write(session: Session, path: Path, nbytes: int) -> None:
     """Write the file through the mount and let kvfs take it over."""
     with path.open("wb", buffering=0) as file:
-        for turn, start in enumerate(range(0, nbytes, session.memory.batch_bytes)):
-            part = session.memory.window(session.memory.private, turn)[: nbytes - start]
-            for offset in range(0, len(part), MIB):
-                file.write(part[offset : offset + MIB].data)
+        source = session.memory.private
+        for start in range(0, nbytes, MIB):
+            offset = start % len(source)
+            file.write(source[offset : offset + min(MIB, nbytes - start)].data)
         os.fsync(file.fileno())
 
 

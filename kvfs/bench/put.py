@@ -55,19 +55,20 @@ def _fill(
     per_batch = memory.batch_bytes // block_bytes
     batches = max(1, scale.size_bytes // memory.batch_bytes)
     keys = session.new_keys(namespace, batches * per_batch)
-    for turn in range(batches):
-        # Three ways, three parts of the source: none finds in the cache what another one read.
-        blocks = memory.window(memory.private, turn)[: per_batch * block_bytes]
-        others = [memory.window(memory.private, turn + i)[: len(blocks)] for i in (1, 2)]
-        target = memory.window(memory.arena, turn)[: len(blocks)]
-        part = keys[turn * per_batch : (turn + 1) * per_batch]
-        rows = blocks.reshape(per_batch, block_bytes)
-        ways = {
-            "put": lambda part=part, rows=rows: namespace.put(part, rows, durability="none"),
-            "stream copy": lambda to=target, source=others[0]: stream_copy(to, source),
-            "memmove": lambda to=target, source=others[1]: library_copy(to, source),
-        }
-        watch.take_turns(ways, turn)
+    moved = per_batch * block_bytes
+    rows = [part[:moved].reshape(per_batch, block_bytes) for part in memory.windows(memory.private)]
+    targets = [part[:moved] for part in memory.windows(memory.arena)]
+
+    def put(step: int) -> None:
+        part = keys[step * per_batch : (step + 1) * per_batch]
+        namespace.put(part, rows[step % len(rows)], durability="none")
+
+    ways = {
+        "put": put,
+        "stream copy": lambda i: stream_copy(targets[i % len(targets)], rows[i % len(rows)]),
+        "memmove": lambda i: library_copy(targets[i % len(targets)], rows[i % len(rows)]),
+    }
+    watch.race(ways, batches)
     if drop:
         drop_all(pool, namespace, keys)
-    return batches * per_batch * block_bytes
+    return batches * moved

@@ -8,9 +8,6 @@ in the same pass; the copies do not.
 
 from collections.abc import Iterator
 
-import numpy as np
-import numpy.typing as npt
-
 from kvfs.bench.figure import Baseline, Figure, Unit, ratio_at_least
 from kvfs.bench.session import Session, fill, library_copy, stream_copy
 from kvfs.bench.stopwatch import Stopwatch
@@ -46,22 +43,19 @@ def _read_all(session: Session, namespace: Namespace, keys: KeyArray, watch: Sto
     block_bytes = namespace.layout.stride
     per_batch = memory.batch_bytes // block_bytes
     batches = len(keys) // per_batch
-    for turn in range(batches):
-        part = keys[turn * per_batch : (turn + 1) * per_batch]
-        targets = [
-            memory.window(memory.private, turn + i)[: per_batch * block_bytes] for i in range(3)
-        ]
-        rows = targets[0].reshape(per_batch, block_bytes)
-        sources = [memory.window(memory.arena, turn + i)[: targets[0].nbytes] for i in (0, 1)]
-        ways = {
-            "read_into": lambda part=part, rows=rows: _read(namespace, part, rows),
-            "memmove": lambda to=targets[1], source=sources[0]: library_copy(to, source),
-            "stream copy": lambda to=targets[2], source=sources[1]: stream_copy(to, source),
-        }
-        watch.take_turns(ways, turn)
-    return len(keys) * block_bytes
+    moved = per_batch * block_bytes
+    rows = [part[:moved].reshape(per_batch, block_bytes) for part in memory.windows(memory.private)]
+    sources = [part[:moved] for part in memory.windows(memory.arena)]
 
+    def read(step: int) -> None:
+        part = keys[step * per_batch : (step + 1) * per_batch]
+        done = namespace.read_into(part, rows[step % len(rows)])
+        assert done.all(), "every block is resident"
 
-def _read(namespace: Namespace, keys: KeyArray, rows: npt.NDArray[np.uint8]) -> None:
-    done = namespace.read_into(keys, rows)
-    assert done.all(), "every block is resident"
+    ways = {
+        "read_into": read,
+        "memmove": lambda i: library_copy(rows[i % len(rows)], sources[i % len(sources)]),
+        "stream copy": lambda i: stream_copy(rows[i % len(rows)], sources[i % len(sources)]),
+    }
+    watch.race(ways, batches)
+    return batches * moved

@@ -126,11 +126,10 @@ class Memory:
         self._arena = _native.Arena(self._fd, arena_bytes, populate=True)
         self.arena = np.frombuffer(memoryview(self._arena), np.uint8)
 
-    def window(self, memory: npt.NDArray[np.uint8], turn: int) -> npt.NDArray[np.uint8]:
-        """Return the batch that is due in a turn, walking through the memory."""
-        count = len(memory) // self.batch_bytes
-        start = turn % count * self.batch_bytes
-        return memory[start : start + self.batch_bytes]
+    def windows(self, memory: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
+        """Cut memory into batches; walking through them outruns the processor's caches."""
+        size = self.batch_bytes
+        return [memory[start : start + size] for start in range(0, len(memory) - size + 1, size)]
 
     def close(self) -> None:
         """Give it back; after a failure, parts may still be referred to and keep their pages."""
@@ -244,10 +243,10 @@ def fill(session: Session, namespace: Namespace, nbytes: int) -> KeyArray:
     memory = session.memory
     per_batch = memory.batch_bytes // block_bytes
     keys = session.new_keys(namespace, nbytes // block_bytes)
-    for turn, start in enumerate(range(0, len(keys), per_batch)):
+    payload = memory.private[: per_batch * block_bytes].reshape(per_batch, block_bytes)
+    for start in range(0, len(keys), per_batch):
         part = keys[start : start + per_batch]
-        rows = memory.window(memory.private, turn)[: len(part) * block_bytes]
-        namespace.put(part, rows.reshape(len(part), block_bytes), durability="none")
+        namespace.put(part, payload[: len(part)], durability="none")
     return keys
 
 

@@ -7,11 +7,13 @@ does, and what one way leaves in the caches, falls on all of them alike.
 """
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from functools import partial
+from typing import Final, TypeVar
 
 from kvfs.bench.figure import Samples, rates
 from kvfs.clock import Clock, SystemClock
 
+STEPS_PER_TURN: Final = 4
 T = TypeVar("T")
 
 
@@ -31,12 +33,14 @@ class Stopwatch:
         self._running[name] = self._running.get(name, 0) + elapsed_ns
         return result
 
-    def take_turns(self, ways: Mapping[str, Callable[[], object]], turn: int) -> None:
-        """Run each way once, beginning with another one each turn."""
+    def race(self, ways: Mapping[str, Callable[[int], object]], steps: int) -> None:
+        """Let every way do steps 0 to `steps` - 1, some at a time, another one first each turn."""
         names = list(ways)
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            self.time(name, ways[name])
+        for turn, start in enumerate(range(0, steps, STEPS_PER_TURN)):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                for step in range(start, min(start + STEPS_PER_TURN, steps)):
+                    self.time(name, partial(ways[name], step))
 
     def lap(self) -> None:
         """End the repeat."""

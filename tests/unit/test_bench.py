@@ -118,16 +118,15 @@ def test_stopwatch_sums_turns_and_rotates_them() -> None:
     order: list[str] = []
 
     def way(name: str, nanoseconds: int) -> Any:
-        return lambda: (order.append(name), clock.advance(nanoseconds))
+        return lambda step: (order.append(f"{name}{step}"), clock.advance(nanoseconds))
 
     for _ in range(2):
-        for turn in range(3):
-            watch.take_turns({"a": way("a", 10), "b": way("b", 20)}, turn)
+        watch.race({"a": way("a", 10), "b": way("b", 20)}, steps=6)
         watch.lap()
-    assert watch.times("a") == [30, 30]
-    assert watch.rates("b", 120).values == (2e9, 2e9)
-    assert watch.per_item("a", 3).values == (10.0, 10.0)
-    assert order[:6] == ["a", "b", "b", "a", "a", "b"]
+    assert watch.times("a") == [60, 60]
+    assert watch.rates("b", 120).values == (1e9, 1e9)
+    assert watch.per_item("a", 6).values == (10.0, 10.0)
+    assert " ".join(order[:12]) == "a0 a1 a2 a3 b0 b1 b2 b3 b4 b5 a4 a5"
 
 
 def test_scale_leaves_room_for_what_it_moves() -> None:
