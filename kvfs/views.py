@@ -88,7 +88,6 @@ class View:
             self.nbytes = int((len(keys) - 1) * stride + lengths[-1])
             self._mapping = _native.Mapping(len(keys) * stride, _ALIGNMENT)
             self.is_zero_copy = self._map(self._mapping, self._lease)
-            self._mapping.protect()
         except BaseException:
             self.close()
             raise
@@ -114,6 +113,7 @@ class View:
         )
         if not read.all():
             raise MediaError(f"block could not be read: number {int(np.argmin(read))}")
+        mapping.protect()
         return False
 
     def _descriptors(self, lease: Lease) -> npt.NDArray[np.int32]:
