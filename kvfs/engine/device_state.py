@@ -6,10 +6,12 @@ Layer: L3.
   guards the superblock and lets one thread at a time open a segment, so that the engine's lock is
   never held over a persist.
 - A generation is used only below `superblock.generation_limit`, which is persisted first; the next
-  owner starts at the limit. So no (slot, generation) is used twice, whatever crashes.
+  owner starts at the limit. So no (slot, generation) is used twice, whatever crashes. The limit is
+  raised when half a range is used (`register`), so that `claim` never waits for the medium.
 """
 
 import dataclasses
+import errno
 import logging
 import threading
 import uuid
@@ -79,9 +81,9 @@ class DeviceState:
         self.superblock = updated
 
     def register(self, namespace: NamespaceSpec) -> None:
-        """Record the namespace's layout on the device before its first segment.
+        """Get the superblock ready for a segment: the namespace's layout, generations in reserve.
 
-        REQUIRES: `open_lock`.
+        REQUIRES: `open_lock` only. Called for every segment, so that some are always left.
         """
         record = NamespaceRecord(namespace.namespace_id, namespace.name, namespace.layout_json)
         others = tuple(
@@ -89,10 +91,16 @@ class DeviceState:
             for known in self.superblock.namespaces
             if known.namespace_id != namespace.namespace_id
         )
+        changes: dict[str, object] = {}
         if len(others) == len(self.superblock.namespaces) or record not in (
             self.superblock.namespaces
         ):
-            self.update_superblock(namespaces=(*others, record))
+            changes["namespaces"] = (*others, record)
+        limit = self.superblock.generation_limit
+        if limit - self._next_generation <= GENERATIONS_RESERVED // 2:
+            changes["generation_limit"] = limit + GENERATIONS_RESERVED
+        if changes:
+            self.update_superblock(**changes)
 
     def unregister(self, namespace_id: int) -> None:
         """Take a destroyed namespace out of the superblock. REQUIRES: `open_lock`."""
@@ -101,16 +109,16 @@ class DeviceState:
             self.update_superblock(namespaces=left)
 
     def claim(self) -> tuple[int, int]:
-        """Return a free slot, reserved, and a generation this device never used.
+        """Return a free slot, reserved, and a generation this device never used. No I/O.
 
-        REQUIRES: both locks.
+        REQUIRES: both locks; each claim goes with a `register`, before it or after.
 
         Raises:
             NoSpaceError: All slots are taken.
+            OSError: No generation is left: the superblock could not be written for long.
         """
         if self._next_generation >= self.superblock.generation_limit:
-            limit = self._next_generation + GENERATIONS_RESERVED
-            self.update_superblock(generation_limit=limit)
+            raise OSError(errno.EIO, f"no generation in reserve: {self.info.name}")
         for step in range(self.info.slot_count):
             slot = (self._next_slot + step) % self.info.slot_count
             if slot not in self.segments and slot not in self.claimed:

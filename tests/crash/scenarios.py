@@ -224,7 +224,10 @@ def memory_tier(bench: Bench) -> None:
 @scenario()
 def superblock(bench: Bench) -> None:
     """Superblock updates: new namespaces, generations reserved, a clean close, a new owner."""
-    with mock.patch("kvfs.engine.device_state.GENERATIONS_RESERVED", 2):
+    with (
+        mock.patch("kvfs.engine.device_state.GENERATIONS_RESERVED", 2),
+        mock.patch("kvfs.engine.recovery.GENERATIONS_RESERVED", 2),
+    ):
         space = bench.space()
         bench.reopen()
         for _ in range(4):
