@@ -11,6 +11,7 @@ Layer: L3.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -350,7 +351,8 @@ class Store:
         """Flush, note the clean end in the superblocks, close the devices; idempotent.
 
         Raises:
-            DeviceError: The flush failed; everything was closed all the same.
+            DeviceError: The flush or a superblock failed; everything was closed all the same. Of
+                several failures, of any kind, the first is raised.
             BusyError: Operations did not end in time; the devices stay open.
         """
         if self._is_closed:
@@ -363,11 +365,13 @@ class Store:
         except Exception as error:  # noqa: BLE001 - raised again when the devices are closed
             failure = error
         for device in self.state.devices:
-            try:
-                device.update_superblock(owner_pid=0)
-            except (OSError, NoSpaceError) as error:
-                failure = failure or DeviceError(f"close failed: {device.info.name}: {error}")
-            device.device.close()
+            for step in (partial(device.update_superblock, owner_pid=0), device.device.close):
+                try:
+                    step()
+                except (OSError, NoSpaceError) as error:
+                    failure = failure or DeviceError(f"close failed: {device.info.name}: {error}")
+                except Exception as error:  # noqa: BLE001 - raised again when all are closed
+                    failure = failure or error
         for index in self.state.indexes.values():
             index.close()
         if failure is not None:

@@ -1,12 +1,16 @@
 """The store: deduplication, durability, pins, figures, closing."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from kvfs.devices.wrappers import CountingDevice
+from kvfs.engine import device_state, recovery
 from kvfs.errors import (
     BusyError,
     ClosedError,
+    DeviceError,
     NotFoundError,
     UsageError,
 )
@@ -204,3 +208,67 @@ def test_capacity_is_counted_in_whole_segments(make, tmp_path) -> None:
     assert figures.used_bytes == 2 * figures.segment_bytes
     assert figures.live_bytes == 2 * BLOCKS_PER_SEGMENT * BLOCK
     assert (figures.state, figures.is_persistent, figures.tier) == ("online", True, 2)
+
+
+def test_every_device_is_closed_whatever_one_does(make, tmp_path, monkeypatch) -> None:
+    devices = [disk(tmp_path), disk(tmp_path, index=1, name="dir1"), memory(index=2)]
+    engine = make(*devices)
+    closed = [0, 0, 0]
+
+    def surprise(data: bytes) -> None:
+        raise ValueError("first")
+
+    def close(index: int, really) -> None:
+        closed[index] += 1
+        really()
+        if index == 0:
+            raise OSError("second")
+
+    monkeypatch.setattr(devices[0], "write_superblock", surprise)
+    for index, device in enumerate(devices):
+        monkeypatch.setattr(device, "close", partial(close, index, device.close))
+    with pytest.raises(ValueError, match="first"):
+        engine.store.close()
+    assert closed == [1, 1, 1]
+    engine.store.close()  # idempotent
+    assert closed == [1, 1, 1]
+
+
+def test_generations_are_reserved_ahead(make, tmp_path, monkeypatch) -> None:
+    """A claim, made under the engine's lock, never waits for the medium."""
+    monkeypatch.setattr(device_state, "GENERATIONS_RESERVED", 4)
+    monkeypatch.setattr(recovery, "GENERATIONS_RESERVED", 4)
+    engine = make(disk(tmp_path, 32))
+    device = engine.state.devices[0]
+    claim, write = device.claim, device.device.write_superblock
+    held, limits = [], []
+
+    def claiming() -> tuple[int, int]:
+        held.append(True)
+        try:
+            limits.append(device.superblock.generation_limit)
+            return claim()
+        finally:
+            held.pop()
+
+    def writing(data: bytes) -> None:
+        assert not held
+        write(data)
+
+    monkeypatch.setattr(device, "claim", claiming)
+    monkeypatch.setattr(device.device, "write_superblock", writing)
+    for start in range(20):
+        keys, parents = chain(BLOCKS_PER_SEGMENT, start * 1000)
+        engine.put(keys, parents)
+    assert len(limits) >= 20
+    assert limits[-1] > limits[0] + 8
+    assert all(s.handle.generation < limits[-1] for s in device.segments.values())
+
+
+def test_no_generation_is_used_that_was_not_reserved(make, tmp_path) -> None:
+    engine = make(disk(tmp_path))
+    device = engine.state.devices[0]
+    device._next_generation = device.superblock.generation_limit
+    with pytest.raises(DeviceError, match="no generation in reserve"):
+        engine.put(chain(1)[0])
+    assert device.failures == 1
