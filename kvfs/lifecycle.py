@@ -10,11 +10,12 @@ Layer: L4.
 import dataclasses
 import fcntl
 import json
+import logging
 import os
-import shutil
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from kvfs.clock import Clock, SystemClock
@@ -37,6 +38,9 @@ from kvfs.pool import (
     Pool,
 )
 from kvfs.units import format_bytes
+
+_log = logging.getLogger("kvfs.pool")
+Step = Callable[[], object]
 
 
 def create_pool(
@@ -171,11 +175,10 @@ def open_pool(
         pool = Pool(root, catalog, opened, options=options or PoolOptions(), clock=clock,
                     lock_fd=lock_fd)  # fmt: skip
     except BaseException:
-        for state in opened:
-            state.device.close()
+        steps: list[Step] = [state.device.close for state in opened]
         if catalog is not None:
-            catalog.close()
-        os.close(lock_fd)
+            steps.append(catalog.close)
+        _undo(root, [*steps, partial(os.close, lock_fd)])
         raise
     if background:
         pool.start_background()
@@ -205,7 +208,7 @@ def _format_row(row: DeviceRow, url: DeviceURL, pool_uuid: uuid.UUID, clock: Clo
     try:
         return format_device(device, pool_uuid, location_of(device), this_process(), clock)
     except BaseException:
-        device.destroy()
+        _undo(device.info.url, [device.destroy, device.close])
         raise
 
 
@@ -245,6 +248,11 @@ def destroy_pool(path: str | os.PathLike[str]) -> None:
             _open_device(row, parse_device_url(row.url)).destroy()
     finally:
         os.close(lock_fd)
+    _remove_pool_files(root)
+
+
+def _remove_pool_files(root: Path) -> None:
+    """Delete what kvfs makes in a pool's directory, and that if nothing else is in it."""
     for name in (
         CATALOG_NAME,
         f"{CATALOG_NAME}-wal",
@@ -290,12 +298,21 @@ def _lock_content(fd: int) -> dict[str, object]:
 
 def _abandon(root: Path, opened: list[DeviceState], catalog: Catalog | None, lock_fd: int) -> None:
     """Undo a creation that failed half-way."""
+    steps: list[Step] = []
     for state in opened:
-        state.device.destroy()
+        steps += [state.device.destroy, state.device.close]  # closed even if it stays
     if catalog is not None:
-        catalog.close()
-    os.close(lock_fd)
-    for name in (CATALOG_NAME, f"{CATALOG_NAME}-wal", f"{CATALOG_NAME}-shm", LOCK_NAME):
-        (root / name).unlink(missing_ok=True)
-    if not any(root.iterdir()):
-        shutil.rmtree(root, ignore_errors=True)
+        steps.append(catalog.close)
+    _undo(root, [*steps, partial(os.close, lock_fd), partial(_remove_pool_files, root)])
+
+
+def _undo(where: object, steps: Sequence[Step]) -> None:
+    """Take all steps, whatever becomes of those before.
+
+    What fails is logged: the error that is on its way out says why all this is undone.
+    """
+    for step in steps:
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001 - the next step is due all the same
+            _log.warning("could not be undone: %s: %s", where, error)

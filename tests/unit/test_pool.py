@@ -15,6 +15,7 @@ import kvfs
 from kvfs import lifecycle
 from kvfs.config import PoolOptions
 from kvfs.devices.base import Segment
+from kvfs.devices.directory import DirectoryDevice
 from kvfs.errors import (
     BusyError,
     ClosedError,
@@ -134,6 +135,32 @@ def test_second_device_that_fails_takes_the_first_along(place: Place) -> None:
         create_pool(place.root / "second", [other, f"{place.urls[0]}&name=old"])
     assert [path for path in (place.root / "fresh").rglob("*") if path.is_file()] == []
     create_pool(place.root / "second", [other]).close()
+
+
+def test_creation_is_undone_whatever_fails(
+    place: Place, monkeypatch: pytest.MonkeyPatch, expected_warnings: list[str]
+) -> None:
+    """One device that cannot be destroyed keeps neither the others nor the directory."""
+    expected_warnings.append("could not be undone: .*made to fail")
+    destroy = DirectoryDevice.destroy
+
+    def fail(device: DirectoryDevice) -> None:
+        if device.info.index == 0:
+            raise OSError(errno.EIO, "made to fail")
+        destroy(device)
+
+    def refuse(*args: object, **options: object) -> None:
+        raise DeviceError("the cause")
+
+    other = f"dir:{place.root}/other?size=64MiB&segment=16MiB"
+    with monkeypatch.context() as patch:
+        patch.setattr(DirectoryDevice, "destroy", fail)
+        patch.setattr(lifecycle, "Pool", refuse)
+        with pytest.raises(DeviceError, match="the cause"):
+            create_pool(place.pool, [*place.urls, other])
+    assert not place.pool.exists()
+    assert not any((place.root / "other").iterdir())
+    create_pool(place.pool, [other]).close()  # nobody holds a lock
 
 
 def test_copied_directory_is_refused(place: Place) -> None:
