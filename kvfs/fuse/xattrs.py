@@ -6,18 +6,25 @@ Of a context: tokens, blocks, resident_blocks, layout, fingerprint, namespace, o
 extents. Of a namespace's directory: id, layout, fingerprint, retention, which can be set. They are
 computed when asked for. `extents` names the place of every byte, for readers that go past the
 mount; places are valid while the file is held open.
+
+`extents` is a JSON list of `{"path", "offset", "length"}` in the order of the file, adjacent ones
+joined. What does not fit into 64 KiB, the most that the kernel takes, is in further attributes:
+the list then ends with `{"next": "user.kvfs.extents.<position>", "length": <bytes left>}`, and the
+attribute of that name, which is not listed, goes on from that position of the file.
 """
 
 import errno
 import json
 import os
-from collections.abc import Callable
-from typing import Final
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import numpy as np
 import pyfuse3
 
 from kvfs.engine.catalog_schema import Node, Origin
+from kvfs.engine.index import RecordArray
 from kvfs.engine.segment_table import group_by_segment
 from kvfs.pool import Pool
 from kvfs.tree import Tree
@@ -27,6 +34,9 @@ PREFIX: Final = b"user.kvfs."
 RETENTION: Final = b"user.kvfs.retention"
 LANE: Final = "namespace"
 VALUE_BYTES_MAX: Final = 65536  # the kernel's XATTR_SIZE_MAX
+_PART: Final = re.compile(rb"user\.kvfs\.extents\.(\d{1,19})\Z")
+_LAST_BYTES: Final = 128  # room for the element that says where the list goes on
+_GROWTH_BYTES: Final = 24  # of an extent: a separator, and a length that grows as more are joined
 
 
 class Xattrs:
@@ -66,6 +76,9 @@ class Xattrs:
             FUSEError: ENODATA: no such attribute. E2BIG: longer than the kernel takes.
         """
         known = self._known(node).get(name.removeprefix(PREFIX))
+        part = _PART.match(name)
+        if part is not None and not node.is_directory:
+            return self._extents(node, int(part[1])).encode()
         if known is None or not name.startswith(PREFIX):
             raise pyfuse3.FUSEError(errno.ENODATA)
         value = os.fsencode(known(node))
@@ -117,8 +130,8 @@ class Xattrs:
                 tiers[device.info.name] = nbytes
         return json.dumps(tiers)
 
-    def _extents(self, node: Node) -> str:
-        """Path, offset and length of the fastest copy of each byte, in order, runs joined.
+    def _extents(self, node: Node, start: int = 0) -> str:
+        """Path, offset and length of the fastest copy of each byte from `start` on, in order.
 
         They stay true while somebody has the file open.
         """
@@ -129,16 +142,37 @@ class Xattrs:
                 segment = store.state.segment_of(device, slot, generation)
                 if segment is not None:
                     paths[positions] = _path_of(segment.handle.fd)
-            extents: list[dict[str, object]] = []
-            end = -1
-            for path, record in zip(paths, records, strict=True):
-                offset, length = int(record["page"]) * PAGE, int(record["length"])
-                if extents and extents[-1]["path"] == path and offset == end:
-                    extents[-1]["length"] = int(str(extents[-1]["length"])) + length
-                else:
-                    extents.append({"path": path, "offset": offset, "length": length})
-                end = offset + length
-        return json.dumps(extents)
+            return extents_json(paths.tolist(), records, start)
+
+
+def extents_json(paths: Sequence[str], records: RecordArray, start: int = 0) -> str:
+    """Return as much as a value may hold of the list of extents; see the module's head.
+
+    Args:
+        paths: What to open for each record.
+        records: In the order of the file.
+        start: Position in the file of the first byte to be listed.
+    """
+    ends = np.cumsum(records["length"], dtype=np.int64)
+    extents: list[dict[str, Any]] = []
+    nbytes, end = 0, -1
+    for i in range(int(np.searchsorted(ends, start, side="right")), len(records)):
+        length = int(records["length"][i])
+        position = max(start, int(ends[i]) - length)
+        offset = int(records["page"][i]) * PAGE + position - (int(ends[i]) - length)
+        length = int(ends[i]) - position
+        if extents and extents[-1]["path"] == paths[i] and offset == end:
+            extents[-1]["length"] += length
+        else:
+            extent = {"path": paths[i], "offset": offset, "length": length}
+            nbytes += len(json.dumps(extent)) + _GROWTH_BYTES
+            if nbytes > VALUE_BYTES_MAX - _LAST_BYTES:
+                name = f"{os.fsdecode(PREFIX)}extents.{position}"
+                extents.append({"next": name, "length": int(ends[-1]) - position})
+                break
+            extents.append(extent)
+        end = offset + length
+    return json.dumps(extents)
 
 
 def _path_of(fd: int) -> str:

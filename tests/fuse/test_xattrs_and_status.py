@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 import kvfs
+from kvfs.engine.index import RECORD
 from kvfs.fuse.mount import Mount
+from kvfs.fuse.xattrs import VALUE_BYTES_MAX, extents_json
 from kvfs.pool import Pool
 from tests.fuse.mounting import MIB, MountedPool, sh, write_file
 
@@ -57,7 +59,7 @@ def test_extents_lead_to_the_bytes(area: Path) -> None:
     assert extent["path"].endswith(".file")
 
 
-def test_too_many_extents_are_refused(pool: Pool, mount: Mount) -> None:
+def test_long_lists_of_extents_go_on_in_further_attributes(pool: Pool, mount: Mount) -> None:
     space = pool.namespace("small", kvfs.Layout("uint8", (4096,), 1))
     keys, _ = space.keys(range(4000))
     rows = np.random.default_rng(1).integers(0, 256, (4000, 4096), np.uint8)
@@ -65,9 +67,41 @@ def test_too_many_extents_are_refused(pool: Pool, mount: Mount) -> None:
     space.put(keys[order], rows[order])
     space.context("c").append(keys, rows)
     path = mount.mountpoint / "small/c"
-    with pytest.raises(OSError, match="too long"):
-        xattr(path, "extents")
-    assert xattr(path, "resident_blocks") == "4000"
+    found, name, parts = b"", "extents", 0
+    with path.open("rb") as held:
+        while name:
+            *extents, last = json.loads(xattr(path, name))
+            if "path" in last:
+                extents.append(last)
+            for extent in extents:
+                fd = os.open(extent["path"], os.O_RDONLY)
+                found += os.pread(fd, extent["length"], extent["offset"])
+                os.close(fd)
+            name = last.get("next", "").removeprefix("user.kvfs.")
+            parts += 1
+            if name:
+                assert last["length"] == rows.nbytes - len(found)
+        assert held.read() == found
+    assert found == rows.tobytes()
+    assert parts > 3
+    assert json.loads(xattr(path, f"extents.{rows.nbytes}")) == []
+    with pytest.raises(OSError, match="No data"):
+        xattr(path, "extents.x")
+
+
+def test_extents_start_anywhere_and_fit() -> None:
+    records = np.zeros(3000, RECORD)
+    records["page"] = np.arange(3000) * 2
+    records["length"] = 5000
+    records["page"][1] = 0  # where the first one ends, but in another file
+    paths = ["a" * 100] + ["\udcff\n" * 40] * 2999
+    first = json.loads(extents_json(paths, records))
+    assert first[0] == {"path": paths[0], "offset": 0, "length": 5000}
+    assert len(extents_json(paths, records)) <= VALUE_BYTES_MAX
+    assert first[-1]["next"] == f"user.kvfs.extents.{(len(first) - 1) * 5000}"
+    assert first[-1]["length"] == (3000 - len(first) + 1) * 5000
+    [middle, *_] = json.loads(extents_json(paths, records, 10_001))
+    assert middle == {"path": paths[2], "offset": 4 * 4096 + 1, "length": 4999}
 
 
 def test_namespace_attributes(area: Path) -> None:
