@@ -15,6 +15,7 @@ from kvfs.errors import UsageError
 from kvfs.units import GIB, MIB, is_power_of_two, parse_bytes
 
 SCHEMES: Final = ("dram", "dir")
+VOLATILE_SCHEMES: Final = ("dram",)  # what lies there ends with the owner
 DEFAULT_TIER: Final = {"dram": 0, "dir": 2}
 SEGMENT_BYTES_MIN: Final = 16 * MIB
 SEGMENT_BYTES_MAX: Final = GIB
