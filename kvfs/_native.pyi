@@ -87,6 +87,46 @@ def pread_verify(
 def sign_entries(entries: Buffer, seed: int) -> None:
     """Fill the checksum (bytes 120..127) of each 128-byte entry in place: xxh3_64(bytes 0..119, seed)."""
 
+def place_payloads(
+    lengths: Buffer, payload_end: int, entry_count: int, limit: int, offsets: Buffer
+) -> tuple[int, int]:
+    """Lay out payloads behind `payload_end`, each padded to 4 KiB, as long as they fit with their entries.
+
+    `limit` is where entry 0 ends; the entries of a segment take whole pages. Fills `offsets` (uint64[n]) of those that
+    fit. Returns (how many leading ones fit, where the last of them ends, padded).
+    """
+
+def fill_entries(
+    entries: Buffer,
+    seed: int,
+    keys: Buffer,
+    parents: Buffer,
+    offsets: Buffer,
+    lengths: Buffer,
+    tokens: Buffer,
+    flags: Buffer,
+    digests: Buffer,
+) -> None:
+    """Write n whole entries in place, signed.
+
+    keys, parents: n x 32; offsets, lengths (stored and logical bytes): uint64[n]; tokens: uint32[n]; flags: uint8[n];
+    digests: n x 16.
+    """
+
+def entry_records(
+    entries: Buffer,
+    indices: Buffer,
+    device: int,
+    segment: int,
+    generation: int,
+    flags: int,
+    records: Buffer,
+) -> None:
+    """Make the index records (see Index) of the entries at `indices` (int64[n]); records: n x 64."""
+
+def pack_summary(entries: Buffer) -> bytes:
+    """The summary pages that hold these entries: the first one last, zeros in front up to a whole page."""
+
 def scan_entries(
     summary: Buffer,
     seed: int,
@@ -103,6 +143,18 @@ def scan_entries(
     Never stops at the first bad entry. All-zero and bad entries are skipped.
     Returns (valid entries, n x 128 bytes in index order; their indices, uint32[n]; highest valid index + 1).
     SIGBUS-guarded: an unreadable page counts as bad entries.
+    """
+
+def distinct_keys(keys: Buffer, firsts: Buffer) -> int:
+    """Fill `firsts` (int64[n]) with where each of n keys, (n, 32) uint8, stands first, in order.
+
+    Returns how many distinct keys there are; what follows in `firsts` is left alone. O(n).
+    """
+
+def find_keys(keys: Buffer, among: Buffer, positions: Buffer) -> int:
+    """Find each of n keys in a list; both (n, 32) uint8. positions: int64[n], the first place or -1.
+
+    Returns how many were found. O(n).
     """
 
 def closure(keys: Buffer, parents: Buffer, dropped: Buffer) -> int:

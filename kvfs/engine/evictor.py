@@ -28,7 +28,7 @@ import numpy.typing as npt
 from kvfs import _native
 from kvfs.engine.ancestry import Standing, survey
 from kvfs.engine.device_state import DeviceState
-from kvfs.engine.held import HeldKeys, as_items
+from kvfs.engine.held import HeldKeys
 from kvfs.engine.index import RecordArray
 from kvfs.engine.log import Batch
 from kvfs.engine.policy import Candidate, choose_victims, spare, weighted_median
@@ -239,7 +239,7 @@ class Evictor:
         self, segment: SegmentState, standing: Standing, warm_ns: int | None, held: HeldKeys
     ) -> _Victim:
         lengths = standing.lengths
-        survives = held.mask(segment.namespace_id, segment.entries["key"][standing.indices])
+        survives = held.mask(segment.namespace_id, segment.keys(standing.indices))
         if warm_ns is not None:
             survives = spare(
                 survives,
@@ -289,8 +289,8 @@ class Evictor:
         evicted = 0
         for victim in victims:
             segment = victim.segment
-            keys = segment.entries["key"][victim.indices]
-            keep = victim.survives & ~np.isin(as_items(keys), as_items(lost))
+            keys = segment.keys(victim.indices)
+            keep = victim.survives & ~_among(keys, lost)
             if self._relocate(device, segment, victim.indices[keep]):
                 evicted += self._give_up(device, segment, held)
             leased.remove(segment)
@@ -305,7 +305,7 @@ class Evictor:
             if segment.status is not SegmentStatus.SEALED:
                 return False
             leftover = segment.live_indices()
-            if held.mask(segment.namespace_id, segment.entries["key"][leftover]).any():
+            if held.mask(segment.namespace_id, segment.keys(leftover)).any():
                 return False
             state.forget(segment.namespace_id, segment.records(leftover))
             state.counters.segments_evicted += 1
@@ -316,9 +316,7 @@ class Evictor:
         self, device: DeviceState, namespace_id: int, victims: list[_Victim], held: HeldKeys
     ) -> KeyArray:
         """Return the keys that leave the pool: those with no other copy, and all below them."""
-        dropped = np.concatenate(
-            [v.segment.entries["key"][v.indices[~v.survives]] for v in victims]
-        )
+        dropped = np.concatenate([v.segment.keys(v.indices[~v.survives]) for v in victims])
         for other in self._state.devices:
             if other is not device and len(dropped):
                 copies = self._state.index(namespace_id).lookup(
@@ -328,7 +326,7 @@ class Evictor:
         if not len(dropped):
             return dropped
         keys, parents = self._all_live(namespace_id)
-        marks = np.isin(as_items(keys), as_items(dropped)).astype(np.uint8)
+        marks = _among(keys, dropped).astype(np.uint8)
         _native.closure(keys, parents, marks)
         closed = np.ascontiguousarray(keys[marks.astype(np.bool_)])
         return np.ascontiguousarray(closed[~held.mask(namespace_id, closed)])
@@ -340,8 +338,8 @@ class Evictor:
             for segment in device.segments.values():
                 if segment.namespace_id == namespace_id and segment.live_count:
                     indices = segment.live_indices()
-                    keys.append(segment.entries["key"][indices])
-                    parents.append(segment.entries["parent"][indices])
+                    keys.append(segment.keys(indices))
+                    parents.append(segment.parents(indices))
         return np.concatenate(keys), np.concatenate(parents)
 
     def _forget_files(self, namespace_id: int, doomed: KeyArray) -> KeyArray:
@@ -409,3 +407,10 @@ class Evictor:
             ]
             for segment in empty:
                 device.discard(segment)
+
+
+def _among(keys: KeyArray, others: KeyArray) -> Mask:
+    """Return which keys are among the others."""
+    positions = np.empty(len(keys), np.int64)
+    _native.find_keys(keys, np.ascontiguousarray(others), positions)
+    return positions >= 0

@@ -30,7 +30,7 @@ from kvfs.engine.format import (
     EntryArray,
     SegmentHeader,
 )
-from kvfs.engine.segment_table import SegmentState, SegmentStatus, entry_words, page_round
+from kvfs.engine.segment_table import SegmentState, SegmentStatus, page_round
 from kvfs.errors import CorruptionError, DeviceError, FormatVersionError, PoisonedError
 from kvfs.units import PAGE, align_up
 
@@ -85,22 +85,7 @@ class SegmentLog:
 
     def fitting(self, lengths: AddressArray) -> int:
         """Return how many leading payloads of these lengths the segment has room for."""
-        padded = page_round(lengths)
-        if self.has_room(len(lengths), int(padded.sum())):
-            return len(lengths)
-        state = self.state
-        ends = state.payload_end + np.cumsum(padded)
-        counts = state.entry_count + 1 + np.arange(len(lengths))
-        limits = state.handle.nbytes - HEADERS_BYTES - page_round(counts * ENTRY_BYTES)
-        misfits = np.flatnonzero(ends > limits)
-        return int(misfits[0]) if len(misfits) else len(lengths)
-
-    def has_room(self, count: int, padded_bytes: int) -> bool:
-        """Say whether `count` payloads fit that take so many bytes together, padded."""
-        state = self.state
-        entries_bytes = align_up((state.entry_count + count) * ENTRY_BYTES, PAGE)
-        needed = state.payload_end + padded_bytes + entries_bytes
-        return needed <= state.handle.nbytes - HEADERS_BYTES
+        return self._place(lengths, np.empty(len(lengths), np.uint64))[0]
 
     def append(self, batch: Batch) -> npt.NDArray[np.int64]:
         """Write payloads and entries; return the entries' indices.
@@ -114,8 +99,9 @@ class SegmentLog:
         """
         self.require_writable()
         state = self.state
-        padded = page_round(batch.lengths)
-        offsets = (state.payload_end + np.cumsum(padded) - padded).astype(np.uint64)
+        offsets = np.empty(len(batch), np.uint64)
+        placed, payload_end = self._place(batch.lengths, offsets)
+        assert placed == len(batch), "the caller splits a batch by `fitting`"
         digests = np.zeros((len(batch), 16), np.uint8)
         statuses = np.zeros(len(batch), np.int32)
         with self._poisoning("write"):
@@ -128,17 +114,14 @@ class SegmentLog:
         first = state.entry_count
         count = first + len(batch)
         state.reserve(count)
-        entries = state.entries[first:count]  # nobody looks beyond `entry_count`
-        entries["key"].view("<u8")[...] = batch.keys.view("<u8")
-        entries["parent"].view("<u8")[...] = batch.parents.view("<u8")
-        entries["payload_xxh3"].view("<u8")[...] = digests.view("<u8")
-        entries["offset"], entries["stored_bytes"] = offsets, batch.lengths
-        entries["logical_bytes"], entries["token_count"] = batch.lengths, batch.tokens
-        entries["flags"] = batch.flags
-        _native.sign_entries(entries, self._seed)
+        _native.fill_entries(
+            state.entries[first:count],  # nobody looks beyond `entry_count`
+            self._seed, batch.keys, batch.parents, offsets, batch.lengths, batch.tokens,
+            batch.flags, digests,
+        )  # fmt: skip
         with self._poisoning("write"):
             self._write_entries(first, count)
-        state.payload_end += int(padded.sum())
+        state.payload_end = payload_end
         state.entry_count = count
         return np.arange(first, count)
 
@@ -211,10 +194,15 @@ class SegmentLog:
     def _write_entries(self, first: int, count: int) -> None:
         """Write the summary pages that hold entries [first, count), whole."""
         page_first = first // _ENTRIES_PER_PAGE * _ENTRIES_PER_PAGE
-        raw = entry_words(self.state.entries)[page_first:count][::-1].tobytes()
         start = align_up(count * ENTRY_BYTES, PAGE)
-        raw = raw.rjust(start - page_first * ENTRY_BYTES, b"\0")
+        raw = _native.pack_summary(self.state.entries[page_first:count])
         self.device.write_tail(self.state.handle, HEADERS_BYTES + start, raw)
+
+    def _place(self, lengths: AddressArray, offsets: AddressArray) -> tuple[int, int]:
+        """Lay out what fits behind the last payload; return how many, and where they end."""
+        state = self.state
+        limit = state.handle.nbytes - HEADERS_BYTES
+        return _native.place_payloads(lengths, state.payload_end, state.entry_count, limit, offsets)
 
     def _poisoning(self, operation: str) -> "_Poisoning":
         return _Poisoning(self, operation)
@@ -268,8 +256,8 @@ def file_sidecar(header: SegmentHeader, entries: EntryArray) -> bytes:
     signed = np.ascontiguousarray(entries)
     _native.sign_entries(signed, seed)
     end = int((signed["offset"] + signed["stored_bytes"]).max()) if len(signed) else 0
-    table = signed[::-1].tobytes().rjust(align_up(len(signed) * ENTRY_BYTES, PAGE), b"\0")
-    return table + seal_header(header, signed, end) + fmt.encode_header(header)
+    seal = seal_header(header, signed, end)
+    return _native.pack_summary(signed) + seal + fmt.encode_header(header)
 
 
 def segment_where(device: Device, segment: Segment | SegmentName) -> str:

@@ -19,14 +19,14 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from kvfs import _native
 from kvfs.devices.base import SLOT_COUNT_MAX, Segment
 from kvfs.engine.format import ENTRY, EntryArray
 from kvfs.engine.index import RECORD, VERIFIED, RecordArray
+from kvfs.keys import KeyArray
 from kvfs.units import PAGE
 
 _ENTRIES_MIN: Final = 64
-_KEY_WORDS: Final = 4
-_RECORD_WORDS: Final = RECORD.itemsize // 8
 
 
 class SegmentStatus(Enum):
@@ -106,36 +106,46 @@ class SegmentState:
             ends = entries["offset"] + page_round(entries["stored_bytes"])
             self.payload_end = int(ends.max())
 
-    def records(self, indices: npt.NDArray[np.integer]) -> RecordArray:
+    def records(self, indices: npt.NDArray[np.integer], *, flags: int = 0) -> RecordArray:
         """Build index records of some entries."""
-        words = entry_words(self.entries)[indices]
-        entries = words.view(ENTRY).ravel()
-        made = np.zeros(len(entries), RECORD)
-        made.view("<u8").reshape(-1, _RECORD_WORDS)[:, :_KEY_WORDS] = words[:, :_KEY_WORDS]
-        made["device"] = self.handle.device_index
-        made["segment"] = self.handle.slot
-        made["generation"] = self.handle.generation
-        made["page"] = entries["offset"] // np.uint64(PAGE)
-        made["length"] = entries["stored_bytes"]
-        made["tokens"] = entries["token_count"]
-        made["entry"] = indices
+        made = np.empty(len(indices), RECORD)
+        handle = self.handle
+        _native.entry_records(
+            self.entries, np.ascontiguousarray(indices, np.int64),
+            handle.device_index, handle.slot, handle.generation, flags, made,
+        )  # fmt: skip
         return made
 
     def digests(self, indices: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
         """Return the XXH3-128 of some entries' payloads, (n, 16)."""
-        words: npt.NDArray[np.uint64] = self.entries["payload_xxh3"].view("<u8")[indices]
+        return self._bytes("payload_xxh3", indices)
+
+    def keys(self, indices: npt.NDArray[np.integer]) -> KeyArray:
+        """Return some entries' keys, (n, 32)."""
+        return self._bytes("key", indices)
+
+    def parents(self, indices: npt.NDArray[np.integer]) -> KeyArray:
+        """Return some entries' parents, (n, 32)."""
+        return self._bytes("parent", indices)
+
+    def _bytes(self, name: str, indices: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
+        words: npt.NDArray[np.uint64] = self.entries[name].view("<u8")[indices]
         return words.view(np.uint8)
 
-    def mark_live(self, indices: npt.NDArray[np.integer]) -> None:
-        """Count entries as live. REQUIRES: they were not, and are distinct."""
-        assert not self.live[indices].any()
-        self.live[indices] = True
+    def mark_live(self, indices: npt.NDArray[np.integer], now_ns: int) -> None:
+        """Count entries as live, and as accessed now. REQUIRES: they were not, and ascend."""
+        rows = _as_run(indices)
+        assert not self.live[rows].any()
+        self.live[rows] = True
+        self.accessed_ns[rows] = self.last_access_ns = now_ns
         self.live_count += len(indices)
-        self.live_bytes += int(page_round(self.entries["stored_bytes"][indices]).sum())
+        self.live_bytes += int(page_round(self.entries["stored_bytes"][rows]).sum())
 
     def mark_dead(self, indices: npt.NDArray[np.integer]) -> None:
         """Count entries as dead; those that are dead already are left alone."""
-        indices = np.unique(indices[self.live[indices]])
+        dying = np.zeros(self.entry_count, np.bool_)
+        dying[indices] = True
+        indices = np.flatnonzero(dying & self.live[: self.entry_count])
         self.live[indices] = False
         self.live_count -= len(indices)
         self.live_bytes -= int(page_round(self.entries["stored_bytes"][indices]).sum())
@@ -144,6 +154,13 @@ class SegmentState:
     def live_indices(self) -> npt.NDArray[np.intp]:
         """Return the live entries in log order."""
         return np.flatnonzero(self.live[: self.entry_count])
+
+
+def _as_run(indices: npt.NDArray[np.integer]) -> slice | npt.NDArray[np.integer]:
+    """Return ascending indices as a slice if none is missing in between: five times as fast."""
+    if len(indices) and int(indices[-1]) - int(indices[0]) == len(indices) - 1:
+        return slice(int(indices[0]), int(indices[-1]) + 1)
+    return indices
 
 
 def entry_words(entries: EntryArray) -> npt.NDArray[np.uint64]:
@@ -166,7 +183,7 @@ def group_by_segment(
 
     Misses are skipped.
     """
-    hits = np.flatnonzero(records["length"])
+    hits = records["length"].nonzero()[0]
     if not len(hits):
         return []
     # One number per place: a device has 8 bits, a slot 24, a generation 32.

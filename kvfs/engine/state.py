@@ -111,16 +111,15 @@ class EngineState:
     def publish(
         self, segment: SegmentState, indices: npt.NDArray[np.integer], *, verified: bool
     ) -> RecordArray:
-        """Make entries of a segment findable. Older copies on the same device become dead."""
-        records = segment.records(indices)
-        if verified:
-            records["flags"] = VERIFIED
+        """Make entries of a segment findable. Older copies on the same device become dead.
+
+        The indices ascend.
+        """
+        records = segment.records(indices, flags=VERIFIED if verified else 0)
         with self.lock:
             index = self.index(segment.namespace_id)
-            segment.mark_live(indices)
+            segment.mark_live(indices, self.clock.monotonic_ns())
             self.mark_dead(index.insert(records))
-            segment.last_access_ns = self.clock.monotonic_ns()
-            segment.accessed_ns[indices] = segment.last_access_ns
         return records
 
     def forget(self, namespace_id: int, records: RecordArray) -> int:

@@ -22,6 +22,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from kvfs import _native
 from kvfs.devices.base import Staging
 from kvfs.engine import format as fmt
 from kvfs.engine.device_state import DeviceState, NamespaceSpec
@@ -89,8 +90,9 @@ class Writer:
             durability: See Durability.
             trusted: Says which records hold verified payloads; the others are dropped by it.
         """
-        unique = _first_of_each(batch.keys)
-        wanted = batch if len(unique) == len(batch) else batch.take(unique)
+        firsts = np.empty(len(batch), np.int64)
+        distinct = _native.distinct_keys(batch.keys, firsts)
+        wanted = batch if distinct == len(batch) else batch.take(firsts[:distinct])
         persistent = self._state.tiers(persistent=True)
         if durability is Durability.SYNC and not persistent:
             raise UsageError("durability 'sync' needs a persistent device; this pool has none")
@@ -300,8 +302,7 @@ class Writer:
     ) -> SegmentLog:
         """Return the open log if the first payload fits, else a new one."""
         state = self._state
-        first = align_up(int(lengths[0]), PAGE)
-        if first > device.info.segment_bytes // 2:
+        if align_up(int(lengths[0]), PAGE) > device.info.segment_bytes // 2:
             raise UsageError(
                 f"block of {int(lengths[0])} bytes on {device.info.name} with segments of "
                 f"{device.info.segment_bytes}: a segment must hold at least two blocks"
@@ -311,7 +312,7 @@ class Writer:
                 with state.lock:
                     device.require_online()
                     log = device.logs.get(namespace.namespace_id)
-                    if log is not None and not log.state.is_poisoned and log.has_room(1, first):
+                    if log is not None and not log.state.is_poisoned and log.fitting(lengths[:1]):
                         return log
                     if log is not None:
                         device.full.append(device.logs.pop(namespace.namespace_id))
@@ -417,7 +418,7 @@ class Writer:
         """
         state = self._state
         state.counters.blocks_lost += len(lost)
-        keys = np.ascontiguousarray(segment.entries["key"][lost])
+        keys = segment.keys(lost)
         state.forget(segment.namespace_id, segment.records(lost))
         if state.device(segment.handle.device_index).info.is_persistent:
             index = state.index(segment.namespace_id)
@@ -439,7 +440,8 @@ class Writer:
                 device.is_offline = True
 
     def _account(self, batch: Batch, missing: Batch) -> PutResult:
-        stored, offered = int(missing.lengths.sum()), int(batch.lengths.sum())
+        stored = int(missing.lengths.sum())
+        offered = stored if missing is batch else int(batch.lengths.sum())
         result = PutResult(len(missing), len(batch) - len(missing), stored, offered - stored)
         with self._state.lock:
             counters = self._state.counters
@@ -448,13 +450,3 @@ class Writer:
             counters.blocks_deduplicated += result.blocks_deduplicated
             counters.bytes_deduplicated += result.bytes_deduplicated
         return result
-
-
-def _first_of_each(keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
-    """Return the position of the first occurrence of each key, in order."""
-    words = keys.view("<u8")
-    sums = np.sort(words[:, 1] + words[:, 2] + words[:, 3])
-    if not (sums[1:] == sums[:-1]).any():  # the common case, at a fifth of the cost
-        return np.arange(len(keys))
-    _, first = np.unique(keys.view("V32").ravel(), return_index=True)
-    return np.sort(first)

@@ -17,6 +17,8 @@ from kvfs.engine.segment_table import (
     page_round,
 )
 
+NOW_NS = 1_000
+
 
 def segment(count: int = 0, sizes: tuple[int, ...] = (4096, 100, 5000)) -> SegmentState:
     handle = SimpleNamespace(device_index=3, slot=17, generation=4_000_000_000, nbytes=1 << 20)
@@ -57,7 +59,7 @@ def test_page_round(length: int, expected: int) -> None:
 
 def test_growing_keeps_what_is_there() -> None:
     state = segment(100)
-    state.mark_live(np.arange(0, 100, 3))
+    state.mark_live(np.arange(0, 100, 3), NOW_NS)
     state.accessed_ns[:100] = np.arange(100)
     before, live = state.entries[:100].tobytes(), state.live_indices().tolist()
     for count in (50, 100, 101, 5000):
@@ -130,21 +132,22 @@ def test_live_figures_against_a_set(rng: random.Random) -> None:
         some = [rng.randrange(200) for _ in range(rng.randrange(1, 20))]
         if rng.random() < 0.5:
             fresh = sorted(set(some) - live)
-            state.mark_live(np.array(fresh, np.int64))
+            state.mark_live(np.array(fresh, np.int64), NOW_NS)
             live |= set(fresh)
         else:
             state.mark_dead(np.array(some, np.int64))  # repeated and dead ones are left alone
             live -= set(some)
         assert state.live_indices().tolist() == sorted(live)
+        assert (state.accessed_ns[state.live_indices()] == NOW_NS).all()
         assert state.live_count == len(live)
         assert state.live_bytes == sum(int(sizes[i]) for i in live)
 
 
 def test_live_twice_is_a_mistake() -> None:
     state = segment(3)
-    state.mark_live(np.array([1]))
+    state.mark_live(np.array([1]), NOW_NS)
     with pytest.raises(AssertionError):
-        state.mark_live(np.array([0, 1]))
+        state.mark_live(np.array([0, 1]), NOW_NS)
 
 
 def test_entries_as_words() -> None:
