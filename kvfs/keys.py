@@ -165,8 +165,10 @@ def file_keys(namespace_id: int, context_id: int, version: int, count: int) -> K
 
 def file_contexts(keys: KeyArray) -> list[int]:
     """Return the distinct context ids of those keys that `file_keys` made."""
-    if not len(keys):
-        return []
-    is_file = (keys[:, 24:32] == _FILE_TAG).all(axis=1)
-    ids = np.ascontiguousarray(keys[is_file]).view("<u8").reshape(-1, 4)[:, 1]
+    ids = np.ascontiguousarray(keys[is_file_key(keys)]).view("<u8").reshape(-1, 4)[:, 1]
     return [int(value) for value in np.unique(ids)]
+
+
+def is_file_key(keys: KeyArray) -> npt.NDArray[np.bool_]:
+    """Say of each key whether `file_keys` made it."""
+    return np.asarray((keys[:, 24:32] == _FILE_TAG).all(axis=1))

@@ -4,7 +4,8 @@ Layer: L4.
 
 - One process owns an open pool: the lock is taken first and held until `Pool.close`.
 - Making a pool undoes what it did if it fails half-way.
-- A pool's directory holds `catalog.sqlite` (with its -wal and -shm), `lock` and `control.sock`.
+- A pool's directory holds `catalog.sqlite` (with its -wal and -shm), `lock` and `control.sock`, and
+  `catalog.sqlite.damaged` where a repair has replaced the catalog.
 """
 
 import dataclasses
@@ -17,16 +18,25 @@ import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 from kvfs.clock import Clock, SystemClock
 from kvfs.config import DeviceURL, PoolOptions, default_segment_bytes, parse_device_url
 from kvfs.devices.base import Device
 from kvfs.devices.open import capacity_of, location_of, open_device
 from kvfs.engine.catalog import Catalog
-from kvfs.engine.catalog_schema import ROOT_NODE_ID, DeviceRow
+from kvfs.engine.catalog_schema import APPLICATION_ID, ROOT_NODE_ID, DeviceRow
+from kvfs.engine.checker.salvage import salvage
 from kvfs.engine.device_state import DeviceState
 from kvfs.engine.recovery import claim_device, format_device
-from kvfs.errors import BusyError, ExistsError, NotFoundError, UsageError
+from kvfs.errors import (
+    BusyError,
+    CorruptionError,
+    ExistsError,
+    NotFoundError,
+    RefusedError,
+    UsageError,
+)
 from kvfs.host import this_process
 from kvfs.keys import new_uuid
 from kvfs.pool import (
@@ -40,6 +50,10 @@ from kvfs.pool import (
 from kvfs.units import format_bytes
 
 _log = logging.getLogger("kvfs.pool")
+_OWN_NAMES: Final = (
+    CATALOG_NAME, f"{CATALOG_NAME}-wal", f"{CATALOG_NAME}-shm", f"{CATALOG_NAME}.new",
+    f"{CATALOG_NAME}.new-wal", CONTROL_NAME, LOCK_NAME,
+)  # fmt: skip
 Step = Callable[[], object]
 
 
@@ -232,35 +246,64 @@ def _open_row(
 def destroy_pool(path: str | os.PathLike[str]) -> None:
     """Delete a pool: what kvfs made on its devices, then its directory.
 
+    Of a pool whose catalog is damaged, the devices that can be told from it (see `salvage`).
+
     Raises:
         NotFoundError: There is no pool.
         BusyError: Somebody owns it.
+        RefusedError: See `require_pool`.
     """
     root = Path(path).absolute()
     if not (root / CATALOG_NAME).exists():
         raise NotFoundError(f"no pool: {root}")
+    require_pool(root)  # before the lock makes its file
     lock_fd = _lock(root)
     try:
-        catalog = Catalog.open(root / CATALOG_NAME)
-        rows = catalog.devices()
-        catalog.close()
-        for row in rows:
+        for row in _devices_left(root):
             _open_device(row, parse_device_url(row.url)).destroy()
     finally:
         os.close(lock_fd)
     _remove_pool_files(root)
 
 
+def require_pool(root: Path) -> None:
+    """Refuse a directory whose catalog is damaged beyond telling that it was one of kvfs.
+
+    Raises:
+        RefusedError: Neither the catalog's head, nor a device that it names, nor a lock file says
+            that this is a pool.
+    """
+    with (root / CATALOG_NAME).open("rb") as file:
+        file.seek(68)  # where SQLite keeps the application's id
+        is_catalog = file.read(4) == APPLICATION_ID.to_bytes(4, "big")
+    if not (is_catalog or _has_lock(root) or salvage(root / CATALOG_NAME).superblocks):
+        raise RefusedError(
+            f"not known for a pool: {root}: {CATALOG_NAME} is no catalog of kvfs; if it was one, "
+            "delete the directory yourself"
+        )
+
+
+def _devices_left(root: Path) -> list[DeviceRow]:
+    """Return the devices of a pool; of one with a damaged catalog the directories it tells of."""
+    try:
+        catalog = Catalog.open(root / CATALOG_NAME)
+        try:
+            rows = catalog.devices()
+        finally:
+            catalog.close()
+        for row in rows:
+            parse_device_url(row.url)
+    except (CorruptionError, ValueError):
+        rows = salvage(root / CATALOG_NAME).rows
+        return [row for row in rows if row.url.startswith("dir:")]
+    return rows
+
+
 def _remove_pool_files(root: Path) -> None:
     """Delete what kvfs makes in a pool's directory, and that if nothing else is in it."""
-    for name in (
-        CATALOG_NAME,
-        f"{CATALOG_NAME}-wal",
-        f"{CATALOG_NAME}-shm",
-        CONTROL_NAME,
-        LOCK_NAME,
-    ):
-        (root / name).unlink(missing_ok=True)
+    aside = root.glob(f"{CATALOG_NAME}.damaged*")
+    for path in (*aside, *(root / name for name in _OWN_NAMES)):
+        path.unlink(missing_ok=True)
     if not any(root.iterdir()):
         root.rmdir()
 
@@ -286,6 +329,18 @@ def _lock(root: Path) -> int:
     os.ftruncate(fd, 0)
     os.pwrite(fd, text.encode(), 0)
     return fd
+
+
+def _has_lock(root: Path) -> bool:
+    """Say whether an owner of the pool has left its name in the lock file."""
+    try:
+        fd = os.open(root / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        return {"pid", "command"} <= _lock_content(fd).keys()
+    finally:
+        os.close(fd)
 
 
 def _lock_content(fd: int) -> dict[str, object]:

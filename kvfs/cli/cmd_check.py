@@ -11,7 +11,7 @@ from kvfs.cli.options import AddCommand, add_changing, add_command
 from kvfs.cli.progress import Progress
 from kvfs.cli.runner import exit_codes, set_up_logging
 from kvfs.cli.session import find_pool
-from kvfs.errors import RefusedError
+from kvfs.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
     from kvfs.engine.checker import CheckReport, Finding
@@ -30,6 +30,11 @@ def add(verbs: AddCommand) -> None:
         "--data", action="store_true", help="read all payloads and compare their checksums"
     )
     check.add_argument("--repair", action="store_true", help="repair what can be repaired")
+    check.add_argument(
+        "--allow-name-loss", action="store_true",
+        help="with --repair: keep a damaged catalog aside and put an empty one in its place; all "
+        "names of files and contexts are lost, blocks stay as cache",
+    )  # fmt: skip
     add_changing(check, is_destructive=True)
 
 
@@ -40,6 +45,8 @@ def check_pool(arguments: argparse.Namespace, console: Console) -> int:
     from kvfs.errors import DataError
 
     set_up_logging(is_verbose=console.is_verbose)
+    if arguments.allow_name_loss and not arguments.repair:
+        raise UsageError("--allow-name-loss goes with --repair")
     path = find_pool(arguments)
     name = path.name
     if arguments.repair and not arguments.dry_run:
@@ -68,8 +75,9 @@ def check_pool(arguments: argparse.Namespace, console: Console) -> int:
     is_repair = arguments.repair and not arguments.dry_run
     with Progress(console, "check") as progress:
         report = checker.check_pool(
-            path, data=arguments.data, repair=is_repair, progress=progress, confirm=agree
-        )
+            path, data=arguments.data, repair=is_repair,
+            allow_name_loss=arguments.allow_name_loss, progress=progress, confirm=agree,
+        )  # fmt: skip
     if refusal:
         raise refusal[0]
     if console.is_json:

@@ -6,15 +6,18 @@ Layer: L5.
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvfs.admin import messages as msg
 from kvfs.cli.console import DASH, Column, Console, as_fields, confirm, counted
 from kvfs.cli.options import AddCommand, add_changing, add_command
 from kvfs.cli.runner import EXIT_WRONG, exit_codes
-from kvfs.cli.session import POOL_VARIABLE, asking, find_pool
+from kvfs.cli.session import CATALOG_NAME, POOL_VARIABLE, asking, find_pool
 from kvfs.control_client import ControlClient, owners
 from kvfs.errors import BusyError, UsageError
+
+if TYPE_CHECKING:
+    from kvfs.engine.catalog_schema import DeviceRow
 
 DEVICE_COLUMNS = (
     Column("tier"), Column("device"), Column("kind"), Column("state"), Column("size", True),
@@ -53,7 +56,8 @@ def add(verbs: AddCommand) -> None:
     )  # fmt: skip
     destroy = add_command(
         verbs, "destroy", destroy_pool, "pool destroy",
-        "Delete a pool and all it holds: what kvfs made on its devices, then its directory.",
+        "Delete a pool and all it holds: what kvfs made on its devices, then its directory. Of a "
+        "pool whose catalog is damaged, the devices that can still be told from it.",
         f"offline; {exit_codes(2, 10, 11, 13, 14, 16)}",
     )  # fmt: skip
     add_changing(destroy, is_destructive=True)
@@ -189,30 +193,29 @@ def destroy_pool(arguments: argparse.Namespace, console: Console) -> int:
     if client is not None:
         client.close()
         raise BusyError(f"pool is in use: {path}: unmount it, or stop its owner, first")
-    from kvfs.admin.raw import copied_catalog
-
-    catalog = copied_catalog(path)
-    try:
-        name = catalog.meta("name") or path.name
-        rows = catalog.devices()
-        contexts = catalog.statistics().context_count
-        spaces = len(catalog.namespaces())
-    finally:
-        catalog.close()
+    name, rows, held, missing = _what_is_lost(path)
     is_dry = arguments.dry_run
     fields: dict[str, Any] = {
         "pool": name,
         "path": str(path),
-        "contexts": contexts,
+        "contexts": None if held is None else held[0],
         "devices": [{"name": row.name, "url": row.url} for row in rows],
         "is_destroyed": not is_dry,
+        "is_catalog_damaged": held is None,
+        "missing": missing,
     }
     if not console.is_json:
         console.put(f"would destroy pool {name} in {path}:" if is_dry else
                     f"destroying pool {name} in {path}:")  # fmt: skip
-        console.put(f"  {counted(contexts, 'context')} in {counted(spaces, 'namespace')} LOST")
+        if held is None:
+            console.put("  the catalog is damaged: nobody can say how many contexts; all are LOST")
+        else:
+            contexts, spaces = held
+            console.put(f"  {counted(contexts, 'context')} in {counted(spaces, 'namespace')} LOST")
         for row in rows:
             console.put(f"  device {row.name}: all that kvfs made in {row.url} is deleted")
+        for url in missing:
+            console.put(f"  no device of this pool is found in {url}: what lies there stays")
     if is_dry:
         console.say("nothing was changed")
     else:
@@ -224,3 +227,28 @@ def destroy_pool(arguments: argparse.Namespace, console: Console) -> int:
     if console.is_json:
         console.put_json("pool destroy", fields)
     return 0
+
+
+def _what_is_lost(
+    path: Path,
+) -> "tuple[str, list[DeviceRow], tuple[int, int] | None, list[str]]":
+    """Return name, devices, counts of contexts and namespaces, and URLs of devices not found.
+
+    No counts and the directory's name if the catalog is damaged.
+    """
+    from kvfs.admin.raw import copied_catalog
+    from kvfs.engine.checker.salvage import salvage
+    from kvfs.errors import CorruptionError
+    from kvfs.lifecycle import require_pool
+
+    try:
+        catalog = copied_catalog(path)
+        try:
+            counts = (catalog.statistics().context_count, len(catalog.namespaces()))
+            return catalog.meta("name") or path.name, catalog.devices(), counts, []
+        finally:
+            catalog.close()
+    except CorruptionError:
+        require_pool(path)
+        found = salvage(path / CATALOG_NAME)
+        return path.name, found.rows, None, found.missing

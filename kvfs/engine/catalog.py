@@ -55,8 +55,10 @@ class Catalog(CatalogNamespaces):
     """The small mutable part of a pool."""
 
     @classmethod
-    def create(cls, path: Path, pool_uuid: uuid.UUID) -> "Catalog":
+    def create(cls, path: Path, pool_uuid: uuid.UUID, *, epoch: int = 0) -> "Catalog":
         """Make a new catalog file and open it. Durability: persist, with its directory entry.
+
+        `epoch`: one that the pool has not got beyond; its ids begin at the one after it.
 
         Raises:
             ExistsError: The path is taken.
@@ -67,7 +69,7 @@ class Catalog(CatalogNamespaces):
             raise ExistsError(f"catalog exists: {path}; open it, or remove it first") from error
         connection = connect(path, is_new=True)
         try:
-            _initialize(connection, pool_uuid)
+            _initialize(connection, pool_uuid, epoch)
             catalog = cls(connection, str(path), open_wal(path))
         except BaseException:
             connection.close()
@@ -242,13 +244,15 @@ class Catalog(CatalogNamespaces):
                 raise translate(error, self._where) from error
 
 
-def _initialize(connection: sqlite3.Connection, pool_uuid: uuid.UUID | None) -> None:
+def _initialize(
+    connection: sqlite3.Connection, pool_uuid: uuid.UUID | None, epoch: int = 0
+) -> None:
     """Make the tables in an empty database, in one transaction."""
     connection.execute("BEGIN IMMEDIATE")
     try:
         for statement in SCHEMA:
             connection.execute(statement)
-        connection.execute("INSERT INTO meta VALUES ('epoch', '0')")
+        connection.execute("INSERT INTO meta VALUES ('epoch', ?)", (str(epoch),))
         if pool_uuid is not None:
             connection.execute("INSERT INTO meta VALUES ('pool_uuid', ?)", (str(pool_uuid),))
         connection.execute(INSERT_NODE, node_to_row(ROOT_NODE))

@@ -109,7 +109,8 @@ def _check(
     for problem in catalog.check():
         report.add(
             Severity.ERROR, "catalog", "catalog", str(problem),
-            "remove the context it names, or make the pool anew",
+            "remove the context it names; or 'kvfs-admin check --repair --allow-name-loss' puts an "
+            "empty catalog in its place",
         )  # fmt: skip
     for device in devices:
         report.counts.devices += 1

@@ -5,6 +5,7 @@ Layer: L3.
 - Holds the pool's lock from beginning to end, so that no owner comes in between.
 - Without repair nothing is written: devices are opened read-only and the catalog is read from a
   copy, because opening SQLite's own file would move its log into it. Lock files are the exception.
+- A damaged catalog is never opened itself. It is replaced only if the loss of all names is allowed.
 - Volatile devices are empty while nobody has the pool open, and are left out.
 """
 
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NoReturn
 
+from kvfs.clock import SystemClock
 from kvfs.config import DeviceURL, parse_device_url
 from kvfs.devices.base import Device
 from kvfs.devices.directory import DirectoryDevice
@@ -28,7 +30,8 @@ from kvfs.engine.catalog import Catalog
 from kvfs.engine.catalog_schema import DeviceRow
 from kvfs.engine.checker.devices import check_devices
 from kvfs.engine.checker.repair import apply_plan
-from kvfs.engine.checker.report import CheckReport, Severity
+from kvfs.engine.checker.report import Action, ActionKind, CheckReport, Finding, Severity
+from kvfs.engine.checker.salvage import Salvage, replace_catalog, salvage
 from kvfs.engine.checker.segments import Progress
 from kvfs.errors import BusyError, CorruptionError, KvfsError, NotFoundError, UsageError
 
@@ -78,6 +81,7 @@ def check_pool(
     *,
     data: bool = False,
     repair: bool = False,
+    allow_name_loss: bool = False,
     progress: Progress | None = None,
     confirm: Confirm | None = None,
 ) -> CheckReport:
@@ -87,6 +91,7 @@ def check_pool(
         path: The pool's directory.
         data: Read all payloads too and compare their checksums.
         repair: Apply the plan, then check again (without `data`); see `CheckReport.remaining`.
+        allow_name_loss: Put an empty catalog in the place of a damaged one. All names are lost.
         progress: Called with (bytes done, bytes in all) while payloads are read.
         confirm: Asked before the plan is applied; False leaves everything as it is.
 
@@ -104,16 +109,70 @@ def check_pool(
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, _lock(root))
         report = CheckReport()
-        catalog = _open_catalog(root, stack, report, is_copy=not repair)
-        if catalog is None:
+        try:
+            catalog = _open_catalog(root, stack, writable=repair, is_strict=allow_name_loss)
+        except (CorruptionError, ValueError) as error:
+            left = _plan_replacement(root, report, str(error), is_allowed=allow_name_loss)
+            if left and repair and report.plan and (confirm is None or confirm(report)):
+                _replace_catalog(root, left, stack, report)
             return report
-        devices = _open_devices(catalog, stack, report, writable=repair)
+        devices = _open_devices(catalog.devices(), stack, report, writable=repair)
         found = check_devices(devices, catalog, data=data, progress=progress)
         found.findings[:0] = report.findings
         if repair and found.plan and (confirm is None or confirm(found)):
             apply_plan(found, devices, catalog)
             found.remaining[:0] = report.findings
         return found
+
+
+def _plan_replacement(
+    root: Path, report: CheckReport, problem: str, *, is_allowed: bool
+) -> Salvage | None:
+    """Report a damaged catalog, and what could be made of it; None if nothing."""
+    where, found = f"{root}/{_CATALOG}", salvage(root / _CATALOG)
+    try:
+        found.require_whole()
+    except CorruptionError as error:
+        report.add(
+            Severity.ERROR, "catalog-damaged", where, problem,
+            f"put back a copy of it, or 'kvfs-admin pool destroy': it cannot be replaced: {error}",
+        )  # fmt: skip
+        return None
+    loss = (
+        "an empty one takes its place and it is kept beside; all names of files and contexts are "
+        f"LOST, blocks on {', '.join(row.name for row in found.rows)} stay as cache"
+    )
+    remedy = loss if is_allowed else (
+        f"put back a copy of it; or 'kvfs-admin check --repair --allow-name-loss': {loss}"
+    )  # fmt: skip
+    action = Action(ActionKind.REPLACE_CATALOG, where)
+    report.add(
+        Severity.ERROR, "catalog-damaged", where, problem, remedy, action if is_allowed else None
+    )
+    return found
+
+
+def _replace_catalog(
+    root: Path, found: Salvage, stack: contextlib.ExitStack, report: CheckReport
+) -> None:
+    """Replace the catalog, then check the pool again."""
+    devices = _open_devices(found.rows, stack, report, writable=True)
+    if len(devices) < len(found.superblocks):
+        return  # the report says which one cannot be opened
+    clock = SystemClock()
+    aside = replace_catalog(root / _CATALOG, found, devices, clock.wall_ns())
+    report.is_repaired = True
+    lost = Finding(
+        Severity.WARNING, "names-lost", f"{root}/{_CATALOG}",
+        "all names of files and contexts, pins, retention and the pool's own name are gone; "
+        f"the damaged catalog is {aside}",
+        "write files again, and append contexts again: their blocks are found by their keys",
+    )  # fmt: skip
+    catalog = Catalog.open(root / _CATALOG)
+    stack.callback(catalog.close)
+    again = check_devices(devices, catalog)
+    report.remaining = [lost, *again.findings]
+    report.counts, report.was_closed = again.counts, again.was_closed
 
 
 def _lock(root: Path) -> int:
@@ -130,38 +189,42 @@ def _lock(root: Path) -> int:
 
 
 def _open_catalog(
-    root: Path, stack: contextlib.ExitStack, report: CheckReport, *, is_copy: bool
-) -> Catalog | None:
-    """Open the catalog, or a copy of it; damage becomes a finding."""
+    root: Path, stack: contextlib.ExitStack, *, writable: bool, is_strict: bool
+) -> Catalog:
+    """Open the catalog if a copy of it proves sound; only the copy unless `writable`.
+
+    SQLite deletes the log of a file that it does not take for a database: the log of a damaged
+    catalog is to be kept with it.
+
+    Raises:
+        CorruptionError: It is damaged; with `is_strict` also if it only contradicts itself.
+        ValueError: It is so damaged that it holds no pool's uuid.
+    """
     source = root / _CATALOG
-    try:
-        if is_copy:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvfs-check-")))
-            for suffix in ("", "-wal"):
-                if Path(f"{source}{suffix}").exists():
-                    shutil.copyfile(f"{source}{suffix}", folder / f"{_CATALOG}{suffix}")
-            source = folder / _CATALOG
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvfs-check-")))
+    for suffix in ("", "-wal"):
+        if Path(f"{source}{suffix}").exists():
+            shutil.copyfile(f"{source}{suffix}", folder / f"{_CATALOG}{suffix}")
+    catalog = Catalog.open(folder / _CATALOG)
+    stack.callback(catalog.close)
+    # The first queries fail on pages that opening does not read.
+    uuid.UUID(catalog.meta("pool_uuid") or "")
+    problems = catalog.check()
+    catalog.namespaces()
+    catalog.devices()
+    if problems and is_strict:
+        raise CorruptionError(problems[0])
+    if writable:
         catalog = Catalog.open(source)
         stack.callback(catalog.close)
-        # The first queries fail on pages that opening does not read.
-        uuid.UUID(catalog.meta("pool_uuid") or "")
-        catalog.check()
-        catalog.namespaces()
-        catalog.devices()
-    except (CorruptionError, ValueError) as error:
-        report.add(
-            Severity.ERROR, "catalog-damaged", f"{root}/{_CATALOG}", str(error),
-            "put back a copy of it, or delete the directories of pool and devices: it is a cache",
-        )  # fmt: skip
-        return None
     return catalog
 
 
 def _open_devices(
-    catalog: Catalog, stack: contextlib.ExitStack, report: CheckReport, *, writable: bool
+    rows: list[DeviceRow], stack: contextlib.ExitStack, report: CheckReport, *, writable: bool
 ) -> list[Device]:
     devices = []
-    for row in catalog.devices():
+    for row in rows:
         try:
             url = parse_device_url(row.url)
             if url.scheme == "dir":

@@ -53,6 +53,7 @@ class ActionKind(Enum):
     REMOVE_NAMES = "remove names"
     REAP_STAGING = "reap staging"
     REBUILD_SUPERBLOCK = "rebuild superblock"
+    REPLACE_CATALOG = "replace catalog"
 
 
 @dataclass(frozen=True, slots=True)

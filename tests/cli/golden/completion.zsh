@@ -89,7 +89,7 @@ superblock segment summary block --help
             " ;;
         "/check") candidates="
 --help --pool --json --quiet --verbose --no-color --exact --no-header --data
---repair --dry-run --yes
+--repair --allow-name-loss --dry-run --yes
             " ;;
         "/version") candidates="
 --help --pool --json --quiet --verbose --no-color --exact --no-header
