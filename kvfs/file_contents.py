@@ -78,7 +78,7 @@ class FileContents(FileReading):
         self._versions: dict[int, int] = {}  # adopted while somebody had the file open
         self._places: dict[int, Lease] = {}
         self._orphans: dict[int, tuple[int, list[KeyArray]]] = {}
-        self.on_gone: Callable[[int], None] = lambda _: None  # told of pinned nodes that went
+        self.on_gone: Callable[[int], None] = lambda _: None  # told of nodes that went
 
     # --- looking
 
@@ -234,8 +234,7 @@ class FileContents(FileReading):
 
     def forget(self, node: Node, keys: KeyArray | None) -> None:
         """Let go of the bytes of a node whose name is gone already. `keys`: None for an API's."""
-        if node.is_pinned:
-            self.on_gone(node.node_id)
+        self.on_gone(node.node_id)  # whatever the row said when it was read
         with self._lock:
             adopted = self._adopted.pop(node.node_id, None)
         if adopted is not None:

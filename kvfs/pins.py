@@ -42,12 +42,17 @@ class Pins:
         """Pin a context's blocks; a pinned one is left alone.
 
         Raises:
+            NotFoundError: The context is gone.
             BusyError: The namespace would pin more than its share.
         """
         with self._lock:
             if node.node_id not in self._held:
                 self._hold(node)
-                self._catalog.set_pinned(node.node_id, True)
+                try:
+                    self._catalog.set_pinned(node.node_id, True)
+                except BaseException:  # its name may have gone meanwhile
+                    self._let_go(node.node_id)
+                    raise
 
     def unpin(self, node: Node) -> None:
         """Undo `pin`; a context that is not pinned is left alone."""

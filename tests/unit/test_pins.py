@@ -1,8 +1,10 @@
 """Pinned contexts: as they grow, across restarts, until they are dropped."""
 
 import numpy as np
+import pytest
 
 import kvfs
+from kvfs.errors import NotFoundError
 from tests.unit.pool_bench import LAYOUT, Place, blocks
 
 
@@ -44,5 +46,37 @@ def test_dropped_context_is_unpinned(pool: kvfs.Pool) -> None:
     context.append(keys, blocks(2))
     context.pin()
     context.drop()
+    assert pool.store.state.pins == {}
+    assert pinned_bytes(pool, space) == 0
+
+
+def test_a_context_pinned_after_its_row_was_read(pool: kvfs.Pool) -> None:
+    space = pool.namespace("s", LAYOUT)
+    keys, _ = space.keys(np.arange(8))
+    context = space.context("c")
+    context.append(keys, blocks(2))
+    read_before = context.node
+    context.pin()
+    pool.files.remove(read_before)
+    assert pool.store.state.pins == {}
+    assert pinned_bytes(pool, space) == 0
+
+
+def test_a_context_dropped_while_it_is_pinned(
+    pool: kvfs.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = pool.namespace("s", LAYOUT)
+    keys, _ = space.keys(np.arange(8))
+    context = space.context("c")
+    context.append(keys, blocks(2))
+    node, set_pinned = context.node, pool.catalog.set_pinned
+
+    def set_late(node_id: int, is_pinned: bool) -> None:
+        pool.catalog.remove(node_id)  # as another thread does
+        set_pinned(node_id, is_pinned)
+
+    monkeypatch.setattr(pool.catalog, "set_pinned", set_late)
+    with pytest.raises(NotFoundError):
+        pool.pins.pin(node)
     assert pool.store.state.pins == {}
     assert pinned_bytes(pool, space) == 0
