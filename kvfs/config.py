@@ -61,7 +61,7 @@ def parse_device_url(text: str) -> DeviceURL:
             f"unknown device option {min(unknown)!r} in {text!r}: "
             "expected size, segment, tier or name"
         )
-    if scheme == "dir" and not location.startswith("/"):
+    if scheme == "dir" and (not location.startswith("/") or "\0" in location):
         raise UsageError(f"a dir: device needs an absolute path: {text!r}")
     if scheme == "dram" and (location or "size" not in options):
         raise UsageError(f"a dram: device is written 'dram:?size=4GiB', found {text!r}")

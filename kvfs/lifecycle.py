@@ -85,7 +85,7 @@ def create_pool(
     clock = clock or SystemClock()
     urls = [parse_device_url(text) for text in devices]
     plan = plan_devices(urls)
-    root.mkdir(parents=True, exist_ok=True)
+    _make_root(root)
     if (root / CATALOG_NAME).exists():
         raise ExistsError(f"a pool is there already: {root}; 'kvfs-admin pool destroy' removes it")
     if any(root.iterdir()):
@@ -118,10 +118,14 @@ def plan_devices(urls: Sequence[DeviceURL]) -> list[tuple[DeviceRow, DeviceURL]]
     """Return row and URL, all sizes chosen, for each device of a pool to be made.
 
     Raises:
-        UsageError: None given, a name twice, or one too small for its segments.
+        UsageError: None given, a name twice, one inside another, or one too small for its segments.
     """
     if not urls:
         raise UsageError("a pool needs at least one device, e.g. 'dir:/mnt/nvme/kv?size=100GiB'")
+    roots = [Path(url.location).resolve() for url in urls if url.scheme == "dir"]
+    for root in roots:
+        if not set(roots).isdisjoint(root.parents):
+            raise UsageError(f"a device cannot lie inside another: {root}; put it beside it")
     plan = []
     names: set[str] = set()
     counts: dict[str, int] = {}
@@ -306,6 +310,17 @@ def _remove_pool_files(root: Path) -> None:
         path.unlink(missing_ok=True)
     if not any(root.iterdir()):
         root.rmdir()
+
+
+def _make_root(root: Path) -> None:
+    """Make a pool's directory, with those above it."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(
+            f"pool directory cannot be made: {str(root)!r}: {reason}; choose another path"
+        ) from error
 
 
 def _lock(root: Path) -> int:

@@ -10,7 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfs.buffers import addresses_of
-from kvfs.engine.catalog_schema import NamespaceInfo, Node, NodeKind, NodeState, Origin
+from kvfs.engine.catalog_schema import (
+    NamespaceInfo,
+    Node,
+    NodeKind,
+    NodeState,
+    Origin,
+    name_bytes,
+)
 from kvfs.engine.index import RecordArray
 from kvfs.engine.writer import Durability, PutResult
 from kvfs.errors import ExistsError, NotFoundError, UsageError
@@ -159,8 +166,10 @@ class Namespace:
         Raises:
             NotFoundError: It does not exist and `create` is False.
             ExistsError: The name is a directory, or a file written through the mount.
+            UsageError: It is no name.
         """
         catalog = self._pool.catalog
+        name_bytes(name)  # refuses what is no text
         path = name.strip("/")
         if not path:
             raise UsageError("a context needs a name")

@@ -42,6 +42,7 @@ from kvfs.engine.store import DeviceStatistics, Store
 from kvfs.errors import (
     ClosedError,
     DeviceError,
+    ExistsError,
     NotFoundError,
     RefusedError,
     UsageError,
@@ -175,12 +176,20 @@ class Pool:
         Durability: persist (a new namespace survives a crash on return).
         """
         self._require_open()
+        if layout is not None:
+            self._check_layout(layout)
         info = self.catalog.namespace_by_name(name)
         if info is None:
             if layout is None:
                 raise NotFoundError(f"no such namespace: {name!r}; give a layout to make it")
-            info = self.make_namespace(name, layout, retention=retention)
-        elif layout is not None and layout.fingerprint() != info.fingerprint:
+            try:
+                info = self.make_namespace(name, layout, retention=retention)
+            except ExistsError:
+                info = self.catalog.namespace_by_name(name)
+                if info is None:
+                    raise
+                self.catalog.sync()  # another thread has made it just now
+        if layout is not None and layout.fingerprint() != info.fingerprint:
             raise RefusedError(
                 f"layout mismatch: namespace {name!r}: it has {info.fingerprint.hex()} "
                 f"{info.layout.to_json()}, asked for {layout.fingerprint().hex()} "
@@ -209,20 +218,26 @@ class Pool:
             ExistsError: The name is taken.
             UsageError: The name cannot be a directory, or the retention is unknown.
         """
-        self._check_stride(layout)
-        info = self.catalog.create_namespace(
-            new_namespace_id(),
-            name,
-            layout,
-            retention,
-            now_ns=self.clock.wall_ns(),
-            mode=mode,
-            uid=os.getuid() if uid is None else uid,
-            gid=os.getgid() if gid is None else gid,
-        )
+        self._check_layout(layout)
+        now, namespace_id, state = self.clock.wall_ns(), new_namespace_id(), self.store.state
+        # Known before it is named: whoever finds the name can use it.
+        info = NamespaceInfo(namespace_id, name, layout, layout.fingerprint(), retention, 0, now)
+        self._layouts[namespace_id] = layout
+        state.add_namespace(_spec(info))
+        try:
+            info = self.catalog.create_namespace(
+                namespace_id, name, layout, retention,
+                now_ns=now,
+                mode=mode,
+                uid=os.getuid() if uid is None else uid,
+                gid=os.getgid() if gid is None else gid,
+            )  # fmt: skip
+        except BaseException:
+            with state.lock:
+                del state.namespaces[namespace_id], state.indexes[namespace_id]
+            del self._layouts[namespace_id]
+            raise
         self.catalog.sync()
-        self._layouts[info.namespace_id] = layout
-        self.store.state.add_namespace(_spec(info))
         return info
 
     def drop_namespace(self, name: str, *, only_empty: bool = False) -> None:
@@ -240,8 +255,10 @@ class Pool:
             self.catalog.drop_namespace(info.namespace_id)
         self.catalog.sync()
         self.pins.release_namespace(info.namespace_id)
-        self.store.destroy_namespace(info.namespace_id)
-        del self._layouts[info.namespace_id]
+        try:
+            self.store.destroy_namespace(info.namespace_id)
+        finally:
+            self._layouts.pop(info.namespace_id, None)
         if name == DEFAULT_NAMESPACE:
             self.make_namespace(DEFAULT_NAMESPACE)
 
@@ -270,7 +287,7 @@ class Pool:
         self.store.note_named()
 
     def make_context(self, info: NamespaceInfo, path: str) -> Node:
-        """Make an empty context, with the directories above it."""
+        """Return the context at a path, made with the directories above it if it is not there."""
         self._require_open()
         now = self.clock.wall_ns()
         uid, gid = os.getuid(), os.getgid()
@@ -281,7 +298,7 @@ class Pool:
                 parent, name = self.catalog.make_parents(
                     parent, path, mode=0o755, uid=uid, gid=gid, now_ns=now
                 )
-            return self.catalog.create_context(
+            return self.catalog.lookup(parent, name) or self.catalog.create_context(
                 parent, name, info.namespace_id, Origin.API, NodeState.ACTIVE,
                 mode=0o644, uid=uid, gid=gid, now_ns=now,
             )  # fmt: skip
@@ -412,7 +429,9 @@ class Pool:
         for problem in report.problems:
             _log.warning("%s", problem)
 
-    def _check_stride(self, layout: Layout) -> None:
+    def _check_layout(self, layout: Layout) -> None:
+        if not isinstance(layout, Layout):
+            raise UsageError(f"expected a kvfs.Layout, found {layout!r:.80}")
         smallest = min(device.info.segment_bytes for device in self.store.state.devices)
         if layout.stride > smallest // 2:
             raise UsageError(

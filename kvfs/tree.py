@@ -19,12 +19,14 @@ from kvfs.engine.catalog_schema import (
     NotDirectoryError,
     Origin,
     TargetIsDirectoryError,
+    checked_retention,
 )
-from kvfs.errors import BusyError, NotFoundError, UsageError
+from kvfs.errors import BusyError, NotFoundError
 from kvfs.layout import OPAQUE
 from kvfs.pool import Pool
 
 PAGE_NODES = 128  # fills a readdir request of 32 KiB in one or two steps
+TIME_NS_MAX = (1 << 63) - 1  # SQLite's integers: the year 2262
 
 
 class Tree:
@@ -176,7 +178,9 @@ class Tree:
         self, node_id: int, *, mode: int | None = None, uid: int | None = None,
         gid: int | None = None, mtime_ns: int | None = None,
     ) -> Node:  # fmt: skip
-        """Change what is given."""
+        """Change what is given; times beyond what the catalog can keep become the last it can."""
+        if mtime_ns is not None:
+            mtime_ns = max(-TIME_NS_MAX, min(mtime_ns, TIME_NS_MAX))
         node = self._catalog.set_attributes(
             node_id, mode=mode, uid=uid, gid=gid, mtime_ns=mtime_ns, now_ns=self._now()
         )
@@ -190,9 +194,7 @@ class Tree:
         Raises:
             UsageError: Not "cache" or "durable".
         """
-        if retention not in ("cache", "durable"):
-            raise UsageError(f"retention {retention!r}: expected 'cache' or 'durable'")
-        self._pool.set_retention(node.name, "durable" if retention == "durable" else "cache")
+        self._pool.set_retention(node.name, checked_retention(retention))
 
     # --- internals
 

@@ -34,7 +34,7 @@ from kvfs.devices.filesystem import (
     is_own_name,
     pread_all,
 )
-from kvfs.errors import BusyError, CorruptionError, NotFoundError, RefusedError
+from kvfs.errors import BusyError, CorruptionError, NotFoundError, RefusedError, UsageError
 from kvfs.units import PAGE, align_up, format_bytes
 
 # f_type of statfs(2), from linux/magic.h and the filesystems' own sources.
@@ -95,6 +95,7 @@ class OSFileSystem(FileSystem):
 
         Raises:
             NotFoundError: The directory is missing, or is none.
+            UsageError: No directory can be made there.
             RefusedError: It lies on a network, cluster or FUSE filesystem.
             BusyError: Another process, or another device of this one, has it open.
         """
@@ -102,12 +103,7 @@ class OSFileSystem(FileSystem):
         self._lock_fd = -1
         self._root_fd = -1
         if create and not os.path.isdir(root):
-            above = os.open(nearest_existing(root), os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                refuse_remote(filesystem_type(above), root)
-            finally:
-                os.close(above)
-            os.makedirs(root, mode=_MODE_DIRECTORY, exist_ok=True)
+            _make_root(root)
         try:
             self._root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -292,6 +288,21 @@ class OSFileSystem(FileSystem):
             if fd >= 0:
                 os.close(fd)
         self._lock_fd = self._root_fd = -1
+
+
+def _make_root(root: str) -> None:
+    """Make a device's directory, with those above it, on a filesystem that will do."""
+    try:
+        above = os.open(nearest_existing(root), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            refuse_remote(filesystem_type(above), root)
+        finally:
+            os.close(above)
+        os.makedirs(root, mode=_MODE_DIRECTORY, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"device directory cannot be made: {root}: {error.strerror}; choose another path"
+        ) from error
 
 
 def _is_refusal(error: OSError) -> bool:

@@ -21,6 +21,7 @@ from kvfs.engine.catalog_schema import (
     Origin,
     Retention,
     Row,
+    checked_retention,
 )
 from kvfs.errors import CorruptionError, ExistsError, NotFoundError, UsageError
 from kvfs.layout import Layout
@@ -91,8 +92,9 @@ class CatalogNamespaces(CatalogContexts):
 
         Raises:
             ExistsError: Name or id is taken.
-            UsageError: The name is not valid.
+            UsageError: The name is not valid, or the retention unknown.
         """
+        is_durable = checked_retention(retention) == "durable"
         with self.transaction():
             if self._read("SELECT 1 FROM namespaces WHERE namespace_id = ?", (namespace_id,)):
                 raise ExistsError(f"namespace id is taken: {namespace_id:#x}")
@@ -105,7 +107,7 @@ class CatalogNamespaces(CatalogContexts):
                 "is_durable, created_ns) VALUES (?, ?, ?, ?, ?, ?)",
                 (
                     namespace_id, node.node_id, layout.to_json(), layout.fingerprint(),
-                    int(retention == "durable"), now_ns,
+                    int(is_durable), now_ns,
                 ),
             )  # fmt: skip
             return self.namespace(namespace_id)
@@ -134,12 +136,17 @@ class CatalogNamespaces(CatalogContexts):
         return [_namespace_from_row(row) for row in self._read(_NAMESPACES + "ORDER BY n.name")]
 
     def set_retention(self, namespace_id: int, retention: Retention) -> None:
-        """Say whether what a name reaches may be dropped. Durability: flush."""
+        """Say whether what a name reaches may be dropped. Durability: flush.
+
+        Raises:
+            UsageError: Neither "cache" nor "durable".
+        """
+        is_durable = checked_retention(retention) == "durable"
         with self.transaction():
             self.namespace(namespace_id)
             self._write(
                 "UPDATE namespaces SET is_durable = ? WHERE namespace_id = ?",
-                (int(retention == "durable"), namespace_id),
+                (int(is_durable), namespace_id),
             )
 
     def drop_namespace(self, namespace_id: int) -> None:

@@ -282,12 +282,21 @@ def node_to_row(node: Node) -> Row:
     )  # fmt: skip
 
 
+def checked_retention(value: str) -> Retention:
+    """Return a retention, or raise UsageError."""
+    if value not in ("cache", "durable"):
+        raise UsageError(f"retention {value!r}: expected 'cache' or 'durable'")
+    return "durable" if value == "durable" else "cache"
+
+
 def name_bytes(name: str) -> bytes:
     """Return the bytes a name is stored as; the inverse is in `node_from_row`.
 
     Raises:
-        UsageError: It holds surrogates that escape no byte.
+        UsageError: It is no text, or holds surrogates that escape no byte.
     """
+    if not isinstance(name, str):
+        raise UsageError(f"name not understood: expected text, found {name!r:.80}")
     try:
         return name.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from kvfs.buffers import addresses_of
-from kvfs.errors import UsageError
+from kvfs.errors import ExistsError, UsageError
 from kvfs.keys import as_key_array, as_u32_array, chain_keys
+from kvfs.layout import OPAQUE
+from kvfs.lifecycle import create_pool
 from kvfs.namespace import Namespace
 from kvfs.pool import Pool
 from kvfs.tree import Tree
@@ -87,6 +89,71 @@ def test_numbers_that_fit() -> None:
         assert found.dtype == np.uint32
         assert found.tolist() == [0, 2**32 - 1]
     assert as_u32_array([], "x").size == 0
+
+
+@pytest.mark.parametrize("name", [5, None, b"c", b"", "", "/"])
+def test_names_of_contexts(namespace: Namespace, name: Any) -> None:
+    with pytest.raises(UsageError):
+        namespace.context(name)
+
+
+def test_names_and_layouts_of_namespaces(pool: Pool) -> None:
+    names: list[Any] = [None, 5, b"n", "", "a/b"]
+    for name in names:
+        with pytest.raises(UsageError):
+            pool.namespace(name, OPAQUE)
+    layout: Any = {"dtype": "uint8"}
+    with pytest.raises(UsageError, match="Layout"):
+        pool.namespace("default", layout)
+    with pytest.raises(UsageError, match="Layout"):
+        pool.make_namespace("new", layout)
+
+
+def test_retentions(pool: Pool) -> None:
+    unknown: Any = "durabel"
+    with pytest.raises(UsageError, match="retention"):
+        pool.namespace("new", OPAQUE, retention=unknown)
+    with pytest.raises(UsageError, match="retention"):
+        pool.set_retention("default", unknown)
+    with pytest.raises(ExistsError):
+        pool.make_namespace("default", OPAQUE)
+    state = pool.store.state
+    assert [info.name for info in pool.namespaces()] == ["default"]
+    assert len(state.namespaces) == len(state.indexes) == pool.statistics().namespaces == 1
+
+
+@pytest.mark.parametrize("path", ["{0}/file", "{0}/file/below", "/proc/kvfs-none", "{0}/a\0b"])
+def test_paths_that_cannot_be_directories(tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").touch()
+    path = path.format(tmp_path)
+    with pytest.raises(UsageError):
+        create_pool(tmp_path / "made", [f"dir:{path}?size=64MiB&segment=16MiB"])
+    with pytest.raises(UsageError):
+        create_pool(path, [f"dir:{tmp_path}/device?size=64MiB&segment=16MiB"])
+    assert not (tmp_path / "device").exists()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_device_inside_another(tmp_path: Path, order: int) -> None:
+    places = [f"{tmp_path}/device", f"{tmp_path}/device/segments"][::order]
+    with pytest.raises(UsageError, match="inside another"):
+        create_pool(tmp_path / "pool", [f"dir:{p}?size=64MiB&segment=16MiB" for p in places])
+
+
+@pytest.mark.parametrize("mtime_ns", [2**63, -(2**80)])
+def test_times_beyond_what_is_kept(pool: Pool, mtime_ns: int) -> None:
+    tree = Tree(pool)
+    for close_first in (True, False):
+        node = tree.create_file(1, f"f{close_first}", 0o644, 0, 0)
+        handle = pool.files.open_write(node, truncate=True)
+        if close_first:
+            pool.files.close_write(handle)
+        found = tree.set_attributes(node.node_id, mtime_ns=mtime_ns)
+        assert abs(found.mtime_ns) == 2**63 - 1
+        if not close_first:
+            pool.files.close_write(handle)
+        pool.sync()
+        assert tree.node(node.node_id).mtime_ns == found.mtime_ns
 
 
 def test_closing_a_file_of_a_dropped_namespace(pool: Pool, tmp_path: Path) -> None:
