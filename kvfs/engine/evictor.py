@@ -164,13 +164,16 @@ class Evictor:
             self._flush()
         wanted = max(nbytes, device.info.capacity_bytes // _ROUND_SHARE)
         held = HeldKeys(self._state)
-        freed = self._round(device, wanted, held)
-        if not freed and self._close_idle_log(device):
-            self._flush()
+        try:
             freed = self._round(device, wanted, held)
-        if not freed:
-            # A crash may have left no room to copy survivors to: spare nothing that may be dropped.
-            freed = self._round(device, wanted, held, is_sparing=False)
+            if not freed and self._close_idle_log(device):
+                self._flush()
+                freed = self._round(device, wanted, held)
+            if not freed:
+                # A crash may have left no room to copy survivors to: spare nothing that may go.
+                freed = self._round(device, wanted, held, is_sparing=False)
+        finally:
+            held.close()
         return freed > 0
 
     def _round(
@@ -224,7 +227,8 @@ class Evictor:
                 if segment.status is SegmentStatus.SEALED
             ]
             for limit in (warm_ns, _NEVER_NS) if is_sparing else (None,):
-                plans = [self._plan(s, standings[s.handle.slot], limit, held) for s in sealed]
+                plans = [self._plan(device, s, standings[s.handle.slot], limit, held)
+                         for s in sealed]  # fmt: skip
                 if not is_sparing:
                     plans = [plan for plan in plans if not plan.kept_bytes]
                 candidates = [plan.candidate(i) for i, plan in enumerate(plans)]
@@ -236,10 +240,12 @@ class Evictor:
         return []
 
     def _plan(
-        self, segment: SegmentState, standing: Standing, warm_ns: int | None, held: HeldKeys
-    ) -> _Victim:
+        self, device: DeviceState, segment: SegmentState, standing: Standing, warm_ns: int | None,
+        held: HeldKeys,
+    ) -> _Victim:  # fmt: skip
         lengths = standing.lengths
-        survives = held.mask(segment.namespace_id, segment.keys(standing.indices))
+        keys = segment.keys(standing.indices)
+        survives = held.mask(segment.namespace_id, keys, device.info)
         if warm_ns is not None:
             survives = spare(
                 survives,
@@ -305,7 +311,7 @@ class Evictor:
             if segment.status is not SegmentStatus.SEALED:
                 return False
             leftover = segment.live_indices()
-            if held.mask(segment.namespace_id, segment.keys(leftover)).any():
+            if held.mask(segment.namespace_id, segment.keys(leftover), device.info).any():
                 return False
             state.forget(segment.namespace_id, segment.records(leftover))
             state.counters.segments_evicted += 1

@@ -69,6 +69,7 @@ class EngineState:
     _by_index: dict[int, DeviceState] = dataclasses.field(init=False)
     activity: Activity = dataclasses.field(init=False)
     naming_epoch: int = 0  # counts what makes more keys reachable in a durable namespace
+    unpinned: list[KeyArray] | None = None  # during a round of eviction: what it must still hold
 
     def device(self, index: int) -> DeviceState:
         """Return the device with this number."""
@@ -164,8 +165,10 @@ class EngineState:
         self.pinned_bytes[namespace_id] = self.pinned_bytes.get(namespace_id, 0) + more
 
     def unpin(self, namespace_id: int, keys: KeyArray, nbytes: int) -> None:
-        """Undo one pin of these keys."""
+        """Undo one pin of these keys; perhaps they have a name by now."""
         with self.lock:
+            if self.unpinned is not None and self.namespaces[namespace_id].is_durable:
+                self.unpinned.append(keys)
             gone = 0
             for key in keys:
                 raw = key.tobytes()
