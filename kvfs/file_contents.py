@@ -299,6 +299,7 @@ class FileContents(FileReading):
                     former.append((adopted, keys))
                 except NotFoundError:
                     former.append((adopted, None))
+        self._store.note_named()  # takes the engine's lock: not in the transaction
         if any(old is not None and len(old) for _, old in former):
             self._catalog.sync()
         for adopted, old in former:
@@ -328,7 +329,6 @@ class FileContents(FileReading):
         )
         if adopted.ctime_ns != adopted.mtime_ns:
             self._catalog.set_attributes(adopted.node_id, now_ns=adopted.ctime_ns)
-        self._store.note_named()
 
     def _drop_if_broken(self, adopted: Adopted) -> None:
         """Give up content that lost a block before it was named; former content stays."""
@@ -341,19 +341,32 @@ class FileContents(FileReading):
             if self._adopted.get(adopted.node_id) is not adopted:
                 return
             del self._adopted[adopted.node_id]
+        self._lose(adopted)
+
+    def _lose(self, adopted: Adopted) -> None:
+        """Release content that lost a block before it was named, and was taken out already."""
+        self._note_lost_writing(adopted.node_id)
         self._give_up(adopted)
         self._remove_if_pending(adopted.node_id)
 
+    def _note_lost_writing(self, node_id: int) -> None:
+        """Do what must be done when a file has lost what was written to it."""
+
+    def awaits_content(self, node_id: int) -> bool:
+        """Say whether new content is on its way, so that the name outlives the former one."""
+        return node_id in self._adopted
+
     def _remove_if_pending(self, node_id: int) -> None:
-        """Remove a new file that never got content."""
-        if node_id in self._adopted:
-            return
-        with self._catalog.transaction():
-            try:
-                if self._catalog.node(node_id).state is NodeState.PENDING:
-                    self._catalog.remove(node_id, self._clock.wall_ns())
-            except NotFoundError:
+        """Remove a new file that never got content, and gets none any more."""
+        try:
+            if self._catalog.node(node_id).state is not NodeState.PENDING:
                 return
+            with self._catalog.transaction():
+                is_pending = self._catalog.node(node_id).state is NodeState.PENDING
+                if is_pending and not self.awaits_content(node_id):
+                    self._catalog.remove(node_id, self._clock.wall_ns())
+        except NotFoundError:
+            return
 
     # --- internals
 
@@ -418,15 +431,17 @@ class FileContents(FileReading):
             self._vanish(reader.node_id, reader.version)
 
     def _vanish(self, node_id: int, version: int) -> None:
-        """Remove the name of a file that lost a block, unless it has other content by now."""
+        """Remove the name of a file that lost a block, unless it has other content by now.
+
+        A file that is being written again keeps its name, for the content to come.
+        """
         with self._lock:
             adopted = self._adopted.get(node_id)
             if adopted is not None and adopted.version == version:
                 del self._adopted[node_id]
         if adopted is not None:
             if adopted.version == version:
-                self._give_up(adopted)
-                self._remove_if_pending(node_id)
+                self._lose(adopted)
             return
         with self._catalog.transaction():
             try:
@@ -434,9 +449,16 @@ class FileContents(FileReading):
                 if node.version != version:
                     return
                 keys = self._catalog.keys(node_id)
-                self._catalog.remove(node_id, self._clock.wall_ns())
+                if is_kept := self.awaits_content(node_id):
+                    self._catalog.clear_content(node_id, self._clock.wall_ns())
+                else:
+                    self._catalog.remove(node_id, self._clock.wall_ns())
             except NotFoundError:
                 return
+        if is_kept:
+            self._note_lost_writing(node_id)
+        else:
+            self.on_gone(node_id)
         self._release(node_id, node.namespace_id, keys)
 
     def _give_up(self, adopted: Adopted) -> None:

@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from dataclasses import replace as with_changes
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,7 @@ from kvfs.errors import (
     DeviceError,
     KvfsError,
     MediaError,
+    NoSpaceError,
     NotFoundError,
     RefusedError,
 )
@@ -54,8 +56,6 @@ class WriteHandle:
     writer: "FileWriter"
     is_active: bool = False
     """Wrote since its last flush: more may come."""
-    has_adopted: bool = False
-    """Its flush has adopted the file once; later ones leave that to the last close."""
 
 
 @dataclass(slots=True, eq=False)
@@ -109,7 +109,7 @@ class Files(FileContents):
 
     def awaits_content(self, node_id: int) -> bool:
         """Say whether new content is on its way, so that the name outlives the former one."""
-        return node_id in self._writers or node_id in self._adopted
+        return node_id in self._writers or super().awaits_content(node_id)
 
     def current(self, node: Node) -> Node:
         """Return a node with the size and times that stat shows: of bytes being written, too."""
@@ -191,8 +191,11 @@ class Files(FileContents):
             handle.is_active = writer.is_dirty = writer.is_written = True
             writer.mtime_ns = self._clock.wall_ns()
             try:
-                staging = self._staged(writer, writer.size_bytes)
-                self._store.write_staging(writer.device_index, staging, offset, data)
+                self._staged(writer, writer.size_bytes)
+                self._change_staging(
+                    writer, offset + len(data),
+                    lambda index, staging: self._store.write_staging(index, staging, offset, data),
+                )  # fmt: skip
             except KvfsError as error:
                 writer.failure = error
                 raise
@@ -254,6 +257,9 @@ class Files(FileContents):
         """Persist the bytes. A file not adopted yet appears only when it is closed.
 
         Durability: persist.
+
+        Raises:
+            DeviceError: They could not be persisted, now or since they were written.
         """
         writer = handle.writer
         with writer.lock:
@@ -264,12 +270,15 @@ class Files(FileContents):
                 return
         self.publish()
         self._catalog.sync()
+        if writer.failure is not None:  # an earlier persist may have failed
+            raise writer.failure
 
     def flush(self, handle: WriteHandle) -> None:
-        """Note that a descriptor of this handle was closed; adopt if that looks like the last.
+        """Note that a descriptor of this handle was closed; adopt if nobody is writing.
 
-        So what close(2) returns is true of the whole, and the file is there for others when it
-        does: the kernel announces the last close itself only later, to nobody.
+        It may not be the last one: what is written after it is adopted again. So what close(2)
+        returns is true of the whole, and the file is there for others when it does: the kernel
+        announces the last close itself only later, to nobody.
 
         Raises:
             NoSpaceError, DeviceError: The bytes could not be adopted, or a write had failed.
@@ -279,9 +288,8 @@ class Files(FileContents):
             handle.is_active = False
             if writer.failure is not None:
                 raise writer.failure
-            is_due = writer.is_dirty and writer.is_written and not handle.has_adopted
+            is_due = writer.is_dirty and writer.is_written
             if is_due and not writer.is_removed and not writer.is_busy:
-                handle.has_adopted = True
                 self._adopt(writer)
 
     def close_write(self, handle: WriteHandle, *, is_abandoned: bool = False) -> None:
@@ -304,18 +312,11 @@ class Files(FileContents):
                 if writer.handles:
                     return
             try:
-                if writer.is_dirty and not writer.is_removed:
-                    if writer.failure is None:
-                        self._adopt(writer)
-                    else:
-                        self._remove_if_pending(writer.node.node_id)
-                elif not writer.is_dirty and writer.node.node_id not in self._adopted:
-                    self._remove_if_pending(writer.node.node_id)  # eviction took what it held
-            except Exception:
-                self._remove_if_pending(writer.node.node_id)
-                raise
+                if writer.is_dirty and not writer.is_removed and writer.failure is None:
+                    self._adopt(writer)
             finally:
                 self._retire(writer)
+                self._remove_if_pending(writer.node.node_id)
 
     def settle(self, node: Node) -> None:
         """Adopt what a file holds now, and let the catalog name it.
@@ -345,6 +346,15 @@ class Files(FileContents):
 
     # --- internals
 
+    def _note_lost_writing(self, node_id: int) -> None:
+        """Let a writer that goes on fail; bytes not adopted yet are whole without what is lost."""
+        writer = self.writer_of(node_id)
+        if writer is not None and not writer.is_dirty:
+            # Without its lock: whoever holds that may be waiting for this publication.
+            writer.failure = DeviceError(
+                f"file lost what was written: {writer.node.name!r}; write it again"
+            )
+
     def _has_content(self, writer: FileWriter) -> bool:
         """Whether there is content besides what is being written."""
         node_id = writer.node.node_id
@@ -363,24 +373,58 @@ class Files(FileContents):
             writer.kept_bytes, writer.kept_version = base.size_bytes, base.version
         writer.is_ready = True
 
-    def _staged(self, writer: FileWriter, kept_bytes: int) -> Staging:
-        """Return the staging file, made from the first bytes of the content so far."""
+    def _staged(self, writer: FileWriter, kept_bytes: int) -> None:
+        """Have a staging file, made from the first bytes of the content so far."""
         if writer.staging is not None:
-            return writer.staging
-        name = f"{writer.node.node_id:x}-{self._clock.monotonic_ns():x}"
-        device_index, staging = self._store.create_staging(name, writer.node.namespace_id)
-        try:
-            buffer = bytearray(min(_COPY_BYTES, kept_bytes))
-            for offset in range(0, kept_bytes, _COPY_BYTES):
-                part = memoryview(buffer)[: kept_bytes - offset]
-                self.read_into(self._opened_base(writer), offset, part)
-                self._store.write_staging(device_index, staging, offset, part)
-        except BaseException:
-            self._store.staging_device(device_index).device.drop_staging(staging)
-            raise
-        writer.device_index, writer.staging = device_index, staging
+            return
+        self._stage(
+            writer, self._store.file_devices(kept_bytes), kept_bytes,
+            lambda offset, part: self.read_into(self._opened_base(writer), offset, part),
+        )  # fmt: skip
         self._close_base(writer)
-        return staging
+
+    def _stage(
+        self, writer: FileWriter, devices: list[int], nbytes: int,
+        read: Callable[[int, memoryview], object],
+    ) -> None:  # fmt: skip
+        """Make a staging file of what `read` gives, on the first device with room for it."""
+        full = NoSpaceError(f"no device can hold {nbytes} bytes; use more or larger devices")
+        for index in devices:
+            name = f"{writer.node.node_id:x}-{self._clock.monotonic_ns():x}"
+            staging = self._store.create_staging(index, name, writer.node.namespace_id)
+            try:
+                buffer = bytearray(min(_COPY_BYTES, nbytes))
+                for offset in range(0, nbytes, _COPY_BYTES):
+                    part = memoryview(buffer)[: nbytes - offset]
+                    read(offset, part)
+                    self._store.write_staging(index, staging, offset, part)
+            except BaseException as error:
+                self._store.staging_device(index).device.drop_staging(staging)
+                if not isinstance(error, NoSpaceError):
+                    raise
+                full = error
+            else:
+                writer.device_index, writer.staging = index, staging
+                return
+        raise full
+
+    def _change_staging(
+        self, writer: FileWriter, nbytes: int, change: Callable[[int, Staging], None]
+    ) -> None:
+        """Change the staged bytes, up to `nbytes`; on another device if theirs has no room."""
+        tried: set[int] = set()
+        while True:
+            staging, index = writer.staging, writer.device_index
+            assert staging is not None
+            try:
+                return change(index, staging)
+            except NoSpaceError:
+                tried.add(index)
+                others = [i for i in self._store.file_devices(nbytes) if i not in tried]
+                if not others:
+                    raise
+                self._stage(writer, others, staging.nbytes, partial(_read_staged, staging))
+                self._store.staging_device(index).device.drop_staging(staging)
 
     def _resize(self, writer: FileWriter, nbytes: int) -> None:
         """Cut or extend. REQUIRES: the writer's lock."""
@@ -389,8 +433,11 @@ class Files(FileContents):
             writer.kept_bytes = 0
             writer.failure = None
         if nbytes or writer.staging is not None:
-            staging = self._staged(writer, min(nbytes, writer.size_bytes))
-            self._store.resize_staging(writer.device_index, staging, nbytes)
+            self._staged(writer, min(nbytes, writer.size_bytes))
+            self._change_staging(
+                writer, nbytes,
+                lambda index, staging: self._store.resize_staging(index, staging, nbytes),
+            )  # fmt: skip
         writer.is_dirty = True
         writer.mtime_ns = self._clock.wall_ns()
 
@@ -417,18 +464,26 @@ class Files(FileContents):
             int(lengths[-1]) if count else 0, writer.mtime_ns, now,
         )  # fmt: skip
         if count and self._catalog.namespace(node.namespace_id).retention == "durable":
-            adopted.pinned_bytes = self._store.pin(node.namespace_id, keys)
+            self._pin(adopted)
         try:
             is_persisted = not count or self._store_content(writer, adopted, lengths)
         except BaseException:
             self._unpin(adopted)
             raise
+        writer.is_dirty = writer.is_written = False  # from here on it can be lost
         self._note_adopted(adopted)
-        writer.is_dirty = writer.is_written = False
         if is_persisted:
             self._name([adopted])
         if writer.staging is None:
             writer.kept_bytes, writer.kept_version = nbytes, version
+
+    def _pin(self, adopted: Adopted) -> None:
+        """Pin new content until it is named."""
+        try:
+            adopted.pinned_bytes = self._store.pin(adopted.namespace_id, adopted.keys)
+        except BusyError:
+            self.publish()  # names what is pinned for the same reason
+            adopted.pinned_bytes = self._store.pin(adopted.namespace_id, adopted.keys)
 
     def _store_content(
         self, writer: FileWriter, adopted: Adopted, lengths: npt.NDArray[np.uint64]
@@ -450,10 +505,17 @@ class Files(FileContents):
                 )  # fmt: skip
                 return False
             digests = _digests(addresses, lengths)
-        self._store.adopt(
-            writer.device_index, staging, adopted.namespace_id, adopted.keys, lengths, digests
-        )
-        writer.staging = None
+        try:
+            self._store.adopt(
+                writer.device_index, staging, adopted.namespace_id, adopted.keys, lengths, digests
+            )
+        except DeviceError as error:
+            # What the medium holds is unknown, and the staging file may be a segment that is gone.
+            writer.failure = error
+            raise
+        finally:
+            if staging.state is None:
+                writer.staging = None
         return True
 
     def _persist_staging(self, writer: FileWriter) -> None:
@@ -501,6 +563,11 @@ class Files(FileContents):
         if writer.base is not None:
             self.close_read(writer.base)
             writer.base = None
+
+
+def _read_staged(staging: Staging, offset: int, part: memoryview) -> None:
+    if os.preadv(staging.fd, [part], offset) != part.nbytes:
+        raise DeviceError("staged file could not be read back: write it again")
 
 
 def _digests(

@@ -20,7 +20,7 @@ from kvfs.buffers import Addresses
 from kvfs.devices.base import Staging
 from kvfs.engine.device_state import DeviceState, NamespaceSpec
 from kvfs.engine.evictor import Evictor
-from kvfs.engine.format import ENTRY, EntryFlag
+from kvfs.engine.format import ENTRY, EntryFlag, sidecar_bytes
 from kvfs.engine.index import RecordArray
 from kvfs.engine.log import Batch
 from kvfs.engine.reader import Lease, Mask, Reader
@@ -28,8 +28,9 @@ from kvfs.engine.recovery import RecoveryReport, load_devices
 from kvfs.engine.segment_table import SegmentStatus
 from kvfs.engine.state import EngineState
 from kvfs.engine.writer import Durability, PutResult, Writer
-from kvfs.errors import BusyError, DeviceError, NoSpaceError, UsageError
+from kvfs.errors import BusyError, DeviceError, NoSpaceError, UnavailableError, UsageError
 from kvfs.keys import KEY_BYTES, KeyArray
+from kvfs.units import PAGE, align_up, format_bytes
 
 _ROOM_ATTEMPTS = 16
 _CLOSE_TIMEOUT_S = 30.0
@@ -252,31 +253,49 @@ class Store:
 
     # --- files
 
-    def create_staging(self, name: str, namespace_id: int) -> tuple[int, Staging]:
-        """Make a staging file on the tier that will hold it; return (device index, staging)."""
-        self._namespace(namespace_id)
-        tiers = self.state.tiers(persistent=True) or self.state.tiers(persistent=False)
+    def file_devices(self, nbytes: int) -> list[int]:
+        """Return the devices in service that could hold a file of this size, fastest tier first.
+
+        Volatile ones only in a pool that has no others.
+
+        Raises:
+            UnavailableError: None is in service.
+        """
+        is_persistent = any(device.info.is_persistent for device in self.state.devices)
+        tiers = self.state.tiers(persistent=is_persistent)
         if not tiers:
-            raise NoSpaceError("no device in service takes files; see 'pool status'")
-        device = tiers[0]
-        return device.info.index, device.device.create_staging(name)
+            raise UnavailableError("no device in service takes files; see 'pool status'")
+        return [tier.info.index for tier in tiers if nbytes <= _file_bytes_max(tier)]
+
+    def create_staging(self, device_index: int, name: str, namespace_id: int) -> Staging:
+        """Make a staging file on one of `file_devices`."""
+        self._namespace(namespace_id)
+        return self.state.device(device_index).device.create_staging(name)
 
     def write_staging(
         self, device_index: int, staging: Staging, offset: int, data: bytes | memoryview
     ) -> None:
-        """Write to a staging file; evicts when the device is full. Durability: flush."""
+        """Write to a staging file; evicts when the device is full. Durability: flush.
+
+        What fails may leave the file longer, with zeros.
+        """
         device = self.state.device(device_index)
         end = max(staging.nbytes, offset + memoryview(data).nbytes)
-        self._with_room(
-            device, staging, end, lambda: device.device.write_staging(staging, offset, data)
-        )
+
+        def write() -> None:
+            _grow(device, staging, end)
+            device.device.write_staging(staging, offset, data)
+
+        self._with_room(device, staging, end, write)
 
     def resize_staging(self, device_index: int, staging: Staging, nbytes: int) -> None:
         """Cut or extend a staging file with zeros; evicts when the device is full."""
         device = self.state.device(device_index)
-        self._with_room(
-            device, staging, nbytes, lambda: device.device.resize_staging(staging, nbytes)
-        )
+        if nbytes <= staging.nbytes:
+            with self.state.activity.during():
+                device.device.resize_staging(staging, nbytes)
+        else:
+            self._with_room(device, staging, nbytes, lambda: _grow(device, staging, nbytes))
 
     def staging_device(self, device_index: int) -> DeviceState:
         """Return the device of a staging file."""
@@ -292,6 +311,9 @@ class Store:
         digests: npt.NDArray[np.uint8],
     ) -> RecordArray:
         """Turn a persisted staging file into a file segment of consecutive blocks.
+
+        Evicts when there is no room for what is stored beside it. After a NoSpaceError the staging
+        file is as it was; after another error it is perhaps gone.
 
         Durability: persist.
 
@@ -309,8 +331,17 @@ class Store:
         entries["offset"] = np.cumsum(lengths) - lengths
         entries["stored_bytes"] = entries["logical_bytes"] = lengths
         entries["flags"] = np.where(lengths < namespace.block_bytes, EntryFlag.PARTIAL, 0)
+        device = self.state.device(device_index)
+        made: list[RecordArray] = []
+
+        def adopt() -> None:
+            with device.open_lock:
+                _require_room(device, sidecar_bytes(len(entries)))
+            made.append(self._writer.adopt(device, namespace, staging, entries))
+
         with self.state.activity.during(namespace_id):
-            return self._writer.adopt(self.state.device(device_index), namespace, staging, entries)
+            self._with_room(device, staging, staging.nbytes, adopt)
+        return made[0]
 
     # --- the rest
 
@@ -380,11 +411,11 @@ class Store:
     def _with_room(
         self, device: DeviceState, staging: Staging, end: int, operation: Callable[[], None]
     ) -> None:
-        """Give a staging file a new size, evicting until it fits or nothing can go."""
+        """Do what lets a staging file grow to `end`, evicting until it fits or nothing can go."""
         growth = max(0, end - staging.nbytes)
         with self.state.activity.during():
             # What can never fit fails at once: nothing need go for that.
-            attempts = _ROOM_ATTEMPTS if end <= device.info.capacity_bytes else 0
+            attempts = _ROOM_ATTEMPTS if end <= _file_bytes_max(device) else 0
             for _ in range(attempts):
                 try:
                     return operation()
@@ -398,6 +429,30 @@ class Store:
         self.state.activity.require()
         self.state.index(namespace_id)
         return self.state.namespaces[namespace_id]
+
+
+def _file_bytes_max(device: DeviceState) -> int:
+    """Return how much of a device files may fill: not the segment kept back for relocation."""
+    kept_bytes = device.info.segment_bytes if device.has_reserve else 0
+    return device.info.capacity_bytes - kept_bytes
+
+
+def _require_room(device: DeviceState, nbytes: int) -> None:
+    """Raise NoSpaceError unless a file may take as much. REQUIRES: `open_lock`."""
+    if device.device.used_bytes + nbytes > _file_bytes_max(device):
+        raise NoSpaceError(
+            f"device is full: {device.info.name}: {format_bytes(device.device.used_bytes)} of "
+            f"{format_bytes(device.info.capacity_bytes)} used, {format_bytes(nbytes)} more needed "
+            "and a segment kept back; remove something, or add a device"
+        )
+
+
+def _grow(device: DeviceState, staging: Staging, end: int) -> None:
+    """Extend a staging file with zeros, if it is shorter."""
+    with device.open_lock:  # nobody opens a segment meanwhile
+        if end > staging.nbytes:
+            _require_room(device, align_up(end, PAGE) - align_up(staging.nbytes, PAGE))
+            device.device.resize_staging(staging, end)
 
 
 def _device_statistics(device: DeviceState) -> DeviceStatistics:
