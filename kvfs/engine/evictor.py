@@ -29,14 +29,13 @@ from kvfs import _native
 from kvfs.engine.ancestry import Standing, survey
 from kvfs.engine.device_state import DeviceState
 from kvfs.engine.held import HeldKeys
-from kvfs.engine.index import RecordArray
 from kvfs.engine.log import Batch
 from kvfs.engine.policy import Candidate, choose_victims, spare, weighted_median
 from kvfs.engine.reader import Reader
 from kvfs.engine.segment_table import SegmentState, SegmentStatus
 from kvfs.engine.state import EngineState
 from kvfs.engine.writer import Writer
-from kvfs.errors import DeviceError, NoSpaceError, PoisonedError
+from kvfs.errors import DeviceError, NoSpaceError, PoisonedError, UnavailableError
 from kvfs.keys import KEY_BYTES, KeyArray, file_contexts
 
 _ROUND_SHARE = (
@@ -77,11 +76,10 @@ class _Move:
         self._state = state
         self._runs: list[tuple[SegmentState, npt.NDArray[np.int64]]] = []
 
-    def hold(self, segment: SegmentState, indices: npt.NDArray[np.int64]) -> RecordArray:
+    def hold(self, segment: SegmentState, indices: npt.NDArray[np.int64]) -> None:
         """Take note of copies, and a lease on where they are. REQUIRES: the engine's lock."""
         segment.leases += 1
         self._runs.append((segment, indices))
-        return segment.records(indices)
 
     def replace(self, victim: SegmentState, sources: npt.NDArray[np.intp]) -> None:
         """Publish the copies of those blocks that are still the victim's.
@@ -383,12 +381,12 @@ class Evictor:
         assert self._writer is not None
         move = _Move(self._state)
         try:
-            copies = self._writer.append(
+            runs = self._writer.append(
                 device, namespace, batch, keep_reserve=False, settle=move.hold
             )
-            self._writer.persist_holding(copies)
+            self._writer.persist_holding(runs)
             move.replace(victim, chosen)
-        except (NoSpaceError, DeviceError, PoisonedError):
+        except (NoSpaceError, UnavailableError, PoisonedError):
             return False
         finally:
             move.release()

@@ -141,10 +141,12 @@ class SegmentLog:
             wanted = self.state.entry_count
         with self.persist_lock:
             state = self.state
-            if state.persisted_count >= wanted or state.status is SegmentStatus.DRAINING:
-                return  # covered already, or on its way out with its namespace
+            if state.persisted_count >= wanted:
+                return  # covered already
             if state.is_poisoned:
                 raise PoisonedError(f"an earlier write or persist failed: {self.where}")
+            if state.status is SegmentStatus.DRAINING:
+                return  # on its way out with its namespace
             covered = state.entry_count
             with self._poisoning("persist"):
                 self.device.persist(state.handle)

@@ -105,6 +105,14 @@ class EngineState:
         ]
         return sorted(chosen, key=lambda device: (device.info.tier, device.info.index))
 
+    def lasting_tiers(self) -> list[DeviceState]:
+        """Return the devices in service for what must last, fastest tier first.
+
+        Volatile ones only in a pool that has no others: one whose disks are out of service promises
+        nothing rather than what memory cannot keep.
+        """
+        return self.tiers(persistent=any(device.info.is_persistent for device in self.devices))
+
     def segment_of(self, device: int, slot: int, generation: int) -> SegmentState | None:
         """Return the segment that records of this place mean, or None if it is gone."""
         return self._by_index[device].state_of(slot, generation)
@@ -132,6 +140,27 @@ class EngineState:
             removed = self.index(namespace_id).remove(hits)
             self.mark_dead(hits)
         return removed
+
+    def hold(self, records: RecordArray) -> list[tuple[SegmentState, npt.NDArray[np.int64]]]:
+        """Lease the segments of these copies; return each with the entries in it.
+
+        What is gone becomes a miss, and so does what a failed persist may have lost.
+        """
+        held = []
+        with self.lock:
+            for device, slot, generation, positions in group_by_segment(records):
+                segment = self.segment_of(device, slot, generation)
+                if segment is None or segment.status is SegmentStatus.DRAINING:
+                    records["length"][positions] = 0
+                    continue
+                entries = records["entry"][positions].astype(np.int64)
+                if segment.is_poisoned:
+                    is_safe = entries < segment.persisted_count
+                    records["length"][positions[~is_safe]] = 0
+                    entries = entries[is_safe]
+                segment.leases += 1
+                held.append((segment, entries))
+        return held
 
     def release(self, segment: SegmentState) -> None:
         """Give back one lease; a segment that waited for it, or has become empty, is freed."""

@@ -9,6 +9,8 @@ Layer: L3.
 - A full segment is set aside and sealed by `flush`; nothing waits for a seal.
 - After a failed write the batch is tried once more on a fresh segment; what the failed segment
   held unpersisted is dropped.
+- `sync` looks at the segments that it wrote to or found blocks in, also at those that were freed
+  meanwhile: a poisoned one may have lost them.
 
 Locks: the log's lock, then its persist lock, then the state's lock.
 """
@@ -26,15 +28,18 @@ from kvfs import _native
 from kvfs.devices.base import Staging
 from kvfs.engine import format as fmt
 from kvfs.engine.device_state import DeviceState, NamespaceSpec
-from kvfs.engine.index import RECORD, RecordArray
+from kvfs.engine.index import RecordArray
 from kvfs.engine.log import Batch, SegmentLog, file_sidecar
-from kvfs.engine.segment_table import (
-    SegmentState,
-    SegmentStatus,
-    group_by_segment,
-)
+from kvfs.engine.segment_table import SegmentState, SegmentStatus
 from kvfs.engine.state import EngineState
-from kvfs.errors import DeviceError, NoSpaceError, PoisonedError, UsageError
+from kvfs.errors import (
+    DeviceError,
+    KvfsError,
+    NoSpaceError,
+    PoisonedError,
+    UnavailableError,
+    UsageError,
+)
 from kvfs.units import PAGE, align_up
 
 _ROOM_ATTEMPTS = 16
@@ -58,7 +63,8 @@ class PutResult:
     bytes_deduplicated: int
 
 
-Settle = Callable[[SegmentState, npt.NDArray[np.int64]], RecordArray]
+Run = tuple[SegmentState, npt.NDArray[np.int64]]  # a segment and entries in it
+Settle = Callable[[SegmentState, npt.NDArray[np.int64]], object]
 
 
 class Writer:
@@ -93,24 +99,33 @@ class Writer:
         firsts = np.empty(len(batch), np.int64)
         distinct = _native.distinct_keys(batch.keys, firsts)
         wanted = batch if distinct == len(batch) else batch.take(firsts[:distinct])
-        persistent = self._state.tiers(persistent=True)
-        if durability is Durability.SYNC and not persistent:
-            raise UsageError("durability 'sync' needs a persistent device; this pool has none")
-        volatile = self._state.tiers(persistent=False)
-        if durability is Durability.NONE:
-            homes = (volatile or persistent) and [*volatile, *persistent]
-        else:
-            homes = persistent or volatile
-        present = self._present(namespace, wanted, homes, trusted)
-        fresh = np.flatnonzero(present["length"] == 0)
+        homes = self._homes(durability)
+        runs, fresh = self._missing(namespace, wanted, homes, trusted)
         missing = wanted if len(fresh) == len(wanted) else wanted.take(fresh)
-        written = self._store(namespace, missing, homes) if len(missing) else present[:0]
-        extra = volatile if self._state.options.copy_to_dram and homes is persistent else []
-        if len(missing) and extra:
-            self._store_extra(namespace, missing, extra)
+        if len(missing):
+            runs += self._store(namespace, missing, homes)
+            self._store_extra(namespace, missing, homes)
         if durability is Durability.SYNC:
-            self.persist_holding(np.concatenate([written, present[present["length"] > 0]]))
+            self.persist_holding(runs)
         return self._account(batch, missing)
+
+    def _homes(self, durability: Durability) -> list[DeviceState]:
+        """Return the devices whose copy is enough, in the order in which they are tried."""
+        state = self._state
+        if durability is Durability.NONE:
+            homes = [*state.tiers(persistent=False), *state.tiers(persistent=True)]
+        else:
+            homes = state.lasting_tiers()
+            if durability is Durability.SYNC and homes and not homes[0].info.is_persistent:
+                raise UsageError("durability 'sync' needs a persistent device; this pool has none")
+        if not homes:
+            with state.lock:
+                state.counters.puts_refused += 1
+            raise UnavailableError(
+                f"no device in service takes blocks with durability {durability.value!r}; "
+                "see 'pool status'"
+            )
+        return homes
 
     def append(
         self,
@@ -120,8 +135,8 @@ class Writer:
         *,
         keep_reserve: bool = True,
         settle: Settle | None = None,
-    ) -> RecordArray:
-        """Append blocks to the device's log of a namespace; return their records.
+    ) -> list[Run]:
+        """Append blocks to the device's log of a namespace; return where they are.
 
         Args:
             device: Where.
@@ -138,7 +153,7 @@ class Writer:
             DeviceError: Writes failed on two segments in a row.
         """
         settle = settle or self._publish
-        made: list[RecordArray] = []
+        made: list[Run] = []
         done = failures = 0
         while done < len(batch):
             log = self._log_with_room(device, namespace, batch.lengths[done:], keep_reserve)
@@ -153,7 +168,8 @@ class Writer:
                     indices = log.append(part)
                     with self._state.lock:
                         log.require_writable()  # a persist may have failed meanwhile
-                        made.append(settle(log.state, indices))
+                        settle(log.state, indices)
+                    made.append((log.state, indices))
                 except (DeviceError, PoisonedError):
                     self._retire_poisoned(device, log)
                     failures += 1
@@ -161,9 +177,7 @@ class Writer:
                         raise
                     continue
             done += fits
-        if len(made) == 1:
-            return made[0]
-        return np.concatenate(made) if made else np.zeros(0, RECORD)
+        return made
 
     def _publish(self, segment: SegmentState, indices: npt.NDArray[np.int64]) -> RecordArray:
         return self._state.publish(segment, indices, verified=True)
@@ -239,57 +253,58 @@ class Writer:
 
     # --- internals
 
-    def _present(
+    def _missing(
         self,
         namespace: NamespaceSpec,
         batch: Batch,
         homes: list[DeviceState],
         trusted: Callable[[RecordArray], npt.NDArray[np.bool_]],
-    ) -> RecordArray:
-        """Return for each block a verified copy on one of the homes, or a zero record."""
+    ) -> tuple[list[Run], npt.NDArray[np.intp]]:
+        """Look for verified copies on the homes; return where, and which blocks have none."""
         index = self._state.index(namespace.namespace_id)
-        if not homes:
-            return np.zeros(len(batch), RECORD)
-        found = index.lookup(batch.keys, homes[0].info.index)
-        if found["length"].any():
-            found["length"][~trusted(found)] = 0
-        for device in homes[1:]:
-            missing = np.flatnonzero(found["length"] == 0)
-            if not len(missing):
-                break
+        found = index.lookup(batch.keys)
+        missing, runs = np.arange(len(batch)), list[Run]()
+        if not found["length"].any():
+            return runs, missing
+        _require_same_lengths(batch, found)
+        for device in homes:
             records = index.lookup(np.ascontiguousarray(batch.keys[missing]), device.info.index)
             if records["length"].any():
-                records["length"][~trusted(records)] = 0
-                found[missing] = records
-        return found
+                held = self._state.hold(records)
+                try:
+                    missing = missing[~trusted(records)]
+                finally:
+                    for segment, _ in held:
+                        self._state.release(segment)
+                runs += held
+        return runs, missing
 
-    def _store(
-        self, namespace: NamespaceSpec, batch: Batch, homes: list[DeviceState]
-    ) -> RecordArray:
+    def _store(self, namespace: NamespaceSpec, batch: Batch, homes: list[DeviceState]) -> list[Run]:
         """Append to the first home that takes the batch."""
-        failure: NoSpaceError | DeviceError | PoisonedError | None = None
+        failure: KvfsError | None = None
         for device in homes:
             try:
                 return self.append(device, namespace, batch)
-            except (NoSpaceError, DeviceError, PoisonedError) as error:
+            except (NoSpaceError, UnavailableError, PoisonedError) as error:
                 failure = error
-        if failure is None:
-            raise NoSpaceError("no device in service takes new blocks; see 'pool status'")
+        assert failure is not None, "there is a home, or it was refused before"
         with self._state.lock:
             self._state.counters.puts_refused += 1
         raise failure
 
     def _store_extra(
-        self, namespace: NamespaceSpec, batch: Batch, devices: list[DeviceState]
+        self, namespace: NamespaceSpec, batch: Batch, homes: list[DeviceState]
     ) -> None:
         """Add a copy on a volatile tier; a full or failing one is no reason to fail."""
+        if not (self._state.options.copy_to_dram and homes[0].info.is_persistent):
+            return
         index = self._state.index(namespace.namespace_id)
-        for device in devices:
+        for device in self._state.tiers(persistent=False):
             there = index.lookup(batch.keys, device.info.index)["length"] > 0
             part = batch.take(np.flatnonzero(~there))
             try:
                 self.append(device, namespace, part)
-            except (NoSpaceError, DeviceError, PoisonedError):
+            except (NoSpaceError, UnavailableError, PoisonedError):
                 continue
             return
 
@@ -348,31 +363,29 @@ class Writer:
             device.claimed.discard(slot)
         return log
 
-    def persist_holding(self, records: RecordArray) -> None:
-        """Persist the open segments that hold these copies.
+    def persist_holding(self, runs: list[Run]) -> None:
+        """Persist the open segments among these; the others must have been persisted.
 
         Raises:
-            DeviceError: A persist failed, here or in another thread; what it covered is dropped.
+            DeviceError: A persist failed; what it covered is dropped.
+            PoisonedError: One failed in another thread.
         """
-        for device_index, slot, generation, positions in group_by_segment(records):
-            device = self._state.device(device_index)
-            if not device.info.is_persistent:
+        for segment, entries in runs:
+            device = self._state.device(segment.handle.device_index)
+            if not device.info.is_persistent or not len(entries):
                 continue
-            wanted = int(records["entry"][positions].max()) + 1
+            wanted = int(entries.max()) + 1
             with self._state.lock:
                 log = next((log for log in [*device.full, *device.logs.values()]
-                            if log.state.handle.slot == slot), None)  # fmt: skip
+                            if log.state is segment), None)  # fmt: skip
             if log is not None:
                 failure = self._guarded(device, log, partial(log.persist, wanted=wanted))
                 if failure is not None:
                     raise failure
-                continue
-            # Sealed meanwhile, so persisted; or evicted, which is no failure; or poisoned.
-            segment = self._state.segment_of(device_index, slot, generation)
-            if segment is not None and segment.persisted_count < wanted:
+            elif segment.persisted_count < wanted:
                 raise PoisonedError(
-                    f"a persist failed meanwhile: {device.info.name} segment {slot}; the blocks "
-                    "it would have covered are dropped"
+                    f"a persist failed meanwhile: {device.info.name} segment "
+                    f"{segment.handle.slot}; the blocks it would have covered are dropped"
                 )
 
     def _guarded(
@@ -450,3 +463,15 @@ class Writer:
             counters.blocks_deduplicated += result.blocks_deduplicated
             counters.bytes_deduplicated += result.bytes_deduplicated
         return result
+
+
+def _require_same_lengths(batch: Batch, found: RecordArray) -> None:
+    """Raise UsageError if a block that is there has another length."""
+    differs = (found["length"] > 0) & (found["length"] != batch.lengths)
+    if differs.any():
+        first = int(np.flatnonzero(differs)[0])
+        raise UsageError(
+            f"block is there with another length: {batch.keys[first].tobytes().hex()}: "
+            f"{int(found['length'][first])} bytes, {int(batch.lengths[first])} given; "
+            "give other content another key"
+        )

@@ -8,13 +8,16 @@ import pytest
 from kvfs.devices.wrappers import CountingDevice, Effect, Fault, Verb
 from kvfs.errors import (
     DeviceError,
-    NoSpaceError,
+    PoisonedError,
+    UnavailableError,
     UsageError,
 )
 from tests.unit.engine_bench import (
+    SPACE,
     chain,
     disk,
     faulty,
+    memory,
 )
 
 
@@ -93,12 +96,94 @@ def test_failing_device_leaves_service(make, tmp_path) -> None:
         engine.put(lost)
     (figures,) = engine.store.device_statistics()
     assert (figures.state, figures.failures) == ("offline", 2)
-    with pytest.raises(UsageError, match="needs a persistent device"):
-        engine.put(lost)
-    with pytest.raises(NoSpaceError, match="no device in service"):
-        engine.put(lost, durability="async")
+    for durability in ("sync", "async", "none"):
+        with pytest.raises(UnavailableError, match="no device in service takes blocks"):
+            engine.put(lost, durability=durability)
+    assert engine.counters["puts_refused"] == 4
     assert all(engine.read(kept))
     engine.check()
+
+
+def test_memory_takes_no_blocks_that_must_last(make, tmp_path) -> None:
+    faults = Fault(Verb.WRITE, 2, times=99, operation="write_payloads")
+    engine = make(faulty(disk(tmp_path), faults), memory(), device_failures_max=2)
+    kept, lost, quick = chain(2)[0], chain(1, 100)[0], chain(1, 200)[0]
+    engine.put(kept)
+    with pytest.raises(DeviceError, match="write failed"):
+        engine.put(lost)
+    for durability in ("sync", "async"):
+        with pytest.raises(UnavailableError, match=f"with durability '{durability}'"):
+            engine.put(lost, durability=durability)
+    assert not any(engine.resident(lost))
+    assert engine.put(quick, durability="none").blocks_stored == 1
+    assert all(engine.read(kept))
+    engine = engine.reopen(lambda: disk(tmp_path), lambda: memory())
+    assert engine.resident(kept) == [True, True]
+    assert engine.put(lost).blocks_stored == 1
+    engine.close()
+
+
+@pytest.mark.parametrize("is_there", [False, True], ids=["written", "found"])
+def test_sync_hears_of_a_failed_persist_whose_segment_is_gone(make, tmp_path, is_there) -> None:
+    device = faulty(disk(tmp_path), Fault(Verb.PERSIST, 2, operation="persist"))
+    engine = make(device)
+    lost = chain(3, 100)[0]
+    if is_there:
+        engine.put(lost, durability="async")
+    writer = engine.store._writer
+    persist_holding = writer.persist_holding
+
+    def late(runs) -> None:
+        with pytest.raises(DeviceError):
+            engine.store.flush()  # as the background does
+        engine.store.drop(SPACE, chain(1, 500)[0])  # as anybody may; frees what is empty
+        assert engine.state.devices[0].segments == {}
+        writer.persist_holding = persist_holding
+        persist_holding(runs)
+
+    writer.persist_holding = late
+    with pytest.raises(PoisonedError, match="a persist failed meanwhile: dir0 segment 0"):
+        engine.put(lost)
+    assert engine.resident(lost) == [False] * 3
+    assert engine.put(lost).blocks_stored == 3
+    engine.close()
+
+
+def test_other_length_is_refused(make, tmp_path) -> None:
+    engine = make(disk(tmp_path), memory())
+    keys = chain(3)[0]
+    engine.put(keys[:1], nbytes=100, durability="none")
+    for durability in ("none", "async", "sync"):
+        with pytest.raises(UsageError, match="another length: .*: 100 bytes, 4096 given"):
+            engine.put(keys, durability=durability)
+    assert engine.resident(keys) == [True, False, False]
+    assert engine.put(keys[:1], nbytes=100).blocks_stored == 1
+    engine.close()
+
+
+def test_segment_freed_while_its_blocks_are_verified(make, tmp_path) -> None:
+    engine = make(disk(tmp_path))
+    keys = chain(2)[0]
+    engine.put(keys)
+    engine = engine.reopen(lambda: disk(tmp_path), crash=True)
+    segment = engine.segment_of(keys[0])
+    assert segment.needs_verify
+    state, reader = engine.state, engine.store.reader
+    verify = reader._verify_part
+
+    def evicted(part, records):
+        reader._verify_part = verify
+        state.devices[0].logs.clear()
+        state.forget(SPACE, segment.records(segment.live_indices()))
+        with state.lock:
+            state.devices[0].discard(segment)
+        return verify(part, records)
+
+    reader._verify_part = evicted
+    assert engine.put(keys).blocks_deduplicated == 2
+    assert segment.handle.slot not in state.devices[0].segments
+    assert engine.put(keys).blocks_stored == 2
+    engine.close()
 
 
 def test_other_device_takes_over(make, tmp_path) -> None:
