@@ -31,12 +31,19 @@ from kvfs.engine.format import (
     SegmentHeader,
 )
 from kvfs.engine.segment_table import SegmentState, SegmentStatus, page_round
-from kvfs.errors import CorruptionError, DeviceError, FormatVersionError, PoisonedError
+from kvfs.errors import (
+    CorruptionError,
+    DeviceError,
+    FormatVersionError,
+    PoisonedError,
+    UsageError,
+)
 from kvfs.units import PAGE, align_up
 
 _ENTRIES_PER_PAGE = PAGE // ENTRY_BYTES
 _TAIL_FIRST_READ = 64 << 10
 _SCAN_BYTES = 1 << 20
+_FAULT = 3  # a status of native batches: memory cannot be read or written
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +103,7 @@ class SegmentLog:
 
         Raises:
             DeviceError: A write failed; the segment is poisoned and none of the batch is in it.
+            UsageError: The batch's own memory cannot be read; nothing has happened.
         """
         self.require_writable()
         state = self.state
@@ -108,7 +116,10 @@ class SegmentLog:
             failed = self.device.write_payloads(
                 state.handle, offsets, batch.addresses, batch.lengths, digests, statuses
             )
-            if failed:
+        if failed:
+            # Bytes beyond the last entry mean nothing: the next batch is written over them.
+            _require_readable(batch)
+            with self._poisoning("write"):
                 status = int(statuses[np.flatnonzero(statuses)[0]])
                 raise OSError(-status if status < 0 else 5, f"payload write failed ({status})")
         first = state.entry_count
@@ -229,6 +240,21 @@ class _Poisoning:
                 f"{self._operation} failed: {self._log.where}: {error.strerror or error}; "
                 "the segment is poisoned, its persisted blocks stay readable"
             ) from error
+
+
+def _require_readable(batch: Batch) -> None:
+    """Raise UsageError if memory of the batch cannot be read, such as a truncated file's."""
+    statuses = np.full(len(batch), _FAULT, np.int32)
+    known = np.flatnonzero(batch.addresses)  # nobody survives a look at address 0
+    part, found = batch.take(known), np.zeros(len(known), np.int32)
+    _native.verify(part.addresses, part.lengths, np.zeros((len(known), 16), np.uint8), found)
+    statuses[known] = found
+    bad = np.flatnonzero((statuses < 0) | (statuses == _FAULT))
+    if len(bad):
+        raise UsageError(
+            f"memory of a block cannot be read: block {bad[0]} of {len(batch)}: "
+            f"{int(batch.lengths[bad[0]])} bytes at {int(batch.addresses[bad[0]]):#x}"
+        )
 
 
 def seal_header(header: SegmentHeader, entries: EntryArray, payload_end: int) -> bytes:

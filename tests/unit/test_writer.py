@@ -1,11 +1,14 @@
 """The writer on failing devices: poisoned segments, second tries, devices out of service."""
 
 import errno
+import mmap
 
 import numpy as np
 import pytest
 
+from kvfs.buffers import addresses_of
 from kvfs.devices.wrappers import CountingDevice, Effect, Fault, Verb
+from kvfs.engine.writer import Durability
 from kvfs.errors import (
     DeviceError,
     PoisonedError,
@@ -13,6 +16,7 @@ from kvfs.errors import (
     UsageError,
 )
 from tests.unit.engine_bench import (
+    BLOCK,
     SPACE,
     chain,
     disk,
@@ -87,6 +91,41 @@ def test_persisted_blocks_of_a_poisoned_segment_come_from_the_medium(make, tmp_p
     assert device.calls["read"] == 2, "verified once"
 
 
+@pytest.mark.parametrize("durability", ["none", "async", "sync"])
+def test_memory_that_cannot_be_read_is_its_callers_alone(make, tmp_path, durability) -> None:
+    engine = make(disk(tmp_path), memory(), device_failures_max=1)
+    others, keys = chain(2)[0], chain(3, 100)[0]
+    engine.put(others, durability=durability)
+    with (tmp_path / "truncated").open("w+b") as file:
+        file.truncate(BLOCK)
+        mapped = mmap.mmap(file.fileno(), BLOCK)
+        file.truncate(0)
+    buffers = [bytes(BLOCK), mapped, bytes(BLOCK)]
+    for _ in range(2):
+        with pytest.raises(UsageError, match="cannot be read: block 1 of 3: 4096 bytes at 0x"):
+            engine.store.put(SPACE, keys, *addresses_of(buffers, 3),
+                             durability=Durability(durability))  # fmt: skip
+    assert engine.resident(keys) == [False] * 3
+    assert all(engine.read(others))
+    assert engine.counters["write_errors"] == engine.counters["segments_poisoned"] == 0
+    assert [figures.state for figures in engine.store.device_statistics()] == ["online"] * 2
+    engine.put(keys)
+    engine = engine.reopen(lambda: disk(tmp_path), memory)
+    assert all(engine.read(keys))
+    engine.close()
+
+
+def test_address_zero_is_its_callers_fault(make, tmp_path) -> None:
+    engine = make(disk(tmp_path), device_failures_max=1)
+    keys = chain(2)[0]
+    addresses, lengths = addresses_of([bytes(BLOCK), (0, BLOCK)], 2)
+    with pytest.raises(UsageError, match="cannot be read: block 1 of 2: 4096 bytes at 0x0"):
+        engine.store.put(SPACE, keys, addresses, lengths)
+    assert engine.counters["write_errors"] == 0
+    engine.put(keys)
+    engine.close()
+
+
 def test_failing_device_leaves_service(make, tmp_path) -> None:
     faults = Fault(Verb.WRITE, 2, times=99, operation="write_payloads")
     engine = make(faulty(disk(tmp_path), faults), device_failures_max=2)
@@ -154,7 +193,7 @@ def test_other_length_is_refused(make, tmp_path) -> None:
     keys = chain(3)[0]
     engine.put(keys[:1], nbytes=100, durability="none")
     for durability in ("none", "async", "sync"):
-        with pytest.raises(UsageError, match="another length: .*: 100 bytes, 4096 given"):
+        with pytest.raises(UsageError, match=r"another length: .*: 100 bytes, 4096 given"):
             engine.put(keys, durability=durability)
     assert engine.resident(keys) == [True, False, False]
     assert engine.put(keys[:1], nbytes=100).blocks_stored == 1
