@@ -24,7 +24,7 @@ from kvfs.engine import format as fmt
 from kvfs.engine.format import NamespaceRecord, Superblock
 from kvfs.engine.log import SegmentLog
 from kvfs.engine.segment_table import SegmentState, SegmentStatus
-from kvfs.errors import NoSpaceError, UnavailableError
+from kvfs.errors import ClosedError, NoSpaceError, UnavailableError
 
 _log = logging.getLogger("kvfs.engine")
 GENERATIONS_RESERVED: Final = 4096
@@ -59,6 +59,7 @@ class DeviceState:
         self.claimed: set[int] = set()
         self.open_lock = threading.Lock()
         self.failures = 0
+        self.failures_max: int | None = None  # the pool's; so many, and the device leaves service
         self.is_offline = False
         self._clock = clock
         self._next_generation = superblock.generation_limit
@@ -192,22 +193,32 @@ class DeviceState:
         state = self.segments.get(slot)
         return state if state is not None and state.handle.generation == generation else None
 
-    def discard(self, state: SegmentState) -> None:
+    def discard(self, state: SegmentState) -> bool:
         """Give a segment back whose blocks have left the index; waits for leases by DRAINING.
 
-        If the device cannot free it, the segment stays DRAINING and its space stays used.
+        False if the device cannot free it: it stays DRAINING, its space stays used, and eviction
+        tries again before it takes anything else.
         """
         if self.segments.get(state.handle.slot) is not state:
-            return  # it is gone already
+            return True  # it is gone already
         state.status = SegmentStatus.DRAINING
         if state.leases == 0:
             try:
                 self.device.free(state.handle)
+            except ClosedError:
+                return True  # a lease outlived the pool: the next owner frees it
             except OSError as error:
-                self.failures += 1
+                self.note_failure()
                 _log.warning("segment cannot be freed: %s: %s", self.info.name, error)
-                return
+                return False
             del self.segments[state.handle.slot]
+        return True
+
+    def note_failure(self) -> None:
+        """Count a failure; after too many the device takes no more writes."""
+        self.failures += 1
+        if self.failures_max is not None and self.failures >= self.failures_max:
+            self.is_offline = True
 
     def unsynced_logs(self) -> Iterator[SegmentLog]:
         """Yield the logs with entries that no persist has covered."""

@@ -129,6 +129,9 @@ class Evictor:
         """Evict until `nbytes` and the reserve are free on the device; False if nothing could go.
 
         A relocation that runs out of space inside a round does not start another.
+
+        Raises:
+            DeviceError: The device cannot free a segment; nothing more is evicted for no space.
         """
         if self._owner == threading.get_ident():
             return False
@@ -158,6 +161,8 @@ class Evictor:
     # --- internals
 
     def _run(self, device: DeviceState, nbytes: int) -> bool:
+        if self._free_stuck(device):
+            return True
         if device.full:
             self._flush()
         wanted = max(nbytes, device.info.capacity_bytes // _ROUND_SHARE)
@@ -291,15 +296,18 @@ class Evictor:
             doomed = self._close_over_descendants(device, namespace_id, victims, held)
         lost = self._forget_files(namespace_id, doomed)
         evicted = 0
-        for victim in victims:
-            segment = victim.segment
-            keys = segment.keys(victim.indices)
-            keep = victim.survives & ~_among(keys, lost)
-            if self._relocate(device, segment, victim.indices[keep]):
-                evicted += self._give_up(device, segment, held)
-            leased.remove(segment)
-            state.release(segment)
-        self._drop_lost(namespace_id, lost, held)
+        try:
+            for victim in victims:
+                segment = victim.segment
+                keys = segment.keys(victim.indices)
+                keep = victim.survives & ~_among(keys, lost)
+                if self._relocate(device, segment, victim.indices[keep]):
+                    evicted += self._give_up(device, segment, held)
+                leased.remove(segment)
+                if not state.release(segment):
+                    raise _unfreed(device)
+        finally:
+            self._drop_lost(namespace_id, lost, held)
         return evicted
 
     def _give_up(self, device: DeviceState, segment: SegmentState, held: HeldKeys) -> bool:
@@ -400,6 +408,19 @@ class Evictor:
                 self.drop(namespace_id, lost)
                 self._state.counters.blocks_evicted += len(lost)
 
+    def _free_stuck(self, device: DeviceState) -> bool:
+        """Free what could not be freed before; whether there was any."""
+        with self._state.lock:
+            stuck = [
+                segment
+                for segment in device.segments.values()
+                if segment.status is SegmentStatus.DRAINING and not segment.leases
+            ]
+            for segment in stuck:
+                if not device.discard(segment):
+                    raise _unfreed(device)
+            return bool(stuck)
+
     def _discard_empty(self, device: DeviceState) -> None:
         with self._state.lock:
             empty = [
@@ -418,3 +439,7 @@ def _among(keys: KeyArray, others: KeyArray) -> Mask:
     positions = np.empty(len(keys), np.int64)
     _native.find_keys(keys, np.ascontiguousarray(others), positions)
     return positions >= 0
+
+
+def _unfreed(device: DeviceState) -> DeviceError:
+    return DeviceError(f"no room can be made: {device.info.name} cannot free segments; see the log")

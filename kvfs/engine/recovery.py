@@ -12,6 +12,8 @@ Layer: L3.
   the change of its name: it is freed again.
 - The last unsealed log segment of a namespace is resumed; its old payloads stay subject to
   verification.
+- An unsealed segment that cannot be written again is kept for reading alone, each payload verified:
+  nobody knows which of its entries the medium holds.
 - Torn entries and a torn seal header are overwritten with zeros, so that `check` can tell what a
   crash left from damage.
 - Recovery writes nothing that a crash during it could turn into harm: claims bump counters, frees
@@ -39,7 +41,7 @@ from kvfs.engine.log import (
 )
 from kvfs.engine.segment_table import SegmentState, SegmentStatus
 from kvfs.engine.state import EngineState
-from kvfs.errors import CorruptionError, RefusedError
+from kvfs.errors import CorruptionError, DeviceError, RefusedError
 from kvfs.keys import file_contexts
 
 
@@ -261,15 +263,11 @@ def _enter(state: EngineState, item: _Found, report: RecoveryReport) -> None:
     device.segments[handle.slot] = segment
     report.segments += 1
     report.blocks += len(loaded.entries)
-    if not loaded.is_sealed:
+    if loaded.is_sealed:
+        segment.persisted_count = loaded.entry_count
+    else:
         report.unsealed += 1
-        for distance, page in loaded.residue:
-            device.device.write_tail(handle, distance, page)
-        if handle.is_file:
-            device.device.persist(handle)
-        else:
-            _resume(device, segment, header)
-    segment.persisted_count = loaded.entry_count
+        _write_again(device, segment, loaded, report)
     last_access_ns = segment.last_access_ns
     if len(loaded.entries):
         indices = loaded.indices.astype(np.int64)
@@ -302,14 +300,36 @@ def _preferable(
     return indices[keep]
 
 
+def _write_again(
+    device: DeviceState, segment: SegmentState, loaded: LoadedSegment, report: RecoveryReport
+) -> None:
+    """Persist what was found in an unsealed segment, and let the newest of a namespace go on."""
+    try:
+        for distance, page in loaded.residue:
+            device.device.write_tail(segment.handle, distance, page)
+        if segment.handle.is_file:
+            device.device.persist(segment.handle)
+        else:
+            _resume(device, segment, loaded.header)
+    except (OSError, DeviceError) as error:
+        segment.is_poisoned = True
+        device.note_failure()
+        report.problems.append(
+            f"segment cannot be written: {segment_where(device.device, segment.handle)}: "
+            f"{error.__cause__ or error}; its blocks are verified before they are served"
+        )
+        return
+    segment.persisted_count = loaded.entry_count
+
+
 def _resume(device: DeviceState, segment: SegmentState, header: fmt.SegmentHeader) -> None:
     """Let the newest unsealed segment of a namespace take appends again."""
+    log = SegmentLog(device.device, segment, header)
+    log.rewrite_summary()
     older = device.logs.get(segment.namespace_id)
     if older is not None:
         older.state.status = SegmentStatus.SEALED  # generations ascend, so this one is newer
     segment.status = SegmentStatus.OPEN
-    log = SegmentLog(device.device, segment, header)
-    log.rewrite_summary()
     device.logs[segment.namespace_id] = log
 
 

@@ -64,6 +64,8 @@ class EngineState:
 
     def __post_init__(self) -> None:
         self._by_index = {device.info.index: device for device in self.devices}
+        for device in self.devices:
+            device.failures_max = self.options.device_failures_max
         self.activity = Activity(self.lock)
 
     _by_index: dict[int, DeviceState] = dataclasses.field(init=False)
@@ -162,15 +164,19 @@ class EngineState:
                 held.append((segment, entries))
         return held
 
-    def release(self, segment: SegmentState) -> None:
-        """Give back one lease; a segment that waited for it, or has become empty, is freed."""
+    def release(self, segment: SegmentState) -> bool:
+        """Give back one lease; a segment that waited for it, or has become empty, is freed.
+
+        False if the device cannot free it.
+        """
         with self.lock:
             segment.leases -= 1
             if segment.leases == 0 and (
                 segment.status is SegmentStatus.DRAINING
                 or (segment.status is SegmentStatus.SEALED and not segment.live_count)
             ):
-                self.device(segment.handle.device_index).discard(segment)
+                return self.device(segment.handle.device_index).discard(segment)
+            return True
 
     def mark_dead(self, records: RecordArray) -> None:
         """Count the entries that these records name as dead. REQUIRES: `lock`; not in the index."""

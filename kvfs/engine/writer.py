@@ -448,9 +448,7 @@ class Writer:
     def _count_failure(self, device: DeviceState) -> None:
         with self._state.lock:
             self._state.counters.write_errors += 1
-            device.failures += 1
-            if device.failures >= self._state.options.device_failures_max:
-                device.is_offline = True
+            device.note_failure()
 
     def _account(self, batch: Batch, missing: Batch) -> PutResult:
         stored = int(missing.lengths.sum())
