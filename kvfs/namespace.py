@@ -70,7 +70,7 @@ class Namespace:
         buffers: Any,
         *,
         parents: Any = None,
-        token_counts: Sequence[int] | None = None,
+        token_counts: Sequence[int] | npt.NDArray[np.uint32] | None = None,
         durability: DurabilityName = "async",
     ) -> PutResult:
         """Store blocks that are not there yet.
@@ -250,7 +250,7 @@ class Context:
         buffers: Any,
         *,
         tokens: Sequence[int] | npt.NDArray[Any] | None = None,
-        token_counts: Sequence[int] | None = None,
+        token_counts: Sequence[int] | npt.NDArray[np.uint32] | None = None,
         durability: DurabilityName = "async",
         replace_tail: bool = False,
     ) -> PutResult:
@@ -334,17 +334,20 @@ def _token_counts(
     layout: Layout,
     count: int,
     tokens: npt.NDArray[np.uint32] | None,
-    given: Sequence[int] | None,
-) -> list[int]:
+    given: Sequence[int] | npt.NDArray[np.uint32] | None,
+) -> npt.NDArray[np.uint32]:
     """Return tokens per block: as given, or by cutting `tokens` into blocks, or full blocks."""
     if given is not None:
-        counts: list[int] = as_u32_array(given, "token counts").tolist()
+        counts = as_u32_array(given, "token counts")
         if len(counts) != count:
             raise UsageError(f"expected {count} token counts, found {len(counts)}")
         return counts
-    if tokens is None:
-        return [layout.block_tokens] * count
     full = layout.block_tokens
+    counts = np.full(count, full, np.uint32)
+    if tokens is None:
+        return counts
     if -(-len(tokens) // full) != count:
         raise UsageError(f"{len(tokens)} tokens do not make {count} blocks of {full}")
-    return [min(full, len(tokens) - i * full) for i in range(count)]
+    if count:
+        counts[-1] = len(tokens) - (count - 1) * full
+    return counts

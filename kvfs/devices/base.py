@@ -115,7 +115,7 @@ class Staging:
 def check_payloads(segment: Segment, offsets: AddressArray, lengths: AddressArray) -> None:
     """Assert what `Device.write_payloads` requires; a stray offset would overwrite a neighbour."""
     assert not segment.is_file, "file segments are made by adopt and never written"
-    assert not (offsets % PAGE).any(), "payloads start at multiples of 4 KiB"
+    assert not (offsets & np.uint64(PAGE - 1)).any(), "payloads start at multiples of 4 KiB"
     limit = np.uint64(segment.nbytes)
     assert (offsets <= limit).all(), "payload starts beyond the segment"
     assert (lengths <= limit - offsets).all(), "payload ends beyond the segment"
@@ -123,8 +123,9 @@ def check_payloads(segment: Segment, offsets: AddressArray, lengths: AddressArra
 
 def padded_bytes(lengths: AddressArray, statuses: StatusArray) -> int:
     """Return the bytes that a batch handed to the medium: each payload done, with its padding."""
-    done = lengths[statuses == 0].astype(np.int64)
-    return int((-(-done // PAGE) * PAGE).sum())
+    below = np.uint64(PAGE - 1)
+    padded = (lengths + below) & ~below
+    return int((padded[statuses == 0] if statuses.any() else padded).sum())
 
 
 class Device(ABC):

@@ -85,7 +85,7 @@ class Store:
         lengths: Addresses,
         *,
         parents: KeyArray | None = None,
-        tokens: Sequence[int] | None = None,
+        tokens: Sequence[int] | npt.NDArray[np.uint32] | None = None,
         durability: Durability = Durability.ASYNC,
     ) -> PutResult:
         """Store blocks that are not there yet; see Namespace.put for the contract.
