@@ -247,6 +247,7 @@ class Pool:
 
         Raises:
             ExistsError: With `only_empty`, it holds a name; blocks without one do not count.
+            DeviceError: It is gone, but a device failed; the next open frees what is left of it.
         """
         info = self.namespace(name).info
         if only_empty:
@@ -259,8 +260,8 @@ class Pool:
             self.store.destroy_namespace(info.namespace_id)
         finally:
             self._layouts.pop(info.namespace_id, None)
-        if name == DEFAULT_NAMESPACE:
-            self.make_namespace(DEFAULT_NAMESPACE)
+            if name == DEFAULT_NAMESPACE:
+                self.make_namespace(DEFAULT_NAMESPACE)
 
     def rename_namespace(self, name: str, new_name: str) -> None:
         """Give a namespace another name. Durability: persist.

@@ -349,29 +349,50 @@ class Store:
         """Free all segments of a namespace. The catalog forgot it before, durably.
 
         Operations on it that are under way end first; new ones are refused.
+
+        Raises:
+            DeviceError: Of several failures the first. The namespace is gone all the same; the next
+                open frees what is left of it.
         """
         state = self.state
         state.activity.end(namespace_id)
+        failure: Exception | None = None
         with self._evictor.paused():
             for device in state.devices:
-                with device.open_lock:
-                    device.unregister(namespace_id)
+                self._discard_namespace(device, namespace_id)
+                try:
+                    with device.open_lock:
+                        device.unregister(namespace_id)
+                except (OSError, NoSpaceError) as error:
+                    device.note_failure()
+                    failure = failure or error
                 with state.lock:
-                    logs = [log for log in [*device.full, *device.logs.values()]
-                            if log.state.namespace_id == namespace_id]  # fmt: skip
-                for log in logs:
-                    with log.lock, log.persist_lock, state.lock:  # no flush is at work on it
-                        device.discard(log.state)
-                with state.lock:
-                    device.logs.pop(namespace_id, None)
-                    device.full = [log for log in device.full if log not in logs]
-                    for segment in list(device.segments.values()):
-                        if segment.namespace_id == namespace_id:
-                            device.discard(segment)
+                    if any(segment.namespace_id == namespace_id and not segment.leases
+                           for segment in device.segments.values()):  # fmt: skip
+                        failure = failure or OSError(f"{device.info.name} cannot free segments")
             with state.lock:
                 state.namespaces.pop(namespace_id, None)
                 # Not closed: readers in flight may hold it; the last one releases the table.
                 state.indexes.pop(namespace_id, None)
+        if failure is not None:
+            raise DeviceError(f"namespace is gone, but not all it left: {failure}") from failure
+
+    def _discard_namespace(self, device: DeviceState, namespace_id: int) -> None:
+        """Give back all segments of a namespace on a device."""
+        state = self.state
+        with state.lock:
+            logs = [log for log in [*device.full, *device.logs.values()]
+                    if log.state.namespace_id == namespace_id]  # fmt: skip
+        for log in logs:
+            with log.lock, log.persist_lock, state.lock:  # no flush is at work on it
+                device.discard(log.state)
+        with state.lock:
+            device.logs.pop(namespace_id, None)
+            device.full = [log for log in device.full if log not in logs]
+            for segment in list(device.segments.values()):
+                is_draining = segment.status is SegmentStatus.DRAINING
+                if segment.namespace_id == namespace_id and not is_draining:
+                    device.discard(segment)
 
     def device_statistics(self) -> list[DeviceStatistics]:
         """Return a snapshot of every device."""

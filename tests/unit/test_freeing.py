@@ -7,7 +7,7 @@ import pytest
 
 from kvfs.devices.wrappers import Fault, Verb
 from kvfs.errors import DeviceError, UnavailableError
-from tests.unit.engine_bench import BLOCKS_PER_SEGMENT, chain, disk, faulty
+from tests.unit.engine_bench import BLOCKS_PER_SEGMENT, SPACE, chain, disk, faulty
 from tests.unit.small_pools import BLOCK_TOKENS, payloads, small_namespace, small_pool
 
 STUCK = "segment cannot be freed: dir0"
@@ -92,3 +92,25 @@ def test_a_view_outlives_pool_and_namespace(tmp_path: Path) -> None:
         pool.drop_namespace("n")
     assert bytes(view.numpy()[:8]) == payloads(2).tobytes()[:8]
     view.close()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [Fault(Verb.WRITE, 3, operation="write_superblock"), Fault(Verb.FREE, operation="free")],
+    ids=["superblock", "free"],
+)
+def test_a_namespace_goes_whatever_a_device_does(
+    make, tmp_path: Path, expected_warnings: list[str], fault: Fault
+) -> None:
+    expected_warnings.append(STUCK)
+    made = disk(tmp_path)
+    engine = make(faulty(made, fault), disk(tmp_path, index=1, name="dir1"))
+    engine.put(chain(2)[0])
+    engine.put(chain(2, 100)[0], durability="none")
+    with pytest.raises(DeviceError, match="namespace is gone, but not all it left"):
+        engine.store.destroy_namespace(SPACE)
+    assert SPACE not in engine.state.namespaces
+    assert SPACE not in engine.state.indexes
+    is_left = fault.verb is Verb.FREE
+    assert len(made.segments()) == is_left
+    engine.store.close()
