@@ -50,6 +50,7 @@ from kvfs.errors import (
 from kvfs.files import Files
 from kvfs.keys import KeyArray, new_namespace_id
 from kvfs.layout import OPAQUE, Layout
+from kvfs.metrics import LossReports
 from kvfs.namespace import Namespace
 from kvfs.pins import Pins
 from kvfs.units import format_bytes
@@ -141,10 +142,11 @@ class Pool:
         self.catalog = catalog
         self._lock_fd = lock_fd
         self._is_closed = False
-        self._lost_reported = 0
         names = _CatalogNames(catalog, lambda node_id: self.files.awaits_content(node_id), clock)
         state = EngineState(self.uuid, list(devices), names, options, clock)
         self.store = Store(state)
+        self._losses = LossReports(state.counters)
+        self._losses.listen()
         for info in catalog.namespaces():
             state.add_namespace(_spec(info))
         self._layouts = {info.namespace_id: info.layout for info in catalog.namespaces()}
@@ -176,6 +178,7 @@ class Pool:
         Durability: persist (a new namespace survives a crash on return).
         """
         self._require_open()
+        self._losses.listen()
         if layout is not None:
             self._check_layout(layout)
         info = self.catalog.namespace_by_name(name)
@@ -326,20 +329,22 @@ class Pool:
         """Make everything done so far survive a power cut: blocks, then names. Durability: persist.
 
         Raises:
-            DeviceError: A persist failed, now or since the last `sync`: blocks put before are lost.
+            DeviceError: A persist failed, now or before: blocks put before are lost. Every thread
+                that has put since the pool was opened, or opened it, is told once of each loss; of
+                the others the first.
             PoisonedError: The catalog takes no more writes.
         """
         self.flush()
         self.catalog.sync()
-        lost = self.store.state.counters.blocks_lost
-        if lost > self._lost_reported:
-            count, self._lost_reported = lost - self._lost_reported, lost
+        if count := self._losses.news():
             raise DeviceError(
-                f"{count} blocks were lost by failed persists since the last sync; put them again"
+                f"{count} blocks were lost by failed persists since this thread's last sync; "
+                "put them again"
             )
 
     def note_written(self) -> None:
-        """Tell the background that something waits to be persisted."""
+        """Tell the background that something of this thread's waits to be persisted."""
+        self._losses.listen()
         if self._background is not None:
             self._background.wake()
 
