@@ -90,6 +90,10 @@ class FileContents(FileReading):
         keys, size, _ = self._content(node)
         return keys, size
 
+    def must_look(self, node: Node) -> bool:
+        """Say whether `current` has to look for blocks, which may wait and take long."""
+        return node.origin is Origin.API and node.block_count > 0
+
     def current(self, node: Node) -> Node:
         """Return a node with the size and times that stat shows, of content adopted or resident."""
         adopted = self._adopted.get(node.node_id)
@@ -103,9 +107,12 @@ class FileContents(FileReading):
                 mtime_ns=adopted.mtime_ns,
                 ctime_ns=max(node.ctime_ns, adopted.ctime_ns),
             )
-        if node.origin is Origin.FILE or node.is_directory or not node.block_count:
+        if not self.must_look(node):
             return node
-        return with_changes(node, size_bytes=self.resident(node)[1])
+        try:
+            return with_changes(node, size_bytes=self.resident(node)[1])
+        except NotFoundError:
+            return node  # gone since its row was read
 
     # --- reading
 

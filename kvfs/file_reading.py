@@ -79,7 +79,12 @@ class FileReading:
         first, last = offset // reader.stride, (end - 1) // reader.stride + 1
         if last > first // WINDOW_BLOCKS * WINDOW_BLOCKS + WINDOW_BLOCKS:
             return None
-        window = self._enter(reader, first, last)
+        window = self._enter_known(reader, first, last)
+        if window is None:
+            with self._store.hold_at_once() as is_held:
+                if not is_held:
+                    return None
+                window = self._enter(reader, first, last)
         try:
             if not window.is_vouched(first, last):
                 return None
@@ -121,14 +126,21 @@ class FileReading:
             f"{reason}; it is a miss now"
         )
 
-    def _enter(self, reader: FileReader, first: int, last: int) -> Window:
-        """Return the window around blocks [first, last), which stays until `_leave`."""
+    def _enter_known(self, reader: FileReader, first: int, last: int) -> Window | None:
+        """Return the window that a reader has, if it covers blocks [first, last)."""
         with self._window_lock:
             window = reader.window
-            if window is not None and window.covers(first, last):
-                window.users += 1
-                window.used_ns = self._clock.monotonic_ns()
-                return window
+            if window is None or not window.covers(first, last):
+                return None
+            window.users += 1
+            window.used_ns = self._clock.monotonic_ns()
+            return window
+
+    def _enter(self, reader: FileReader, first: int, last: int) -> Window:
+        """Return the window around blocks [first, last), which stays until `_leave`."""
+        known = self._enter_known(reader, first, last)
+        if known is not None:
+            return known
         if reader.is_closed:
             raise ClosedError(f"file is closed: {reader.name!r}")
         window = Window(self._store, reader.namespace_id, reader.keys, reader.stride, first)

@@ -145,6 +145,17 @@ class Files(FileContents):
                         )
         return super().open_read(node)
 
+    def open_read_at_once(self, node: Node) -> FileReader | None:
+        """Open as `open_read` does, but only if that needs no waiting; else return None."""
+        with self._catalog.hold_at_once() as has_names, self._store.hold_at_once() as has_blocks:
+            if not (has_names and has_blocks) or node.node_id in self._writers:
+                return None
+            reader = self._pinned(self._catalog.node(node.node_id))
+            if self._is_whole(reader):
+                return reader
+            self.close_read(reader)
+            return None
+
     def is_outdated(self, reader: FileReader) -> bool:
         """Say whether a file has, or is about to have, other content than a reader has open."""
         writer = self.writer_of(reader.node_id)

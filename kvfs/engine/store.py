@@ -230,6 +230,19 @@ class Store:
         with self.state.lock:
             self.state.naming_epoch += 1
 
+    @contextmanager
+    def hold_at_once(self) -> Iterator[bool]:
+        """Hold the engine's lock if it is free at once; yield whether it is held.
+
+        For callers that must not wait: what they call inside finds the lock taken already.
+        """
+        is_held = self.state.lock.acquire(blocking=False)
+        try:
+            yield is_held
+        finally:
+            if is_held:
+                self.state.lock.release()
+
     def is_kept(self, namespace_id: int, keys: KeyArray) -> bool:
         """Say whether all blocks have a copy that survives this process, if the pool can."""
         persistent = [d for d in self.state.devices if d.info.is_persistent]

@@ -4,8 +4,9 @@ Layer: L5.
 
 - A node that is gone when it is opened gives ESTALE, upon which the kernel looks the name up anew:
   it is found again if somebody made it again, and otherwise reported missing.
-- Bytes in memory are read in the loop; everything else of a file happens in a worker, within the
-  deadline.
+- Bytes in memory are read in the loop, small files opened, if no lock need be waited for;
+  everything else of a file happens in a worker, within the deadline.
+- The loop holds the catalog for a row at a time, and looks for no blocks.
 """
 
 import errno
@@ -127,7 +128,7 @@ class FileOperations(pyfuse3.Operations):
         try:
             node, file = await self._runner.run(make, undo=undo)
         except ExistsError:
-            found = await self._look(self._tree.lookup, parent_inode, text_of(name))
+            found = await self._find(parent_inode, text_of(name))
             if flags & os.O_EXCL or found is None:
                 raise
             info = await self._open_node(found, flags)
@@ -142,7 +143,10 @@ class FileOperations(pyfuse3.Operations):
         if is_virtual(inode):
             return await self._open_virtual(inode, flags)
         try:
-            return await self._open_node(await self._look(self._tree.node, inode), flags)
+            node = await self._look(self._pool.catalog.node, inode)
+            if not self._files.must_look(node):
+                node = self._files.current(node)
+            return await self._open_node(node, flags)
         except NotFoundError as error:
             raise FUSEError(errno.ESTALE) from error
 
@@ -204,21 +208,45 @@ class FileOperations(pyfuse3.Operations):
         elif isinstance(handle, ReadHandle):
             await self._runner.run(self._pool.sync)
 
-    def release_idle(self) -> None:
+    async def release_idle(self) -> None:
         """Let go of leases that open files have not used for a while."""
         before_ns = self.clock.monotonic_ns() - IDLE_LEASE_NS
-        for handle in self._handles:
-            if isinstance(handle, ReadHandle):
-                self._files.release_idle(handle.reader, before_ns)
+        readers = [handle.reader for handle in self._handles if isinstance(handle, ReadHandle)]
+
+        def release() -> None:
+            for reader in readers:
+                self._files.release_idle(reader, before_ns)
+
+        if any(reader.window is not None for reader in readers):
+            await trio.to_thread.run_sync(release, abandon_on_cancel=True)
 
     # --- internals
 
     async def _look(self, function: Callable[..., _T], *args: object) -> _T:
-        """Read the catalog: here and now if that needs no waiting, else in a worker."""
+        """Read the catalog alone: here and now if it is free at once, else in a worker."""
         with self._pool.catalog.hold_at_once() as is_held:
             if is_held:
                 return function(*args)
         return await self._runner.run(function, *args)
+
+    async def _shown(self, nodes: list[Node]) -> list[Node]:
+        """Return nodes as stat shows them; in a worker if that takes a look for blocks."""
+
+        def show() -> list[Node]:
+            return [self._files.current(node) for node in nodes]
+
+        if not any(self._files.must_look(node) for node in nodes):
+            return show()
+        return await self._runner.run(show)
+
+    async def _node(self, inode: int) -> Node:
+        """Return a node as stat shows it."""
+        return (await self._shown([await self._look(self._pool.catalog.node, inode)]))[0]
+
+    async def _find(self, parent_inode: int, name: str) -> Node | None:
+        """Return the child of this name as stat shows it."""
+        node = await self._look(self._pool.catalog.lookup, parent_inode, name)
+        return None if node is None else (await self._shown([node]))[0]
 
     def _entry(self, node: Node) -> pyfuse3.EntryAttributes:
         """Return the entry of a node as the tree shows it, and count the lookup."""
@@ -272,7 +300,7 @@ class FileOperations(pyfuse3.Operations):
                 self._files.truncate, handle.file, nbytes, nbytes=handle.file.writer.size_bytes
             )
             return
-        node = await self._look(self._tree.node, inode)
+        node = await self._node(inode)
         await self._runner.run(self._files.truncate_node, node, nbytes, nbytes=2 * node.size_bytes)
         self._inodes.drop_cache(inode)
         self._pool.note_written()
@@ -285,9 +313,10 @@ class FileOperations(pyfuse3.Operations):
                 undo=lambda file: self._files.close_write(file, is_abandoned=True),
             )
             return self._writing(node, file, flags)
-        if node.block_count <= SMALL_BLOCKS and self._files.writer_of(node.node_id) is None:
-            reader = self._files.open_read(node)  # no bytes move; a thread would take longer
-        else:
+        reader = None
+        if node.block_count <= SMALL_BLOCKS:  # no bytes move; a thread would take longer
+            reader = self._files.open_read_at_once(node)
+        if reader is None:
             reader = await self._runner.run(
                 self._files.open_read, node, nbytes=node.size_bytes, undo=self._files.close_read
             )

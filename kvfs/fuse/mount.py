@@ -273,4 +273,4 @@ def _is_worth_logging(record: logging.LogRecord) -> bool:
 async def _sweep(operations: KvfsOperations) -> None:
     while True:
         await trio.sleep(_SWEEP_S)
-        operations.release_idle()
+        await operations.release_idle()

@@ -27,6 +27,7 @@ from kvfs.fuse.requests import handler
 from kvfs.fuse.status import is_virtual
 from kvfs.fuse.xattrs import PREFIX, Xattrs
 from kvfs.pool import Pool
+from kvfs.tree import PAGE_NODES
 
 _Context = pyfuse3.RequestContext
 
@@ -53,7 +54,7 @@ class KvfsOperations(FileOperations):
             entry = await self._runner.run(self._status.entry, inode)
             self._inodes.add(inode)
             return entry
-        node = await self._look(self._tree.lookup, parent_inode, text_of(name))
+        node = await self._find(parent_inode, text_of(name))
         if node is None:
             raise FUSEError(errno.ENOENT)
         return self._entry(node)
@@ -97,7 +98,7 @@ class KvfsOperations(FileOperations):
         require_mutable(parent_inode_new)
         if flags & ~pyfuse3.RENAME_NOREPLACE:
             raise FUSEError(errno.EINVAL)
-        node = await self._look(self._tree.lookup, parent_inode_old, text_of(name_old))
+        node = await self._find(parent_inode_old, text_of(name_old))
         await self._runner.run(
             lambda: self._tree.rename(
                 parent_inode_old, text_of(name_old), parent_inode_new, text_of(name_new),
@@ -211,7 +212,7 @@ class KvfsOperations(FileOperations):
         """List kvfs's own."""
         if is_virtual(inode):
             return []
-        names = await self._look(lambda: self._xattrs.names(self._tree.node(inode)))
+        names = await self._look(lambda: self._xattrs.names(self._pool.catalog.node(inode)))
         return [XAttrNameT(name) for name in names]
 
     @handler
@@ -228,7 +229,7 @@ class KvfsOperations(FileOperations):
         """Refuse."""
         if is_virtual(inode):
             raise FUSEError(errno.EROFS)
-        await self._look(lambda: self._xattrs.remove(self._tree.node(inode), name))
+        await self._look(lambda: self._xattrs.remove(self._pool.catalog.node(inode), name))
 
     # --- directories
 
@@ -238,7 +239,7 @@ class KvfsOperations(FileOperations):
         if is_virtual(inode):
             if not self._status.is_directory(inode):
                 raise FUSEError(errno.ENOTDIR)
-        elif (await self._look(self._tree.node, inode)).kind is not NodeKind.DIRECTORY:
+        elif (await self._look(self._pool.catalog.node, inode)).kind is not NodeKind.DIRECTORY:
             raise FUSEError(errno.ENOTDIR)
         return FileHandleT(self._handles.add(DirectoryHandle(inode)))
 
@@ -260,8 +261,9 @@ class KvfsOperations(FileOperations):
                 self._inodes.add(status.STATUS_DIRECTORY)
         after = handle.names[start_id - 1] if start_id else ""
         # Read anew for each request: the kernel believes the sizes it is told here.
-        while nodes := await self._look(self._tree.children, handle.inode, after):
-            for node in nodes:
+        children = self._pool.catalog.children
+        while nodes := await self._look(children, handle.inode, after, PAGE_NODES):
+            for node in await self._shown(nodes):
                 handle.names.append(node.name)
                 entry = entry_of(node, self._timeouts)
                 name = FileNameT(bytes_of(node.name))
@@ -288,7 +290,7 @@ class KvfsOperations(FileOperations):
 
     async def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
         try:
-            return entry_of(await self._look(self._tree.node, inode), self._timeouts)
+            return entry_of(await self._node(inode), self._timeouts)
         except NotFoundError:
             handles = self._handles.of_inode(inode)
             if not handles:

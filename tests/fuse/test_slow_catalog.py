@@ -1,4 +1,4 @@
-"""A catalog that waits for its medium delays who needs it, up to the deadline, and nobody else."""
+"""A lock that is held for long delays who needs it, up to the deadline, and nobody else."""
 
 import subprocess
 import threading
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvfs.fuse.mount import MountOptions, mount_in_background
+from kvfs.layout import OPAQUE
 from kvfs.pool import Pool
 from tests.fuse.mounting import DEADLINE_S, python, sh
 
@@ -62,3 +63,63 @@ def test_a_busy_catalog_does_not_stop_the_mount(
             process.kill()
             process.wait()
         assert "f" in sh("ls", path)
+
+
+WITHOUT_THE_ENGINE = """
+import errno, os, sys
+mount = sys.argv[1]
+
+def fails(function, *args):
+    try:
+        function(*args)
+    except OSError as error:
+        assert error.errno == errno.EIO, error
+    else:
+        raise AssertionError("it was answered")
+
+small, context = f"{mount}/small", f"{mount}/space/context"
+with open(f"{mount}/large", "rb", buffering=0) as file:
+    assert os.pread(file.fileno(), 10, 0) == b"l" * 10
+    print("open", flush=True)
+    sys.stdin.readline()
+    fails(os.stat, context)
+    fails(os.open, small, os.O_RDONLY)
+    fails(os.pread, file.fileno(), 10, 1 << 20)  # another window
+    assert os.stat(small).st_size == 5
+    assert os.listdir(f"{mount}/other") == ["name"]
+    assert os.pread(file.fileno(), 10, 5) == b"l" * 10
+print("done", flush=True)
+"""
+
+
+def test_a_busy_engine_does_not_stop_the_mount(
+    pool: Pool, tmp_path: Path, expected_warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected_warnings.append("request timed out")
+    monkeypatch.setattr("kvfs.file_reading.WINDOW_BLOCKS", 1)
+    monkeypatch.setattr("kvfs.file_window.WINDOW_BLOCKS", 1)
+    path = tmp_path / "mnt"
+    path.mkdir()
+    space = pool.namespace("space", OPAQUE)
+    space.context("context").append(space.keys([1])[0], [b"x" * 100])
+    with mount_in_background(pool, path, MountOptions(deadline_s=0.5)):
+        make = "import os, sys; m = sys.argv[1]; os.mkdir(m + '/other')\n"
+        for name, content in (("small", "b'small'"), ("large", "b'l' * (2 << 20)"),
+                              ("other/name", "b''")):  # fmt: skip
+            make += f"open(m + '/{name}', 'wb').write({content})\n"
+        python(make, path)
+        process = subprocess.Popen(
+            ["python3", "-c", WITHOUT_THE_ENGINE, str(path)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "open\n"
+            with pool.store.state.lock:
+                out, _ = process.communicate("go\n", timeout=DEADLINE_S)
+                assert pool.catalog.count_children(1) > 0, "nobody holds it and waits for us"
+            assert out == "done\n"
+            assert process.returncode == 0
+        finally:
+            process.kill()
+            process.wait()
