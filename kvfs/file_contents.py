@@ -10,7 +10,7 @@ Layer: L4.
 - A file that lost a block loses its name; whoever has it open gets MediaError for that block.
 
 Locks: the catalog's transaction and `_lock` are never held together, nor the catalog's transaction
-while the store is called: eviction takes the store's locks first and the catalog's after them.
+while the store is called.
 """
 
 import threading
@@ -306,7 +306,6 @@ class FileContents(FileReading):
                     former.append((adopted, keys))
                 except NotFoundError:
                     former.append((adopted, None))
-        self._store.note_named()  # takes the engine's lock: not in the transaction
         if any(old is not None and len(old) for _, old in former):
             self._catalog.sync()
         for adopted, old in former:

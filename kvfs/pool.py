@@ -288,7 +288,6 @@ class Pool:
         self.catalog.set_retention(self.namespace(name).info.namespace_id, retention)
         self.catalog.sync()
         self.store.state.add_namespace(_spec(self.namespace(name).info))
-        self.store.note_named()
 
     def make_context(self, info: NamespaceInfo, path: str) -> Node:
         """Return the context at a path, made with the directories above it if it is not there."""

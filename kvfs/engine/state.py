@@ -70,7 +70,6 @@ class EngineState:
 
     _by_index: dict[int, DeviceState] = dataclasses.field(init=False)
     activity: Activity = dataclasses.field(init=False)
-    naming_epoch: int = 0  # counts what makes more keys reachable in a durable namespace
     unpinned: list[KeyArray] | None = None  # during a round of eviction: what it must still hold
 
     def device(self, index: int) -> DeviceState:
@@ -202,7 +201,8 @@ class EngineState:
     def unpin(self, namespace_id: int, keys: KeyArray, nbytes: int) -> None:
         """Undo one pin of these keys; perhaps they have a name by now."""
         with self.lock:
-            if self.unpinned is not None and self.namespaces[namespace_id].is_durable:
+            namespace = self.namespaces.get(namespace_id)  # perhaps it was dropped meanwhile
+            if self.unpinned is not None and namespace is not None and namespace.is_durable:
                 self.unpinned.append(keys)
             gone = 0
             for key in keys:

@@ -222,13 +222,7 @@ class Store:
         try:
             yield
         finally:
-            self.note_named()
             self.unpin(namespace_id, keys, nbytes)
-
-    def note_named(self) -> None:
-        """Say that more keys of a durable namespace are reachable by a name."""
-        with self.state.lock:
-            self.state.naming_epoch += 1
 
     @contextmanager
     def hold_at_once(self) -> Iterator[bool]:
