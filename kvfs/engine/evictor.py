@@ -165,6 +165,9 @@ class Evictor:
         wanted = max(nbytes, device.info.capacity_bytes // _ROUND_SHARE)
         held = HeldKeys(self._state)
         freed = self._round(device, wanted, held)
+        if not freed and self._state.on_pressure is not None:
+            self._state.on_pressure()
+            freed = self._round(device, wanted, held)
         if not freed and self._close_idle_log(device):
             self._flush()
             freed = self._round(device, wanted, held)

@@ -117,6 +117,11 @@ def unmount(mountpoint: str | os.PathLike[str], *, lazy: bool = True) -> bool:
     return False
 
 
+def is_stale(path: Path) -> bool:
+    """Say whether a mount is there that nobody answers for."""
+    return _is_stale(path, entry_at(path))
+
+
 def detach(path: Path) -> None:
     """Take a mount out of the tree, whoever uses it.
 
@@ -143,6 +148,18 @@ def set_read_ahead(path: Path, read_ahead_kb: int) -> bool:
         _log.debug("read-ahead stays as it is: %s", error)
         return False
     return True
+
+
+def mount_fusectl(path: Path) -> None:
+    """Mount the filesystem of FUSE's controls, where connections can be aborted.
+
+    Raises:
+        OSError: It cannot be mounted.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"fusectl", os.fsencode(path), b"fusectl", 0, None):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 # --- internals
