@@ -43,6 +43,7 @@ from kvfs.units import PAGE
 TABLE_NS: Final = 10_000_000_000
 LINGER_NS: Final = 1_000_000_000
 RETRY_NS: Final = 1_000_000_000
+_EVER_NS: Final = 1 << 63
 BLOCKS_MAX: Final = 1 << 18  # a table of 12 MiB
 _log = logging.getLogger("kvfs.fuse")
 Place = tuple[int, int, int]
@@ -194,9 +195,8 @@ class Lanes:
 
     def reclaim(self) -> None:
         """Hold no segment for the core any more: a device needs room."""
-        now_ns = self._clock.monotonic_ns()
-        self._revoke(now_ns)
-        self._drop_segments(now_ns)
+        self._revoke(_EVER_NS)
+        self._drop_segments(_EVER_NS)
 
     def stop(self) -> None:
         """Give back all that is held. The core has ended, or is to be asked no more."""
@@ -209,7 +209,7 @@ class Lanes:
             self.close(fh)
         for _, installed in stuck:
             self._let_go(installed)
-        self._drop_segments(self._clock.monotonic_ns())
+        self._drop_segments(_EVER_NS)
 
     # --- internals
 
