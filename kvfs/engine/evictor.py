@@ -166,7 +166,10 @@ class Evictor:
         held = HeldKeys(self._state)
         freed = self._round(device, wanted, held)
         if not freed and self._state.on_pressure is not None:
+            before = device.device.used_bytes
             self._state.on_pressure()
+            if device.device.used_bytes < before:
+                return True  # what was empty, or about to go, is gone
             freed = self._round(device, wanted, held)
         if not freed and self._close_idle_log(device):
             self._flush()

@@ -36,7 +36,8 @@ BLOCK: Final = np.dtype([
 ])  # fmt: skip
 assert BLOCK.itemsize == 48
 BLOCK_VERIFIED: Final = 1
-VERIFY_READS: Final = 1
+VERIFY_READS: Final = 1  # hash blocks not yet verified at their first read
+SHORT_READS: Final = 2  # answer reads across the end too, with fewer bytes
 COUNTERS: Final = (
     "requests_native_read", "bytes_native_read", "requests_native_write", "bytes_native_write",
     "lookups_answered", "forwarded", "deadline_hits", "interrupts", "verify_failures", "faults",
@@ -135,11 +136,13 @@ class CoreClient:
         self.call(Message(Kind.DROP_SEGMENT, ref))
 
     def install_read(
-        self, fh: int, inode: int, size_bytes: int, stride: int, blocks: npt.NDArray[np.void], *,
-        verify: bool,
+        self, fh: int, inode: int, size_bytes: int, stride: int, blocks: npt.NDArray[np.void],
+        flags: int,
     ) -> None:  # fmt: skip
-        """Let the core answer reads of a handle from blocks (BLOCK), all of the file, in order."""
-        flags = VERIFY_READS if verify else 0
+        """Let the core answer reads of a handle from blocks (BLOCK), all of the file, in order.
+
+        Flags: VERIFY_READS, SHORT_READS.
+        """
         begin = struct.pack("<QQQII", inode, size_bytes, stride, len(blocks), flags)
         messages = [Message(Kind.READ_BEGIN, fh, begin)]
         for first in range(0, len(blocks), _BLOCKS_MAX):

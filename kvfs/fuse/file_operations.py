@@ -99,7 +99,6 @@ class FileOperations(Opening):
     ) -> tuple[FileInfo, pyfuse3.EntryAttributes]:  # fmt: skip
         """Make a file and open it for writing."""
         require_mutable(parent_inode)
-        self._note_name(parent_inode, name)
 
         def make() -> tuple[Node, WriteHandle]:
             node = self._tree.create_file(parent_inode, text_of(name), mode, ctx.uid, ctx.gid)
@@ -207,11 +206,6 @@ class FileOperations(Opening):
                 self._files.release_idle(handle.reader, before_ns)
 
     # --- internals
-
-    def _note_name(self, parent_inode: int, name: bytes) -> None:
-        """Let a name that is about to be made through the mount be looked up from now on."""
-        if self.names is not None:
-            self.names.add(parent_inode, name)
 
     async def _read(self, handle: ReadHandle, offset: int, nbytes: int) -> memoryview:
         """Read into a buffer of the task that serves the request.

@@ -37,7 +37,13 @@ from kvfs.engine.segment_table import SegmentState, is_verified
 from kvfs.engine.store import Store
 from kvfs.errors import UnavailableError
 from kvfs.file_reading import FileReader
-from kvfs.fuse.core_client import BLOCK, BLOCK_VERIFIED, CoreClient
+from kvfs.fuse.core_client import (
+    BLOCK,
+    BLOCK_VERIFIED,
+    SHORT_READS,
+    VERIFY_READS,
+    CoreClient,
+)
 from kvfs.units import PAGE
 
 TABLE_NS: Final = 10_000_000_000
@@ -65,6 +71,8 @@ class Plan:
     lane: Lane
     reader: FileReader
     lease: Lease
+    is_direct: bool = False
+    """For a handle past the page cache, whose reads may end before what they ask for."""
 
 
 @dataclass(slots=True, eq=False)
@@ -236,10 +244,9 @@ class Lanes:
         try:
             self.close(fh)  # the table of a context that has grown
             blocks = self._blocks(lease, self._hold(lease, installed))
-            verify = self._store.state.options.verify_reads
-            self._client.install_read(
-                fh, inode, reader.size_bytes, reader.stride, blocks, verify=verify
-            )
+            flags = VERIFY_READS if self._store.state.options.verify_reads else 0
+            flags |= SHORT_READS if plan.is_direct else 0
+            self._client.install_read(fh, inode, reader.size_bytes, reader.stride, blocks, flags)
         except (OSError, UnavailableError):
             self.refuse(fh)
             self._take_down(fh, installed)

@@ -2,8 +2,8 @@
 
 Layer: L5.
 
-- The order of a mount: checks, kvfs-core started (it mounts), the kernel's INIT answered, READY
-  last. Without a core pyfuse3 mounts, and read-ahead is raised here.
+- The order of a mount: checks, mount (by kvfs-core, or without one by pyfuse3), the kernel's INIT
+  answered, read-ahead raised, READY last.
 - The order of an unmount: leave the tree while requests are still answered; if files are open,
   stop answering and detach; then close what is open. The pool stays open: it is the caller's.
 - The core ends when the mount does. If it ends before, the mount is dead: it is taken away, and the
@@ -271,8 +271,7 @@ class _Session:
         options = self._options
         if not options.core:
             return None
-        flags = [*_flags(options), f"deadline_ms={int(options.deadline_s * 1000)}",
-                 f"read_ahead_kb={options.read_ahead_kb}"]  # fmt: skip
+        flags = [*_flags(options), f"deadline_ms={int(options.deadline_s * 1000)}"]
         if not options.passthrough:
             flags.append("no_passthrough")
         try:
@@ -304,9 +303,6 @@ class _Session:
         operations.names = NameFilter(
             self._pool.catalog,
             lambda table: core.client.install_names(table.fd, table.nbytes, TIMEOUT_MS),
-            lambda parent, name: pyfuse3.invalidate_entry_async(
-                pyfuse3.InodeT(parent), pyfuse3.FileNameT(name), ignore_enoent=True
-            ),
             also=[(pyfuse3.ROOT_INODE, STATUS_NAME.encode())],
             seed=self._pool.clock.wall_ns() & 0xFFFF_FFFF,
         )
@@ -347,8 +343,7 @@ class _Session:
 
     async def _announce(self, operations: KvfsOperations) -> None:
         await operations.is_initialized.wait()
-        if self._core is None:
-            mountpoints.set_read_ahead(self.mountpoint, self._options.read_ahead_kb)
+        mountpoints.set_read_ahead(self.mountpoint, self._options.read_ahead_kb)
         _log.info("mounted: %s", self.mountpoint)
         if self.on_ready is not None:
             self.on_ready()

@@ -5,10 +5,10 @@ Layer: L5.
     memfd: 64-byte header (magic, u64 slot count, u64 is_complete, u64 seed), then slots of u64:
     hashes of (parent inode, name), 0 for none; linear probing, insert-only
 
-- A name is in the filter before it can exist: the mount's handlers put in what they are about to
-  make, the catalog's hook everything else. A hash once in stays until the filter is made anew.
-- The kernel may remember a denial for a second. A name that comes from elsewhere than the mount,
-  and was not in the filter before, could have been denied: the kernel is told to forget that.
+- A name is in the filter before it can exist: the catalog's hook puts it there. A hash once in
+  stays until the filter is made anew.
+- The kernel is not to remember a denial (timeout 0): a name made through the API must be seen at
+  once, and whatever told the kernel of it would come too late.
 - It is filled from the catalog in the background, complete before it is installed, and made anew,
   larger, when half full. Meanwhile names go into both.
 
@@ -31,7 +31,7 @@ from kvfs.engine.catalog import Catalog
 from kvfs.errors import KvfsError
 
 MAGIC: Final = b"KVFSNAM1"
-TIMEOUT_MS: Final = 1000
+TIMEOUT_MS: Final = 0
 _HEADER: Final = struct.Struct("<8sQQQ")
 _HEADER_BYTES: Final = 64
 _SLOTS_MIN: Final = 1 << 16
@@ -64,18 +64,18 @@ class NameTable:
         """Return what stands for a name; never 0."""
         return _native.xxh3_64(parent_inode.to_bytes(8, "little") + name, self.seed) or 1
 
-    def add(self, value: int) -> bool:
-        """Insert one hash; return whether it was not there."""
+    def add(self, value: int) -> None:
+        """Insert one hash."""
         slots, mask = self._slots, self.slot_count - 1
         position = value & mask
         while True:
             found = int(slots[position])
             if found == value:
-                return False
+                return
             if not found:
                 slots[position] = value  # one store: the core sees all of it or none
                 self.count += 1
-                return True
+                return
             position = (position + 1) & mask
 
     def add_all(self, values: Hashes) -> None:
@@ -106,22 +106,19 @@ class NameFilter:
     """Keeps the core's filter true to the catalog. Thread-safe."""
 
     def __init__(
-        self, catalog: Catalog, install: Callable[[NameTable], None],
-        forget_denial: Callable[[int, bytes], None], *, also: Iterable[tuple[int, bytes]] = (),
-        seed: int = 0,
+        self, catalog: Catalog, install: Callable[[NameTable], None], *,
+        also: Iterable[tuple[int, bytes]] = (), seed: int = 0,
     ) -> None:  # fmt: skip
         """Begin to fill a filter, in a thread of its own.
 
         Args:
             catalog: Names.
             install: Gives a complete table to the core; called in that thread.
-            forget_denial: Tells the kernel that a name it may remember as missing is to be.
             also: Names that are not in the catalog.
             seed: Of the hashes.
         """
         self._catalog = catalog
         self._install = install
-        self._forget_denial = forget_denial
         self._also = tuple(also)
         self._seed = seed
         self._lock = threading.Lock()
@@ -129,17 +126,9 @@ class NameFilter:
         self._is_due = threading.Event()
         self._is_closing = False
         self._is_due.set()
-        catalog.on_name = self._on_name
+        catalog.on_name = self._add
         self._thread = threading.Thread(target=self._main, name="kvfs-names", daemon=True)
         self._thread.start()
-
-    def add(self, parent_inode: int, name: bytes) -> bool:
-        """Put in a name that is about to be made; return whether it could have been denied."""
-        with self._lock:
-            fresh = [table.add(table.hash_of(parent_inode, name)) for table in self._tables]
-            if fresh and self._tables[-1].is_half_full:
-                self._is_due.set()
-            return any(fresh)
 
     def close(self) -> None:
         """Stop; the core must be asked no more."""
@@ -154,9 +143,13 @@ class NameFilter:
 
     # --- internals
 
-    def _on_name(self, parent_id: int, name: bytes) -> None:
-        if self.add(parent_id, name):
-            self._forget_denial(parent_id, name)
+    def _add(self, parent_id: int, name: bytes) -> None:
+        """Put in a name that is about to be made."""
+        with self._lock:
+            for table in self._tables:
+                table.add(table.hash_of(parent_id, name))
+            if self._tables and self._tables[-1].is_half_full:
+                self._is_due.set()
 
     def _main(self) -> None:
         while True:
@@ -176,7 +169,7 @@ class NameFilter:
             self._tables.append(table)
         try:
             for parent_id, name in self._also:
-                self.add(parent_id, name)
+                self._add(parent_id, name)
             for rows in self._catalog.iter_names():
                 if self._is_closing:
                     raise KvfsError("unmounting")

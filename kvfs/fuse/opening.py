@@ -223,6 +223,7 @@ class Opening(pyfuse3.Operations):
         """Install a lane for a registered handle, if the core agrees."""
         assert self.lanes is not None
         lanes, inode = self.lanes, handle.inode
+        plan.is_direct = handle.is_direct
         if len(handle.reader.keys) <= SMALL_BLOCKS:
             lane = lanes.install(number, inode, plan)
         else:

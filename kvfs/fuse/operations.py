@@ -75,7 +75,6 @@ class KvfsOperations(FileOperations):
     ) -> pyfuse3.EntryAttributes:
         """Make a directory; at the root, a namespace."""
         require_mutable(parent_inode)
-        self._note_name(parent_inode, name)
         node = await self._runner.run(
             self._tree.make_directory, parent_inode, text_of(name), mode, ctx.uid, ctx.gid
         )
@@ -103,7 +102,6 @@ class KvfsOperations(FileOperations):
         require_mutable(parent_inode_new)
         if flags & ~pyfuse3.RENAME_NOREPLACE:
             raise FUSEError(errno.EINVAL)
-        self._note_name(parent_inode_new, name_new)
         node = await self._look(self._tree.lookup, parent_inode_old, text_of(name_old))
         await self._runner.run(
             lambda: self._tree.rename(
@@ -121,7 +119,6 @@ class KvfsOperations(FileOperations):
         require_mutable(parent_inode)
         if not stat.S_ISREG(mode):
             raise FUSEError(errno.EPERM)
-        self._note_name(parent_inode, name)
 
         def make() -> Node:
             node = self._tree.create_file(parent_inode, text_of(name), mode, ctx.uid, ctx.gid)

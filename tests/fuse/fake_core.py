@@ -5,13 +5,16 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
 from kvfs.clock import SystemClock
 from kvfs.fuse.core_client import ANSWER, BLOCK, CoreClient, Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 HEADER = struct.Struct("<IIQ")
 Answer = tuple[int, bytes]

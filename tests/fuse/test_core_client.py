@@ -44,7 +44,7 @@ def test_refusals_are_errors(core: FakeCore) -> None:
 def test_large_tables_arrive_whole(core: FakeCore) -> None:
     blocks = np.zeros(50_000, BLOCK)
     blocks["offset"] = np.arange(50_000)
-    core.client.install_read(9, 4, 50_000 * 4096, 4096, blocks, verify=True)
+    core.client.install_read(9, 4, 50_000 * 4096, 4096, blocks, 3)
     assert core.count(Kind.READ_BLOCKS) == -(-50_000 // 1364)
     assert (core.tables[9][2] == blocks).all()
 

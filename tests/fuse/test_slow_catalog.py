@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kvfs.fuse.attributes import Timeouts
 from kvfs.fuse.mount import MountOptions, mount_in_background
 from kvfs.pool import Pool
 from tests.fuse.mounting import DEADLINE_S, python, sh
@@ -41,8 +42,11 @@ def test_a_busy_catalog_does_not_stop_the_mount(
             held.set()
             assert done.wait(DEADLINE_S)
 
-    with mount_in_background(pool, path, MountOptions(deadline_s=0.5)):
-        python("import sys; open(sys.argv[1], 'wb').write(b'content')", path / "f")
+    with mount_in_background(
+        pool, path, MountOptions(deadline_s=0.5, timeouts=Timeouts(file_s=60))
+    ):
+        for name in ("f", "other"):
+            python("import sys; open(sys.argv[1], 'wb').write(b'content')", path / name)
         process = subprocess.Popen(
             ["python3", "-c", READ_MEANWHILE, str(path / "f"), str(path / "other")],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
