@@ -25,6 +25,7 @@ Identity = tuple[int, int, int]
 _VERSION_SHIFT: Final = 48  # handle numbers: the low bits of the content's version above a count
 _ALIAS_SHIFT: Final = 56  # node ids stay below 2**53
 _ALIASES: Final = 31  # virtual inodes begin at 2**62
+_ALIASED_MAX: Final = 1 << 16
 
 
 def node_of(inode: int) -> int:
@@ -220,10 +221,16 @@ class Inodes:
     def renumber(self, node_id: int) -> None:
         """Let a node be found by another number, one that the kernel does not know.
 
+        It stays so when the kernel forgets that number, as it does at once when it finds that it is
+        another; the oldest of many give way.
+
         Raises:
             BusyError: It knows them all.
         """
         last = self.current(node_id) >> _ALIAS_SHIFT
+        self._aliases.pop(node_id, None)
+        if len(self._aliases) >= _ALIASED_MAX:
+            del self._aliases[next(iter(self._aliases))]
         for step in range(_ALIASES):
             inode = (((last + step) % _ALIASES + 1) << _ALIAS_SHIFT) | node_id
             if inode not in self._counts:
@@ -243,8 +250,6 @@ class Inodes:
             return False
         self._counts.pop(inode, None)
         self._cached.pop(inode, None)
-        if self._aliases.get(node_of(inode)) == inode:
-            del self._aliases[node_of(inode)]
         return True
 
     def may_keep_cache(self, inode: int, identity: Identity) -> bool:

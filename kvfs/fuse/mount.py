@@ -41,6 +41,7 @@ __all__ = [
 
 _STOP_TIMEOUT_S: Final = 30.0
 _SWEEP_S: Final = 1.0
+_NOBODY: Final = ("No such file or directory", "Broken pipe")
 _one_mount: Final = threading.Lock()
 _log = logging.getLogger("kvfs.fuse")
 
@@ -376,7 +377,8 @@ def _flags(options: MountOptions) -> list[str]:
 
 def _is_worth_logging(record: logging.LogRecord) -> bool:
     """Leave out replies that found nobody: the caller was killed, or the mount left the tree."""
-    return "fuse_reply_* failed with No such" not in record.getMessage()
+    text = record.getMessage()
+    return "fuse_reply_* failed with" not in text or not text.endswith(_NOBODY)
 
 
 async def _sweep(operations: KvfsOperations) -> None:

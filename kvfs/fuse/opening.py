@@ -10,6 +10,7 @@ Layer: L5.
   the handle: where the content ends is then for the request handler to say.
 """
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -258,9 +259,9 @@ class Opening(pyfuse3.Operations):
         if self.lanes is None:
             return
         for number, other in self._handles.items():
-            if not isinstance(other, ReadHandle) or other.inode != inode:
-                continue
-            if self.lanes.lane_of(number) is Lane.NATIVE:
+            if isinstance(other, FormerHandle) and other.inode == inode:
+                await self._runner.run(self._close_former, number)
+            if isinstance(other, ReadHandle) and other.inode == inode and not other.is_passthrough:
                 await self._runner.run(self.lanes.close, number)
 
     def _require_no_passthrough(self, inode: int) -> None:
@@ -298,7 +299,15 @@ class Opening(pyfuse3.Operations):
         handle = ReadHandle(former.inode, node, reader, identity)
         handle.is_passthrough = former.is_passthrough
         self._handles.put(number, handle)
+        if not handle.is_passthrough:
+            await self._runner.run(self._close_former, number)
         return handle
+
+    def _close_former(self, number: int) -> None:
+        """Take from a handle the table that a former owner has installed."""
+        if self._core is not None:
+            with contextlib.suppress(OSError, UnavailableError):  # it is as true as ever
+                self._core.client.close_lane(number)
 
     # --- virtual files
 
