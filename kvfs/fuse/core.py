@@ -167,11 +167,11 @@ class Core:
         """Let go of everything; a core that still runs is killed. The requests' socket stays."""
         self._is_closing.set()
         if self._process is not None:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_END_S if self.has_ended else 0.1)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            self._process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a thread may be in the kernel
+                self._process.wait(_END_S)
         self.client.close()
         if self._peer is not None:
             self._peer.close()
@@ -180,6 +180,23 @@ class Core:
                 thread.join()
         if self._process is not None and self._process.stderr is not None:
             self._process.stderr.close()
+
+    def abort(self) -> None:
+        """Fail whatever waits for the mount, and end the core.
+
+        A core that was killed may leave a thread in the kernel, and with it the connection.
+        """
+        try:
+            if not os.path.ismount(_CONNECTIONS):
+                mountpoints.mount_fusectl(_CONNECTIONS)
+            (_CONNECTIONS / str(self.hello.device_minor) / "abort").write_text("1")
+        except FileNotFoundError:
+            pass  # it is gone already
+        except OSError as error:
+            _log.warning("connection could not be aborted: %s", error)
+        if self._process is not None:
+            self._process.kill()
+        self.client.note_end()
 
     # --- internals
 
@@ -207,20 +224,8 @@ class Core:
                     return
                 if self._clock.monotonic_ns() - answered_ns >= _GIVE_UP_NS:
                     _log.error("%s; mount is given up: %s", error, self.mountpoint)
-                    self._abort()
+                    self.abort()
                     return
-
-    def _abort(self) -> None:
-        """Fail whatever waits for the mount, and end the core."""
-        try:
-            if not (_CONNECTIONS / str(self.hello.device_minor)).exists():
-                mountpoints.mount_fusectl(_CONNECTIONS)
-            (_CONNECTIONS / str(self.hello.device_minor) / "abort").write_text("1")
-        except OSError as error:
-            _log.warning("connection could not be aborted: %s", error)
-        if self._process is not None:
-            self._process.kill()
-        self.client.note_end()
 
     def _wait_end(self, seconds: float) -> None:
         poll = select.poll()

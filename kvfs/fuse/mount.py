@@ -264,7 +264,7 @@ class _Session:
         finally:
             self._is_serving = False
             self._end(operations)
-        if core is not None and self._was_lost():
+        if core is not None and self._was_lost(core):
             raise UnavailableError(f"kvfs-core has died; mount taken away: {self.mountpoint}")
 
     def _start_core(self) -> Core | None:
@@ -335,10 +335,12 @@ class _Session:
         operations.close()
         _log.info("unmounted: %s", self.mountpoint)
 
-    def _was_lost(self) -> bool:
+    def _was_lost(self, core: Core) -> bool:
         """Take away what a core that died has left; return whether it had."""
-        if not mountpoints.is_stale(self.mountpoint):
+        entry = mountpoints.entry_at(self.mountpoint)
+        if entry is None or entry.device != f"0:{core.hello.device_minor}":
             return False
+        core.abort()
         mountpoints.detach(self.mountpoint)
         return True
 

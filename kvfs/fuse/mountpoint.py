@@ -117,11 +117,6 @@ def unmount(mountpoint: str | os.PathLike[str], *, lazy: bool = True) -> bool:
     return False
 
 
-def is_stale(path: Path) -> bool:
-    """Say whether a mount is there that nobody answers for."""
-    return _is_stale(path, entry_at(path))
-
-
 def detach(path: Path) -> None:
     """Take a mount out of the tree, whoever uses it.
 
