@@ -26,7 +26,7 @@ def add_mount(parser: Parser) -> None:
     """Define `kvfs mount`."""
     parser.description = (
         "Open a pool and show its contexts as files below DIR. Returns when the mount is ready; "
-        "the daemon stays the pool's owner until 'kvfs umount DIR'."
+        "the daemon stays the pool's owner until 'kvfs umount DIR'. A daemon that dies is replaced."
     )
     parser.epilog = exit_codes(2, 10, 11, 13, 14, 15, 16)
     parser.add_argument("pool", metavar="POOL", help="directory of the pool")
@@ -111,7 +111,9 @@ def _serve(plan: Plan, arguments: argparse.Namespace, ready: Ready) -> int:
             pool,
             plan.directory,
             foreground=arguments.foreground,
-            options=plan.mount_options(allow_nonempty=arguments.allow_nonempty),
+            options=plan.mount_options(
+                allow_nonempty=arguments.allow_nonempty, is_daemon=not arguments.foreground
+            ),
             on_ready=ready,
         )
     return 0

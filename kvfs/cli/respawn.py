@@ -48,14 +48,16 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     core: bool
     passthrough: bool
 
-    def mount_options(self, *, allow_nonempty: bool = False) -> "MountOptions":
-        """Return how to mount; the next owner, if need be, gets the same plan."""
+    def mount_options(
+        self, *, allow_nonempty: bool = False, is_daemon: bool = True
+    ) -> "MountOptions":
+        """Return how to mount. A daemon that dies is replaced; others have somebody who sees it."""
         from kvfs.fuse.mount import MountOptions
 
         command = (sys.executable, "-m", __spec__.name, msgspec.json.encode(self).decode())
         return MountOptions(
             allow_other=self.allow_other, allow_nonempty=allow_nonempty, core=self.core,
-            passthrough=self.passthrough, respawn=command,
+            passthrough=self.passthrough, respawn=command if is_daemon else (),
         )  # fmt: skip
 
 
