@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 enum { ANSWER_BIT = 1 << 31, FLAG_PASSTHROUGH = 1, INIT_WAIT_MS = 1000, SEND_WAIT_MS = 1000 };
+#define ALLOWED_MS_MAX UINT64_C(86400000)
 
 static int64_t hello(struct core *core, struct message *message, struct answer *answer)
 {
@@ -89,6 +90,15 @@ static int64_t stop(struct core *core, struct message *message, struct answer *a
     return 0;
 }
 
+static int64_t allow(struct core *core, struct message *message, struct answer *answer)
+{
+    (void)answer;
+    if (message->argument > ALLOWED_MS_MAX)
+        return -EINVAL;
+    atomic_store(&core->allowed_ns, (int64_t)message->argument * NS_PER_MS);
+    return 0;
+}
+
 static int64_t handles(struct core *core, struct message *message, struct answer *answer)
 {
     static_assert(sizeof(struct handle) == 24, "as it is sent");
@@ -96,11 +106,13 @@ static int64_t handles(struct core *core, struct message *message, struct answer
     struct handle *found = calloc(ROOM, sizeof *found);
     if (found == NULL)
         return -ENOMEM;
-    size_t number = files_handles(&core->files, message->argument, found, ROOM);
-    answer->nbytes = number * sizeof *found;
-    memcpy(answer->payload, found, answer->nbytes);
+    int64_t number = files_handles(&core->files, message->argument, found, ROOM);
+    if (number > 0) {
+        answer->nbytes = (size_t)number * sizeof *found;
+        memcpy(answer->payload, found, answer->nbytes);
+    }
     free(found);
-    return (int64_t)number;
+    return number;
 }
 
 static const struct {
@@ -111,7 +123,8 @@ static const struct {
     [4] = {read_begin, 32}, [5] = {read_blocks, 8},  [6] = {read_end, 0},
     [7] = {write_begin, 24}, [8] = {write_credit, 8}, [9] = {backing_begin, 8},
     [10] = {close_handle, 0}, [11] = {names, 8},     [12] = {status, 0},
-    [13] = {stop, 0},       [14] = {handles, 0},     [15] = {digests, 4},
+    [13] = {stop, 0},       [14] = {handles, 0},     [15] = {allow, 0},
+    [16] = {digests, 4},
 };
 
 size_t control_handle(struct core *core, const uint8_t *bytes, size_t nbytes, int fd,

@@ -97,6 +97,7 @@ struct core {
     atomic_bool is_unmounted;  /* the kernel says so */
     atomic_bool is_stop_asked; /* STOP */
     _Atomic(uint64_t) own_unique;
+    _Atomic(int64_t) allowed_ns; /* more time for all that waits for the owner */
 };
 
 /* Wake the main thread. */

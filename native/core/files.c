@@ -45,7 +45,6 @@ static struct file *find_or_make(struct files *files, uint64_t fh)
         struct file *file = calloc(1, sizeof *file);
         if (file != NULL) {
             file->fh = fh;
-            file->generation = atomic_load(&files->generation);
             *link = file;
             files->count++;
         }
@@ -193,17 +192,22 @@ void files_opened(struct files *files, const struct handle *handle, bool is_dire
     pthread_rwlock_unlock(&files->lock);
 }
 
-/* Take from a file what nobody will close by a message: its owner is dead. */
-static struct lane *take_orphan(struct files *files, struct file *file, struct backing **backing)
+/* Take from a released file what its owner need not close: all but what it writes itself. */
+static struct lane *take_released(struct files *files, struct file *file,
+                                  struct backing **backing)
 {
-    if (file->open_count > 0 || file->generation == atomic_load(&files->generation))
-        return NULL;
-    struct lane *lane = file->lane;
-    if (lane != NULL && (lane->generation == atomic_load(&files->generation) ||
-                         atomic_load(&lane->users) > 0))
+    if (file->open_count > 0)
         return NULL;
     *backing = file->backing;
     file->backing = NULL;
+    struct lane *lane = file->lane;
+    if (lane == NULL || atomic_load(&lane->users) > 0)
+        return NULL;
+    bool is_wanted = lane->kind == LANE_WRITE &&
+                     lane->generation == atomic_load(&files->generation);
+    /* A table that is being filled, or a close that waits, is the control thread's. */
+    if (is_wanted || !lane->is_served || lane->is_closed)
+        return NULL;
     file->lane = NULL;
     return lane;
 }
@@ -217,7 +221,7 @@ void files_released(struct files *files, uint64_t fh)
     if (*link != NULL) {
         if ((*link)->open_count > 0)
             (*link)->open_count--;
-        lane = take_orphan(files, *link, &backing);
+        lane = take_released(files, *link, &backing);
         drop_if_unused(files, link);
     }
     pthread_rwlock_unlock(&files->lock);
@@ -275,37 +279,53 @@ static uint32_t lane_code(const struct file *file)
     uint32_t code = file->backing != NULL ? LANE_BACKING : LANE_NONE;
     if (file->lane != NULL && file->lane->is_served)
         code = (uint32_t)file->lane->kind;
-    return code | (file->is_directory ? HANDLE_DIRECTORY : 0);
+    return code;
 }
 
-/* Keep the smallest `room` handles in order. */
-static size_t insert_handle(struct handle *handles, size_t count, size_t room,
-                            const struct file *file)
+static int compare_handles(const void *left, const void *right)
 {
-    if (count == room && (room == 0 || handles[count - 1].fh < file->fh))
-        return count;
-    size_t at = count == room ? count - 1 : count;
-    for (; at > 0 && handles[at - 1].fh > file->fh; at--)
-        handles[at] = handles[at - 1];
-    handles[at] = (struct handle){
-        .fh = file->fh,
-        .nodeid = file->nodeid,
-        .open_flags = file->open_flags,
-        .lane = lane_code(file),
-    };
-    return count == room ? count : count + 1;
+    uint64_t a = ((const struct handle *)left)->fh;
+    uint64_t b = ((const struct handle *)right)->fh;
+    return (a > b) - (a < b);
 }
 
-size_t files_handles(struct files *files, uint64_t first, struct handle *handles, size_t room)
+/* All open files, unordered; returns how many. REQUIRES: the lock, and room for all. */
+static size_t list_handles(const struct files *files, struct handle *handles)
+{
+    size_t count = 0;
+    for (size_t i = 0; i < FILE_BUCKETS; i++) {
+        for (const struct file *file = files->buckets[i]; file != NULL; file = file->next) {
+            if (file->open_count == 0 || file->is_directory)
+                continue;
+            handles[count++] = (struct handle){
+                .fh = file->fh,
+                .nodeid = file->nodeid,
+                .open_flags = file->open_flags,
+                .lane = lane_code(file),
+            };
+        }
+    }
+    return count;
+}
+
+int64_t files_handles(struct files *files, uint64_t first, struct handle *handles, size_t room)
 {
     size_t count = 0;
     pthread_rwlock_rdlock(&files->lock);
-    for (size_t i = 0; i < FILE_BUCKETS; i++)
-        for (struct file *file = files->buckets[i]; file != NULL; file = file->next)
-            if (file->open_count > 0 && file->fh >= first)
-                count = insert_handle(handles, count, room, file);
+    struct handle *all = calloc(files->count + 1, sizeof *all);
+    if (all != NULL)
+        count = list_handles(files, all);
     pthread_rwlock_unlock(&files->lock);
-    return count;
+    if (all == NULL)
+        return -ENOMEM;
+    qsort(all, count, sizeof *all, compare_handles);
+    size_t left = first < count ? count - (size_t)first : 0;
+    if (left > room)
+        left = room;
+    if (left > 0)
+        memcpy(handles, all + first, left * sizeof *all);
+    free(all);
+    return (int64_t)left;
 }
 
 unsigned files_open_count(struct files *files)

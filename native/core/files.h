@@ -1,7 +1,7 @@
 /* The table of file handles: what the kernel has open, and the lane of each.
  *
- * Thread-safety: any thread; lanes are begun, served and closed by the control thread, and by the
- * reader that sees the RELEASE of a dead owner's handle. One rwlock, held for book-keeping only. */
+ * Thread-safety: any thread; lanes are begun, served and closed by the control thread, and dropped
+ * by the reader that sees the RELEASE. One rwlock, held for book-keeping only. */
 #ifndef CORE_FILES_H
 #define CORE_FILES_H
 
@@ -12,7 +12,6 @@
 #include <stddef.h>
 
 enum { FILE_BUCKETS = 8192, FILES_MAX = 1 << 20 };
-enum { HANDLE_DIRECTORY = 1u << 8 }; /* beside the lane, in what HANDLES tells */
 
 struct file {
     struct file *next;
@@ -21,7 +20,6 @@ struct file {
     uint32_t open_flags;
     uint32_t open_count; /* how often the kernel has it open */
     bool is_directory;
-    uint32_t generation; /* of the owner that opened it */
     struct lane *lane;
     struct backing *backing;
 };
@@ -66,8 +64,10 @@ int files_set_backing(struct files *files, uint64_t fh, uint64_t nodeid, struct 
 /* The backing id of a handle, or 0. */
 uint32_t files_backing_id(struct files *files, uint64_t fh);
 
-/* The kernel has a handle open, or has it no more. */
+/* The kernel has a handle open. */
 void files_opened(struct files *files, const struct handle *handle, bool is_directory);
+
+/* It has it no more: gives the backing back and drops a lane for reading, or a dead owner's. */
 void files_released(struct files *files, uint64_t fh);
 
 /* The owner died: its writers are broken, and what it installed for no open handle is dropped. */
@@ -77,8 +77,9 @@ void files_next_owner(struct files *files);
 void files_for_writers(struct files *files, uint64_t nodeid,
                        void (*function)(struct lane *lane, uint64_t argument), uint64_t argument);
 
-/* The handles from number `first` on, in ascending order; returns how many, at most `room`. */
-size_t files_handles(struct files *files, uint64_t first, struct handle *handles, size_t room);
+/* The open files (no directories), ordered by number, from index `first` on; returns how many, at
+ * most `room`, or -ENOMEM. */
+int64_t files_handles(struct files *files, uint64_t first, struct handle *handles, size_t room);
 
 unsigned files_open_count(struct files *files);
 

@@ -9,10 +9,12 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
-enum { FILTER_HEADER = 64, NAME_MAX_BYTES = 1024 };
+enum { FILTER_HEADER = 64, NAME_MAX_BYTES = 255 };
 enum { SLOTS_OFFSET = 8, COMPLETE_OFFSET = 16, SEED_OFFSET = 24 };
 static const char magic[8] = {'K', 'V', 'F', 'S', 'N', 'A', 'M', '1'};
 #define NEGATIVE_MS_MAX UINT64_C(3600000)
+/* Inodes of what the owner makes up (.kvfs) are not in the filter. */
+#define VIRTUAL_INODE_MIN (UINT64_C(1) << 62)
 #define FILTER_BYTES_MAX (UINT64_C(1) << 34)
 
 int filter_create(struct filter *filter)
@@ -129,7 +131,7 @@ bool filter_excludes(struct filter *filter, uint64_t parent, const char *name, s
                      uint64_t *negative_ms)
 {
     struct probe probe = {.is_excluded = false};
-    if (length == 0 || length > NAME_MAX_BYTES)
+    if (length == 0 || length > NAME_MAX_BYTES || parent >= VIRTUAL_INODE_MIN)
         return false;
     store64(probe.key, parent);
     memcpy(probe.key + sizeof parent, name, length);

@@ -207,7 +207,8 @@ void link_end(struct link *link)
 {
     pthread_mutex_lock(&link->lock);
     link->is_ending = true;
-    (void)shutdown(link->requests, SHUT_RDWR);
+    /* The owner's libfuse would complain of an end of file. */
+    (void)shutdown(link->requests, SHUT_RD);
     (void)shutdown(link->control, SHUT_RDWR);
     pthread_cond_broadcast(&link->wake);
     pthread_mutex_unlock(&link->lock);

@@ -12,7 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { TICK_MS = 200, STOP_WAIT_MS = 1000, END_WAIT_MS = 1000, EXIT_FAILURE_CODE = 1 };
+enum { TICK_MS = 200, STOP_WAIT_MS = 200, END_WAIT_MS = 1000, EXIT_FAILURE_CODE = 1 };
 
 static void on_kick(int number)
 {
@@ -141,6 +141,7 @@ int main(int count, char **arguments)
         return 2;
     set_signals(&awaited);
     core.main_thread = pthread_self();
+    setup_descriptors(&core.options);
     if (!setup_sockets(&core))
         return 2;
     core.device = mount_open(&core.mount, &core.options);

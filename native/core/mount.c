@@ -17,15 +17,6 @@
 
 extern char **environ;
 
-static int open_device(void)
-{
-    int fd = open("/dev/fuse", O_RDWR | O_CLOEXEC);
-    if (fd < 0)
-        log_line("mount failed: /dev/fuse: %s; load the module 'fuse', or give the container it",
-                 strerror(errno));
-    return fd;
-}
-
 /* Mount by system call: 0, or -errno. */
 static int mount_directly(const char *path, const struct options *options, int fd)
 {
@@ -159,13 +150,16 @@ int mount_open(struct mount *mount, const struct options *options)
         log_line("mount failed: %s: %s", options->mountpoint, strerror(errno));
         return -1;
     }
-    int fd = open_device();
-    if (fd < 0)
+    int fd = open("/dev/fuse", O_RDWR | O_CLOEXEC);
+    int status = fd < 0 ? -errno : mount_directly(mount->path, options, fd);
+    if (fd < 0 && status != -EPERM && status != -EACCES) {
+        log_line("mount failed: /dev/fuse: %s; load the module 'fuse', or give the container it",
+                 strerror(-status));
         return -1;
-    int status = mount_directly(mount->path, options, fd);
-    if (status == -EPERM) {
-        (void)close(fd);
-        mount->is_by_helper = true;
+    }
+    if (fd < 0 || status == -EPERM) {
+        if (fd >= 0)
+            (void)close(fd);
         fd = mount_by_helper(mount->path, options);
         if (fd < 0)
             return -1;

@@ -10,7 +10,6 @@
 
 struct mount {
     char path[PATH_MAX]; /* resolved */
-    bool is_by_helper;
     unsigned device_major, device_minor; /* as st_dev has them */
 };
 

@@ -84,8 +84,10 @@ static bool take_own(struct options *options, const char *item, bool *is_own)
 static bool take_item(struct options *options, const char *item)
 {
     bool is_own;
-    if (!take_own(options, item, &is_own) || is_own)
-        return is_own && options->threads > 0;
+    if (!take_own(options, item, &is_own))
+        return false;
+    if (is_own)
+        return true;
     if (!append(options->helper, item))
         return false;
     if (strncmp(item, "fsname=", 7) == 0)

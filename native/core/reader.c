@@ -161,8 +161,8 @@ unsigned reader_answer_overdue(struct core *core, int64_t now)
         if (unique == 0 || atomic_load(&reader->job_deadline_ns) > now ||
             !end_job(reader, unique))
             continue;
-        (void)device_reply_error(reader->device, unique, EIO);
         count(&core->counters.deadline_hits, 1);
+        (void)device_reply_error(reader->device, unique, EIO);
         atomic_store(&reader->is_stuck, true);
         stuck++;
     }

@@ -157,8 +157,10 @@ void replies_handle(struct core *core, uint8_t *bytes, size_t nbytes)
         break;
     case TAKEN_LATE:
         note_change(core, &request, &header, bytes);
-        if (header.error == 0)
+        if (header.error == 0) {
+            forget_open(core, &request, bytes, nbytes);
             undo_reply(core, &request, bytes, nbytes);
+        }
         break;
     case TAKEN_NONE:
         break;

@@ -99,9 +99,9 @@ static void interrupt(struct core *core, const struct request *request)
     if (reader_answer_job(core, interrupt.unique, EINTR)) {
         count(&core->counters.interrupts, 1);
     } else if (pending_interrupt(&core->pending, interrupt.unique, &noted)) {
+        count(&core->counters.interrupts, 1);
         if (noted.device >= 0)
             (void)device_reply_error(noted.device, noted.unique, EINTR);
-        count(&core->counters.interrupts, 1);
     }
 }
 
@@ -119,8 +119,8 @@ static bool serve_lookup(struct core *core, const struct reader *reader,
         .entry_valid = milliseconds / 1000,
         .entry_valid_nsec = (uint32_t)(milliseconds % 1000 * 1000000),
     };
-    (void)device_reply(reader->device, request->header.unique, &entry, sizeof entry);
     count(&core->counters.lookups_answered, 1);
+    (void)device_reply(reader->device, request->header.unique, &entry, sizeof entry);
     return true;
 }
 

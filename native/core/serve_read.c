@@ -237,11 +237,11 @@ static bool serve_segments(struct core *core, struct reader *reader, struct read
         return true;
     if (!is_ready)
         return false;
-    int status = device_reply_parts(reader->device, unique, &job.body);
-    if (status == -EFAULT)
-        count(&core->counters.faults, 1);
+    /* Counted first: whoever waits for the bytes may look. */
     count(&core->counters.requests_native_read, 1);
     count(&core->counters.bytes_native_read, job.body.nbytes);
+    if (device_reply_parts(reader->device, unique, &job.body) == -EFAULT)
+        count(&core->counters.faults, 1);
     return true;
 }
 
@@ -259,9 +259,9 @@ static bool serve_staging(struct core *core, struct reader *reader, struct write
         return true;
     if (got < 0)
         return false;
-    (void)device_reply(reader->device, unique, reader->buffer, (size_t)got);
     count(&core->counters.requests_native_read, 1);
     count(&core->counters.bytes_native_read, (uint64_t)got);
+    (void)device_reply(reader->device, unique, reader->buffer, (size_t)got);
     return true;
 }
 

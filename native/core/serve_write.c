@@ -27,9 +27,9 @@ static bool write_staging(struct core *core, struct reader *reader, struct write
     if (written != (ssize_t)in->size)
         return false;
     struct fuse_write_out out = {.size = in->size};
-    (void)device_reply(reader->device, unique, &out, sizeof out);
     count(&core->counters.requests_native_write, 1);
     count(&core->counters.bytes_native_write, in->size);
+    (void)device_reply(reader->device, unique, &out, sizeof out);
     return true;
 }
 

@@ -21,6 +21,24 @@ enum {
     MESSAGE_HEADERS = 256, /* the longest before a payload, and some */
 };
 
+static void close_between(int first, int last)
+{
+    if (first <= last)
+        (void)syscall(SYS_close_range, (unsigned)first, (unsigned)last, 0);
+}
+
+void setup_descriptors(const struct options *options)
+{
+    int a = options->requests, b = options->control;
+    if (a > b) {
+        a = options->control;
+        b = options->requests;
+    }
+    close_between(STDERR_FILENO + 1, a - 1);
+    close_between(a > STDERR_FILENO ? a + 1 : STDERR_FILENO + 1, b - 1);
+    close_between(b > STDERR_FILENO ? b + 1 : STDERR_FILENO + 1, INT32_MAX);
+}
+
 static uint32_t pages_of_kernel(void)
 {
     unsigned pages = 0;

@@ -4,6 +4,9 @@
 
 #include "core.h"
 
+/* Close all descriptors but those of the options and 0 to 2. */
+void setup_descriptors(const struct options *options);
+
 /* Whether the sockets of the options are such; marks them close-on-exec, and takes from their
  * size how much a request may move. A line on standard error if not. */
 bool setup_sockets(struct core *core);

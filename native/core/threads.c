@@ -81,13 +81,14 @@ void threads_check_deadlines(struct core *core)
     struct pending_request requests[BATCH];
     size_t n;
     int64_t now = now_ns();
-    while ((n = pending_overdue(&core->pending, now, requests, BATCH)) > 0) {
+    int64_t allowed = atomic_load(&core->allowed_ns);
+    while ((n = pending_overdue(&core->pending, now - allowed, requests, BATCH)) > 0) {
+        count(&core->counters.deadline_hits, n);
         for (size_t i = 0; i < n; i++) {
             (void)device_reply_error(requests[i].device, requests[i].unique, EIO);
             log_limited(&limit, "deadline: request type %u of inode %llu, EIO",
                         requests[i].opcode, (unsigned long long)requests[i].nodeid);
         }
-        count(&core->counters.deadline_hits, n);
     }
     unsigned stuck = reader_answer_overdue(core, now);
     if (stuck > 0)
