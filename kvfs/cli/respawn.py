@@ -116,7 +116,7 @@ def main() -> int:
     try:
         wait_closed(Path(plan.pool), _TAKE_OVER_S)
         with owned(plan) as pool:
-            serve_inherited(pool, Path(plan.directory), plan.mount_options())
+            serve_inherited(pool, plan.mount_options())
     except KeyboardInterrupt:
         return 0
     except KvfsError as error:

@@ -128,7 +128,7 @@ class Core:
         return cls(requests.detach(), client, mountpoint, clock, process, requests_peer)
 
     @classmethod
-    def inherited(cls, mountpoint: Path, clock: Clock) -> "Core":
+    def inherited(cls, clock: Clock) -> "Core":
         """Take over the sockets that the core gave to the owner it started.
 
         Raises:
@@ -141,7 +141,10 @@ class Core:
             raise UnavailableError("only kvfs-core starts a new owner of a mount") from error
         for fd in (requests, control.fileno()):
             os.set_inheritable(fd, False)
-        return cls(requests, CoreClient(control, clock), mountpoint, clock)
+        core = cls(requests, CoreClient(control, clock), Path(), clock)
+        # It must not be looked at: that would be answered by this process.
+        core.mountpoint = mountpoints.path_of_device(core.hello.device_minor)
+        return core
 
     @property
     def has_ended(self) -> bool:

@@ -256,7 +256,7 @@ class FileOperations(Opening):
             return
         self._require_no_passthrough(inode)
         node = await self._look(self._tree.node, node_of(inode))
-        await self._revoke(inode)
         await self._runner.run(self._files.truncate_node, node, nbytes, nbytes=2 * node.size_bytes)
+        await self._revoke(inode)  # the answer moves the end of the file in the kernel
         self._inodes.drop_cache(inode)
         self._pool.note_written()

@@ -45,6 +45,7 @@ class ReadHandle:
     Attributes:
         is_direct: Opened past the kernel's page cache.
         is_passthrough: The kernel reads the file itself, or is about to.
+        read_count: Reads that came to this side.
     """
 
     inode: int
@@ -53,6 +54,7 @@ class ReadHandle:
     identity: Identity
     is_direct: bool = False
     is_passthrough: bool = False
+    read_count: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -219,23 +221,24 @@ class Inodes:
         return self._aliases.get(node_id, node_id)
 
     def renumber(self, node_id: int) -> None:
-        """Let a node be found by another number, one that the kernel does not know.
+        """Let a node be found by its next number that the kernel does not know.
 
         It stays so when the kernel forgets that number, as it does at once when it finds that it is
         another; the oldest of many give way.
 
         Raises:
-            BusyError: It knows them all.
+            BusyError: It knows them all, or has been asked for them all.
         """
-        last = self.current(node_id) >> _ALIAS_SHIFT
-        self._aliases.pop(node_id, None)
-        if len(self._aliases) >= _ALIASED_MAX:
-            del self._aliases[next(iter(self._aliases))]
-        for step in range(_ALIASES):
-            inode = (((last + step) % _ALIASES + 1) << _ALIAS_SHIFT) | node_id
+        first = self.current(node_id) >> _ALIAS_SHIFT
+        for number in range(first + 1, _ALIASES + 1):
+            inode = (number << _ALIAS_SHIFT) | node_id
             if inode not in self._counts:
+                self._aliases.pop(node_id, None)
+                if len(self._aliases) >= _ALIASED_MAX:
+                    del self._aliases[next(iter(self._aliases))]
                 self._aliases[node_id] = inode
                 return
+        self._aliases.pop(node_id, None)  # perhaps the first are free again
         raise BusyError(f"file was rewritten {_ALIASES} times while open; close it: {node_id}")
 
     def add(self, inode: int) -> None:

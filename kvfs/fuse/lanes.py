@@ -248,7 +248,8 @@ class Lanes:
             flags |= SHORT_READS if plan.is_direct else 0
             self._client.install_read(fh, inode, reader.size_bytes, reader.stride, blocks, flags)
         except (OSError, UnavailableError):
-            self.refuse(fh)
+            if not reader.is_closed:
+                self.refuse(fh)
             self._take_down(fh, installed)
             return False
         finally:

@@ -114,16 +114,14 @@ def mount(
     session.run(signals)
 
 
-def serve_inherited(
-    pool: Pool, mountpoint: Path, options: MountOptions, on_ready: Callable[[], None] | None = None
-) -> None:
+def serve_inherited(pool: Pool, options: MountOptions) -> None:
     """Serve a mount whose owner died; for a process that its core started. Blocks, as `mount`.
 
     Raises:
         UnavailableError: No core started this process, or it has ended.
     """
-    core = Core.inherited(mountpoint, pool.clock)
-    session = _Session(pool, mountpoint, options, on_ready, core)
+    core = Core.inherited(pool.clock)
+    session = _Session(pool, core.mountpoint, options, None, core)
     session.run({signal.SIGTERM, signal.SIGINT})
 
 

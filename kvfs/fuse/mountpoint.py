@@ -58,6 +58,18 @@ def entry_at(path: Path) -> MountEntry | None:
     return found
 
 
+def path_of_device(minor: int) -> Path:
+    """Return where a FUSE filesystem is mounted.
+
+    Raises:
+        NotFoundError: Nowhere any more.
+    """
+    for entry in mount_entries():
+        if entry.device == f"0:{minor}" and entry.filesystem == FILESYSTEM_TYPE:
+            return Path(entry.path)
+    raise NotFoundError(f"not mounted: device 0:{minor}")
+
+
 def prepare(path: Path, *, allow_nonempty: bool) -> Path:
     """Check that a mount can go here, taking away a stale one; return the real path.
 

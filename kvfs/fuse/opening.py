@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from kvfs.fuse.name_filter import NameFilter
 
 SMALL_BLOCKS: Final = 64
+LAZY_BYTES: Final = 1 << 20  # what a few reads fetch does not pay for a table
+LAZY_READS: Final = 4
 _NS_PER_S: Final = 1_000_000_000
 _T = TypeVar("_T")
 
@@ -161,7 +163,7 @@ class Opening(pyfuse3.Operations):
         handle = ReadHandle(inode, node, reader, identity)
         number = 0
         try:
-            plan = await self._plan(handle)
+            plan = None if reader.size_bytes <= LAZY_BYTES else await self._plan(handle)
             number = self._take_place(handle, plan)
             if plan is not None:
                 await self._install(number, handle, plan)
@@ -240,7 +242,9 @@ class Opening(pyfuse3.Operations):
         lanes = self.lanes
         if lanes is None or handle.is_passthrough or self._is_contested(handle):
             return
-        if not lanes.is_due(number, handle.reader):
+        handle.read_count += 1
+        is_worth_it = handle.reader.size_bytes > LAZY_BYTES or handle.read_count >= LAZY_READS
+        if not is_worth_it or not lanes.is_due(number, handle.reader):
             return
         lanes.refuse(number)  # others that come meanwhile do not try as well
         plan = await self._plan(handle)
@@ -269,7 +273,7 @@ class Opening(pyfuse3.Operations):
         if not self._handles.is_passthrough(inode):
             return
         node_id = node_of(inode)
-        if self._inodes.current(node_id) == inode:
+        while self._handles.is_passthrough(self._inodes.current(node_id)):
             self._inodes.renumber(node_id)
         raise FUSEError(errno.ESTALE)
 

@@ -25,6 +25,7 @@ from kvfs.fuse.core import Core
 from kvfs.fuse.file_operations import FileOperations, bytes_of, require_mutable, text_of
 from kvfs.fuse.handles import DirectoryHandle, ReadHandle, WritingHandle, node_of
 from kvfs.fuse.lanes import Lane, Lanes
+from kvfs.fuse.opening import LAZY_BYTES
 from kvfs.fuse.requests import handler
 from kvfs.fuse.status import is_virtual
 from kvfs.fuse.xattrs import LANE, PREFIX, Xattrs
@@ -325,6 +326,8 @@ class KvfsOperations(FileOperations):
         if node.is_directory:
             raise FUSEError(errno.ENODATA)
         if self.lanes is None or self._files.writer_of(node.node_id) is not None:
+            return Lane.NAMESPACE
+        if node.size_bytes <= LAZY_BYTES:
             return Lane.NAMESPACE
         return await self._runner.run(self._would_be, self.lanes, node)
 

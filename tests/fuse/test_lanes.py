@@ -222,3 +222,23 @@ def test_nothing_to_read_natively(pool: Pool, lanes: Lanes) -> None:
     pool.store.drop(reader.namespace_id, reader.keys)
     assert lanes.plan(reader) is None
     pool.files.close_read(reader)
+
+
+def test_full_pool_takes_tables_back(tmp_path: Path, core: FakeCore) -> None:
+    """What the core may read is leased, and still makes room."""
+    with kvfs.create_pool(tmp_path / "pool", ["dram:?size=64MiB&segment=16MiB"]) as pool:
+        lanes = Lanes(pool.store, core.client, pool.clock, has_passthrough=True)
+        space = pool.namespace("m", kvfs.Layout("uint8", (1 << 20,), 1))
+        block = np.zeros((1, 1 << 20), np.uint8)
+        for number in range(200):
+            block[0, :8] = np.frombuffer(number.to_bytes(8, "little"), np.uint8)
+            context = space.context(f"c{number}")
+            context.append(space.keys([number])[0], block)
+            node = pool.catalog.resolve(space.info.root_node_id, f"c{number}")
+            assert node is not None
+            reader = pool.files.open_read(node)
+            assert install(lanes, number + 1, reader) is Lane.NATIVE
+            assert core.read(number + 1, 0, 8) == block[0, :8].tobytes()
+            pool.files.close_read(reader)  # the lane outlives it for now
+        assert pool.statistics().counters["segments_evicted"] > 5
+        lanes.stop()
