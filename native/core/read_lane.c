@@ -31,7 +31,7 @@ struct read_lane *read_lane_create(uint64_t size, uint64_t stride, uint32_t coun
                                    int *status)
 {
     *status = -EINVAL;
-    if (!is_plausible(size, stride, count) || (flags & ~(uint32_t)READ_VERIFY) != 0)
+    if (!is_plausible(size, stride, count) || (flags & ~(uint32_t)(READ_VERIFY | READ_SHORT)) != 0)
         return NULL;
     *status = -ENOMEM;
     if (count > READ_BLOCKS_MAX)

@@ -5,7 +5,10 @@
 #include "lane.h"
 #include "segments.h"
 
-enum { BLOCK_FILLED = 2, BLOCK_VERIFIED = 1, READ_VERIFY = 1, DIGEST = 16 };
+enum { BLOCK_VERIFIED = 1, BLOCK_FILLED = 2, DIGEST = 16 };
+/* READ_SHORT: nothing of the file is cached, reads past its end may be answered by what is there.
+ * Else the kernel, which asks for cached pages, believes in a longer file than this table. */
+enum { READ_VERIFY = 1, READ_SHORT = 2 };
 /* The tables of all files together, in blocks: 48 bytes each. */
 enum { READ_BLOCKS_MAX = 1 << 24 };
 

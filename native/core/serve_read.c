@@ -227,7 +227,9 @@ static bool serve_segments(struct core *core, struct reader *reader, struct read
     uint64_t size = in->size < core->payload_max ? in->size : core->payload_max;
     uint64_t rounded = (lane->size + PAGE - 1) / PAGE * PAGE;
     if (in->offset > rounded || in->size > core->payload_max)
-        return false; /* the kernel believes the file to be longer */
+        return false;
+    if (!(lane->flags & READ_SHORT) && in->size > rounded - in->offset)
+        return false; /* the kernel believes the file to be longer: the owner decides */
     job.end = in->offset + size < lane->size ? in->offset + size : lane->size;
     if (job.position > job.end)
         job.position = job.end;

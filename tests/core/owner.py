@@ -188,10 +188,10 @@ class FakeOwner:
 
     def install(
         self, fh: int, inode: int, size: int, stride: int,
-        blocks: Sequence[tuple[int, int, int, bytes]], *, verify: bool = False,
+        blocks: Sequence[tuple[int, int, int, bytes]], *, verify: bool = False, short: bool = False,
     ) -> None:  # fmt: skip
         """Install a table of (ref, offset, stored, digest)."""
-        head = struct.pack("<QQQII", inode, size, stride, len(blocks), int(verify))
+        head = struct.pack("<QQQII", inode, size, stride, len(blocks), int(verify) + 2 * int(short))
         self.call(READ_BEGIN, fh, head)
         for first in range(0, len(blocks), 1000):
             part = blocks[first : first + 1000]
@@ -362,6 +362,7 @@ class FakeOwner:
         """Leave nothing behind."""
         if self.process.poll() is None:
             self.process.kill()
+            self._abort()
             self.process.wait(10)
         for end in (self.requests, self.control):
             with contextlib.suppress(OSError):
@@ -372,6 +373,13 @@ class FakeOwner:
         self.requests.close()
         self.control.close()
         detach(self.path)
+
+    def _abort(self) -> None:
+        """Fail what waits in the kernel: a thread in there keeps a killed core alive."""
+        minor = self.hello[3] if hasattr(self, "hello") else -1
+        path = Path(f"/sys/fs/fuse/connections/{minor}/abort")
+        with contextlib.suppress(OSError):
+            path.write_text("1")
 
     def die(self) -> None:
         """Be gone, as a killed process is."""
