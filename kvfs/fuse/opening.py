@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 SMALL_BLOCKS: Final = 64
 LAZY_BYTES: Final = 1 << 20  # what a few reads fetch does not pay for a table
 LAZY_READS: Final = 4
+YIELD_NS: Final = 1_000_000_000
 _NS_PER_S: Final = 1_000_000_000
 _T = TypeVar("_T")
 
@@ -76,6 +77,7 @@ class Opening(pyfuse3.Operations):
         # Numbers of a later owner of the same mount are above those of an earlier one.
         self._handles = Handles((pool.clock.wall_ns() // _NS_PER_S & 0xFFFFFF) << 24)
         self._inodes = Inodes()
+        self._yields: dict[int, int] = {}
         self._buffers: WeakKeyDictionary[trio.lowlevel.Task, memoryview] = WeakKeyDictionary()
         self._runner = Runner(deadline_s, threads, self.counters)
         if core is not None:
@@ -184,7 +186,9 @@ class Opening(pyfuse3.Operations):
             FUSEError: ESTALE: none does.
         """
         try:
-            if not self._handles.may_pass_through(handle.inode, handle.identity):
+            if self._must_yield(handle.inode) or not self._handles.may_pass_through(
+                handle.inode, handle.identity
+            ):
                 self._require_no_passthrough(handle.inode)
                 if plan is not None:
                     plan.lane = Lane.NATIVE
@@ -275,7 +279,15 @@ class Opening(pyfuse3.Operations):
         node_id = node_of(inode)
         while self._handles.is_passthrough(self._inodes.current(node_id)):
             self._inodes.renumber(node_id)
+        # The kernel comes back once only: nobody is to take that number for passthrough before.
+        now_ns = self.clock.monotonic_ns()
+        self._yields = {number: end for number, end in self._yields.items() if end > now_ns}
+        self._yields[self._inodes.current(node_id)] = now_ns + YIELD_NS
         raise FUSEError(errno.ESTALE)
+
+    def _must_yield(self, inode: int) -> bool:
+        """Say whether somebody is about to open an inode who could not if it was passed through."""
+        return self._yields.get(inode, 0) > self.clock.monotonic_ns()
 
     # --- handles of a former owner
 

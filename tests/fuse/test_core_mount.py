@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from kvfs.errors import UnavailableError
+from kvfs.fuse import core as core_module
+from kvfs.fuse import core_client
 from kvfs.fuse import lanes as lanes_module
 from kvfs.fuse.mount import MountOptions, mount_in_background
 from kvfs.fuse.mountpoint import entry_at
@@ -216,6 +218,28 @@ def test_core_killed_under_a_mount_in_background(
     assert entry_at(path) is None
     with mount_in_background(pool, path):
         assert (path / "f").read_bytes() == b"x" * 1000
+
+
+def test_core_that_does_not_answer(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected_warnings: list[str]
+) -> None:
+    """It is given up, and with it whoever waits for it."""
+    expected_warnings.append("kvfs-core")
+    path = tmp_path / "mnt"
+    path.mkdir()
+    mount = mount_in_background(pool, path)
+    core = mount._session._core
+    assert core is not None
+    assert core._process is not None
+    os.kill(core._process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(core_module, "_GIVE_UP_NS", 300_000_000)
+    monkeypatch.setattr(core_client, "_DEADLINE_S", 0.2)
+    waiting = subprocess.run(["stat", path / "f"], capture_output=True, timeout=60, check=False)
+    assert waiting.returncode == 1
+    wait_until(lambda: not mount.is_alive, "the mount ends")
+    with pytest.raises(UnavailableError, match="has died"):
+        mount.close()
+    assert entry_at(path) is None
 
 
 READER = """
