@@ -67,6 +67,7 @@ struct reader {
     uint8_t *buffer;  /* payload_max bytes, touched only when needed */
     _Atomic(uint64_t) job; /* unique of the request that it answers itself, 0: none */
     _Atomic(int64_t) job_deadline_ns;
+    _Atomic(uint32_t) job_pid; /* of the thread that waits for it */
     atomic_bool is_stuck; /* its request was answered by the watchdog */
 };
 

@@ -1,5 +1,7 @@
 #include "pending.h"
 
+#include "log.h"
+
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -63,6 +65,16 @@ static void insert(struct pending *pending, const struct pending_request *reques
     pending->entries[head->older].newer = at;
     head->older = at;
     atomic_fetch_add(&pending->waiting, 1);
+    if (request->interrupted_ns != 0)
+        atomic_fetch_add(&pending->interrupted, 1);
+}
+
+/* It no longer waits. */
+static void uncount(struct pending *pending, const struct pending_entry *entry)
+{
+    atomic_fetch_sub(&pending->waiting, 1);
+    if (entry->request.interrupted_ns != 0)
+        atomic_fetch_sub(&pending->interrupted, 1);
 }
 
 static void drop(struct pending *pending, uint32_t at)
@@ -75,7 +87,7 @@ static void drop(struct pending *pending, uint32_t at)
     pending->entries[entry->older].newer = entry->newer;
     pending->entries[entry->newer].older = entry->older;
     if (entry->state != PENDING_ANSWERED)
-        atomic_fetch_sub(&pending->waiting, 1);
+        uncount(pending, entry);
     entry->state = PENDING_FREE;
     entry->chain = pending->free;
     pending->free = at;
@@ -84,15 +96,16 @@ static void drop(struct pending *pending, uint32_t at)
 int pending_add(struct pending *pending, const struct pending_request *request)
 {
     int status = 0;
+    struct pending_request noted = *request;
     pthread_mutex_lock(&pending->lock);
     if (was_interrupted(pending, request->unique))
-        status = -EINTR;
-    else if (pending->free == 0)
+        noted.interrupted_ns = now_ns();
+    if (pending->free == 0)
         status = -ENOMEM;
     else if (find(pending, request->unique) != 0)
         status = -EINVAL;
     else
-        insert(pending, request);
+        insert(pending, &noted);
     pthread_mutex_unlock(&pending->lock);
     return status;
 }
@@ -153,7 +166,7 @@ static bool answer(struct pending *pending, uint32_t at, struct pending_request 
         drop(pending, at); /* the sender will find nothing and not send it */
     } else {
         entry->state = PENDING_ANSWERED;
-        atomic_fetch_sub(&pending->waiting, 1);
+        uncount(pending, entry);
     }
     return true;
 }
@@ -167,21 +180,37 @@ bool pending_answer(struct pending *pending, uint64_t unique, struct pending_req
     return is_ours;
 }
 
-bool pending_interrupt(struct pending *pending, uint64_t unique, struct pending_request *request)
+void pending_interrupt(struct pending *pending, uint64_t unique, int64_t now)
 {
-    bool is_ours = false;
     pthread_mutex_lock(&pending->lock);
     uint32_t at = find(pending, unique);
-    if (at != 0) {
-        is_ours = answer(pending, at, request);
-    } else {
+    struct pending_entry *entry = &pending->entries[at];
+    if (at == 0) {
         unsigned slot = pending->early_at++ % INTERRUPTS_KEPT;
         if (pending->early[slot] == 0)
             pending->early_count++;
         pending->early[slot] = unique;
+    } else if (entry->state != PENDING_ANSWERED && entry->request.interrupted_ns == 0) {
+        entry->request.interrupted_ns = now;
+        atomic_fetch_add(&pending->interrupted, 1);
     }
     pthread_mutex_unlock(&pending->lock);
-    return is_ours;
+}
+
+size_t pending_interrupted(struct pending *pending, struct pending_request *requests, size_t room)
+{
+    size_t count = 0;
+    if (atomic_load(&pending->interrupted) == 0)
+        return 0;
+    pthread_mutex_lock(&pending->lock);
+    for (uint32_t at = pending->entries[0].newer; at != 0 && count < room;
+         at = pending->entries[at].newer) {
+        const struct pending_entry *entry = &pending->entries[at];
+        if (entry->state != PENDING_ANSWERED && entry->request.interrupted_ns != 0)
+            requests[count++] = entry->request;
+    }
+    pthread_mutex_unlock(&pending->lock);
+    return count;
 }
 
 size_t pending_overdue(struct pending *pending, int64_t now, struct pending_request *requests,

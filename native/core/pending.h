@@ -24,8 +24,10 @@ struct pending_request {
     uint64_t argument; /* size of a WRITE, new size of a SETATTR (UINT64_MAX: unchanged) */
     uint32_t opcode;
     uint32_t open_flags;
-    int device; /* the descriptor to answer on; -1: the core's own request */
+    uint32_t pid; /* of the thread that waits; 0: none that is known */
+    int device;
     int64_t deadline_ns;
+    int64_t interrupted_ns; /* when a signal came; 0: none */
 };
 
 struct pending_entry {
@@ -40,7 +42,8 @@ struct pending {
     struct pending_entry *entries; /* PENDING_MAX + 1; 0 is nobody, and the head of the list */
     uint32_t buckets[PENDING_BUCKETS];
     uint32_t free;
-    atomic_uint waiting; /* QUEUED and SENT */
+    atomic_uint waiting;     /* QUEUED and SENT */
+    atomic_uint interrupted; /* of these */
     /* Interrupts that came before the reader noted the request that they name. */
     uint64_t early[INTERRUPTS_KEPT];
     unsigned early_at;
@@ -50,8 +53,7 @@ struct pending {
 int pending_create(struct pending *pending);
 void pending_destroy(struct pending *pending);
 
-/* Note a request, QUEUED. 0, -ENOMEM when there are too many, -EINTR if it was interrupted already
- * (it is not noted then). */
+/* Note a request, QUEUED. 0, -ENOMEM when there are too many, or -EINVAL. */
 int pending_add(struct pending *pending, const struct pending_request *request);
 
 /* The message is about to leave. False if the request was answered meanwhile: do not send it. */
@@ -70,9 +72,12 @@ enum taken pending_take(struct pending *pending, uint64_t unique,
 /* Answer in the owner's place. True: the caller must answer the kernel. */
 bool pending_answer(struct pending *pending, uint64_t unique, struct pending_request *request);
 
-/* An interrupt: as pending_answer, but remembers what it did not find. */
-bool pending_interrupt(struct pending *pending, uint64_t unique,
-                       struct pending_request *request);
+/* A signal came for whoever waits; remembered if the request is not noted yet. */
+void pending_interrupt(struct pending *pending, uint64_t unique, int64_t now);
+
+/* Copy requests that were interrupted and are not answered; returns how many. */
+size_t pending_interrupted(struct pending *pending, struct pending_request *requests,
+                           size_t room);
 
 /* Answer in the owner's place what is overdue; returns how many requests were filled in. */
 size_t pending_overdue(struct pending *pending, int64_t now, struct pending_request *requests,

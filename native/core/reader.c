@@ -119,11 +119,12 @@ void reader_kick_all(struct core *core)
     }
 }
 
-void reader_begin_job(struct reader *reader, uint64_t unique, uint64_t nbytes)
+void reader_begin_job(struct reader *reader, const struct fuse_in_header *header, uint64_t nbytes)
 {
+    atomic_store_explicit(&reader->job_pid, header->pid, memory_order_relaxed);
     int64_t deadline = core_deadline_ns(reader->core, nbytes, false);
     atomic_store_explicit(&reader->job_deadline_ns, deadline, memory_order_relaxed);
-    atomic_store_explicit(&reader->job, unique, memory_order_release);
+    atomic_store_explicit(&reader->job, header->unique, memory_order_release);
 }
 
 /* Uniques are never used again, so that an exchange cannot take a later job for this one. */
@@ -136,6 +137,18 @@ bool reader_end_job(struct reader *reader)
 {
     uint64_t unique = atomic_load(&reader->job);
     return unique != 0 && end_job(reader, unique);
+}
+
+bool reader_find_job(struct core *core, uint64_t unique, uint32_t *pid)
+{
+    unsigned readers = atomic_load(&core->reader_count);
+    for (unsigned i = 0; i < readers; i++) {
+        if (atomic_load(&core->readers[i].job) == unique) {
+            *pid = atomic_load(&core->readers[i].job_pid);
+            return true;
+        }
+    }
+    return false;
 }
 
 bool reader_answer_job(struct core *core, uint64_t unique, int error)

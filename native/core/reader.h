@@ -15,10 +15,14 @@ void reader_kick_all(struct core *core);
 int reader_prepare(struct reader *reader, struct core *core, int device);
 void reader_dispose(struct reader *reader);
 
-void reader_begin_job(struct reader *reader, uint64_t unique, uint64_t nbytes);
+void reader_begin_job(struct reader *reader, const struct fuse_in_header *header,
+                      uint64_t nbytes);
 
 /* Whether the job was still ours to answer. */
 bool reader_end_job(struct reader *reader);
+
+/* Whether a reader is at the job `unique`, and for which thread. */
+bool reader_find_job(struct core *core, uint64_t unique, uint32_t *pid);
 
 /* Answer the job `unique` of whichever reader has it. */
 bool reader_answer_job(struct core *core, uint64_t unique, int error);

@@ -2,6 +2,7 @@
 
 #include "device.h"
 #include "init.h"
+#include "interrupts.h"
 #include "serve_read.h"
 #include "serve_write.h"
 
@@ -32,6 +33,7 @@ static struct pending_request describe(const struct core *core, const struct rea
         .nodeid = request->header.nodeid,
         .opcode = request->header.opcode,
         .argument = UINT64_MAX,
+        .pid = request->header.pid,
         .device = reader->device,
         .deadline_ns = core_deadline_ns(core, moved_bytes(request), true),
     };
@@ -72,11 +74,8 @@ void requests_forward(struct core *core, struct reader *reader, const struct req
     count(&core->counters.forwarded, 1);
     if (is_noted) {
         struct pending_request noted = describe(core, reader, request);
-        int status = pending_add(&core->pending, &noted);
-        if (status != 0) {
-            if (status == -EINTR)
-                count(&core->counters.interrupts, 1);
-            (void)device_reply_error(reader->device, unique, status == -EINTR ? EINTR : EIO);
+        if (pending_add(&core->pending, &noted) != 0) {
+            (void)device_reply_error(reader->device, unique, EIO);
             return;
         }
     }
@@ -88,21 +87,6 @@ void requests_forward(struct core *core, struct reader *reader, const struct req
     struct pending_request noted;
     if (is_noted && pending_answer(&core->pending, unique, &noted))
         (void)device_reply_error(reader->device, unique, EIO);
-}
-
-static void interrupt(struct core *core, const struct request *request)
-{
-    struct fuse_interrupt_in interrupt;
-    struct pending_request noted;
-    if (!BODY_GET(request, &interrupt) || interrupt.unique == 0)
-        return;
-    if (reader_answer_job(core, interrupt.unique, EINTR)) {
-        count(&core->counters.interrupts, 1);
-    } else if (pending_interrupt(&core->pending, interrupt.unique, &noted)) {
-        count(&core->counters.interrupts, 1);
-        if (noted.device >= 0)
-            (void)device_reply_error(noted.device, noted.unique, EINTR);
-    }
 }
 
 /* Answer a LOOKUP of a name that cannot exist. */
@@ -169,7 +153,7 @@ static bool serve(struct core *core, struct reader *reader, const struct request
         (void)device_reply_error(reader->device, request->header.unique, ENOSYS);
         return true;
     case FUSE_INTERRUPT:
-        interrupt(core, request);
+        interrupts_receive(core, request);
         return true;
     case FUSE_INIT:
         return init_receive(core, reader, request);

@@ -221,7 +221,8 @@ static uint64_t hashed_bytes(const struct job *job)
 }
 
 static bool serve_segments(struct core *core, struct reader *reader, struct read_lane *lane,
-                           uint64_t unique, const struct fuse_read_in *in)
+                           const struct fuse_in_header *header,
+                           const struct fuse_read_in *in)
 {
     struct job job = {.core = core, .reader = reader, .lane = lane, .position = in->offset};
     uint64_t size = in->size < core->payload_max ? in->size : core->payload_max;
@@ -233,7 +234,7 @@ static bool serve_segments(struct core *core, struct reader *reader, struct read
     job.end = in->offset + size < lane->size ? in->offset + size : lane->size;
     if (job.position > job.end)
         job.position = job.end;
-    reader_begin_job(reader, unique, size + hashed_bytes(&job));
+    reader_begin_job(reader, header, size + hashed_bytes(&job));
     bool is_ready = gather(&job) && populate(&job) && (!job.must_copy || copy(&job));
     if (!reader_end_job(reader))
         return true;
@@ -242,17 +243,17 @@ static bool serve_segments(struct core *core, struct reader *reader, struct read
     /* Counted first: whoever waits for the bytes may look. */
     count(&core->counters.requests_native_read, 1);
     count(&core->counters.bytes_native_read, job.body.nbytes);
-    if (device_reply_parts(reader->device, unique, &job.body) == -EFAULT)
+    if (device_reply_parts(reader->device, header->unique, &job.body) == -EFAULT)
         count(&core->counters.faults, 1);
     return true;
 }
 
 static bool serve_staging(struct core *core, struct reader *reader, struct write_lane *lane,
-                          uint64_t unique, const struct fuse_read_in *in)
+                          const struct fuse_in_header *header, const struct fuse_read_in *in)
 {
     if (in->size > core->payload_max || in->offset > (uint64_t)INT64_MAX - in->size)
         return false;
-    reader_begin_job(reader, unique, in->size);
+    reader_begin_job(reader, header, in->size);
     ssize_t got;
     do
         got = pread(lane->fd, reader->buffer, in->size, (off_t)in->offset);
@@ -263,7 +264,7 @@ static bool serve_staging(struct core *core, struct reader *reader, struct write
         return false;
     count(&core->counters.requests_native_read, 1);
     count(&core->counters.bytes_native_read, (uint64_t)got);
-    (void)device_reply(reader->device, unique, reader->buffer, (size_t)got);
+    (void)device_reply(reader->device, header->unique, reader->buffer, (size_t)got);
     return true;
 }
 
@@ -275,15 +276,15 @@ bool serve_read(struct core *core, struct reader *reader, const struct request *
     struct lane *lane = files_acquire(&core->files, in.fh);
     if (lane == NULL)
         return false;
-    uint64_t unique = request->header.unique;
+    const struct fuse_in_header *header = &request->header;
     bool is_answered;
     if (atomic_load(&lane->is_broken)) {
-        (void)device_reply_error(reader->device, unique, EIO);
+        (void)device_reply_error(reader->device, header->unique, EIO);
         is_answered = true;
     } else if (lane->kind == LANE_READ) {
-        is_answered = serve_segments(core, reader, (struct read_lane *)lane, unique, &in);
+        is_answered = serve_segments(core, reader, (struct read_lane *)lane, header, &in);
     } else {
-        is_answered = serve_staging(core, reader, write_lane_of(lane), unique, &in);
+        is_answered = serve_staging(core, reader, write_lane_of(lane), header, &in);
     }
     lane_release(lane);
     return is_answered;

@@ -11,9 +11,10 @@
 
 /* Write within the credit. Returns whether the request is answered. */
 static bool write_staging(struct core *core, struct reader *reader, struct write_lane *lane,
-                          uint64_t unique, const struct fuse_write_in *in, const uint8_t *data)
+                          const struct fuse_in_header *header, const struct fuse_write_in *in,
+                          const uint8_t *data)
 {
-    reader_begin_job(reader, unique, in->size);
+    reader_begin_job(reader, header, in->size);
     ssize_t written;
     do
         written = pwrite(lane->fd, data, in->size, (off_t)in->offset);
@@ -29,7 +30,7 @@ static bool write_staging(struct core *core, struct reader *reader, struct write
     struct fuse_write_out out = {.size = in->size};
     count(&core->counters.requests_native_write, 1);
     count(&core->counters.bytes_native_write, in->size);
-    (void)device_reply(reader->device, unique, &out, sizeof out);
+    (void)device_reply(reader->device, header->unique, &out, sizeof out);
     return true;
 }
 
@@ -51,7 +52,7 @@ bool serve_write(struct core *core, struct reader *reader, const struct request 
         struct write_lane *lane = write_lane_of(base);
         if (in.offset + in.size <= atomic_load(&lane->credit))
             is_answered =
-                write_staging(core, reader, lane, request->header.unique, &in, data);
+                write_staging(core, reader, lane, &request->header, &in, data);
         else
             write_lane_note(lane, in.offset, data, in.size);
     }
@@ -86,11 +87,11 @@ static void forward_as_size(struct core *core, struct reader *reader,
 }
 
 /* Allocate in the staging file; returns 0 or an errno. */
-static int allocate(struct reader *reader, struct write_lane *lane, uint64_t unique,
-                    const struct fuse_fallocate_in *in)
+static int allocate(struct reader *reader, struct write_lane *lane,
+                    const struct fuse_in_header *header, const struct fuse_fallocate_in *in)
 {
     uint64_t end = in->offset + in->length;
-    reader_begin_job(reader, unique, in->length);
+    reader_begin_job(reader, header, in->length);
     int status = fallocate(lane->fd, (int)in->mode, (off_t)in->offset, (off_t)in->length) == 0
                      ? 0
                      : errno;
@@ -128,7 +129,7 @@ bool serve_fallocate(struct core *core, struct reader *reader, const struct requ
         struct stat status;
         uint64_t end = in.offset + in.length;
         if (end <= atomic_load(&lane->credit))
-            error = allocate(reader, lane, request->header.unique, &in);
+            error = allocate(reader, lane, &request->header, &in);
         else if (in.mode == 0 && fstat(lane->fd, &status) == 0) {
             is_forwarded = end > (uint64_t)status.st_size;
             error = 0; /* what is inside the file was accounted when it was written */

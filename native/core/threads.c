@@ -2,6 +2,7 @@
 
 #include "control.h"
 #include "device.h"
+#include "interrupts.h"
 #include "reader.h"
 #include "replies.h"
 #include "sockets.h"
@@ -104,6 +105,7 @@ static void *run_watchdog(void *argument)
     while (!atomic_load(&core->is_ending)) {
         sleep_ms(WATCHDOG_MS);
         threads_check_deadlines(core);
+        interrupts_check(core);
     }
     core_end_thread(core);
     return NULL;

@@ -163,7 +163,50 @@ except Stop:
 """, owner.path / "f")  # fmt: skip
     wait_until(lambda: held.requests, "the request")
     process.send_signal(signal.SIGUSR1)
+    start = time.monotonic()
     assert process.communicate(timeout=5)[0].strip() == "stopped"
+    assert time.monotonic() - start > 0.7  # not at once: see below
+    held.answer()
+
+
+def test_a_harmless_signal_does_not_fail_a_call(owner: FakeOwner) -> None:
+    """Other filesystems do not fail stat(2) so, and a rename would take place all the same."""
+    owner.add("f", b"abc")
+    held = Held(owner, LOOKUP)
+    process = client(
+        """
+import ctypes, os, signal, sys
+signal.signal(signal.SIGUSR1, lambda *_: print("signal", flush=True))
+libc = ctypes.CDLL(None, use_errno=True)
+print(libc.access(sys.argv[1].encode(), 0), ctypes.get_errno())
+""",
+        owner.path / "f",
+    )
+    wait_until(lambda: held.requests, "the request")
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(0.3)
+    held.answer()
+    assert process.communicate(timeout=5)[0].split("\n")[:2] in (
+        ["signal", "0 0"],
+        ["0 0", "signal"],
+    )
+    assert owner.status()["interrupts"] == 0
+
+
+def test_killed_after_a_harmless_signal(owner: FakeOwner) -> None:
+    """The kernel tells of the first signal only."""
+    owner.add("f", b"abc")
+    held = Held(owner, LOOKUP)
+    code = """
+import os, signal, sys
+signal.signal(signal.SIGUSR1, lambda *_: None)
+os.stat(sys.argv[1])
+"""
+    process = client(code, owner.path / "f")
+    wait_until(lambda: held.requests, "the request")
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(0.1)
+    assert kill_and_wait(process) < 0.7
     held.answer()
 
 
