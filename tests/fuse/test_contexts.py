@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import kvfs
 from kvfs.fuse.attributes import API_ATTRIBUTE_TIMEOUT_S
-from kvfs.fuse.mount import Mount, MountOptions, mount_in_background
+from kvfs.fuse.mount import Mount
 from kvfs.namespace import Context, Namespace
 from kvfs.pool import Pool
 from tests.fuse.mounting import sh, wait_until
@@ -104,24 +103,16 @@ def test_context_shortens_while_closed_and_not_while_open(
     assert path.read_bytes() == as_file(rows)
 
 
-@pytest.mark.parametrize("core", [True, False])
-def test_block_lost_under_an_open_context(
-    pool: Pool, space: Namespace, tmp_path: Path, core: bool
+def test_block_lost_under_an_open_context_is_an_error(
+    pool: Pool, space: Namespace, mount: Mount
 ) -> None:
-    """It is an error, or what it was: kvfs-core holds the segments that it reads."""
     context = space.context("c")
     rows = append(context, space, 0, 10)
-    (tmp_path / "mnt").mkdir()
-    with (
-        mount_in_background(pool, tmp_path / "mnt", MountOptions(core=core)) as mount,
-        (mount.mountpoint / "model/c").open("rb", buffering=0) as file,
-    ):
+    path = mount.mountpoint / "model/c"
+    with path.open("rb", buffering=0) as file:
         pool.store.drop(space.info.namespace_id, context.keys[6:7])
         assert os.pread(file.fileno(), 5 * 12288, 0) == as_file(rows)[: 5 * 12288]
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if core:
-            assert os.pread(file.fileno(), 100, 6 * 12288) == rows[6].tobytes()[:100]
-            return
         with pytest.raises(OSError, match="Input/output"):
             os.pread(file.fileno(), 100, 6 * 12288)
 
