@@ -147,7 +147,9 @@ void link_lost(struct link *link, unsigned generation)
 {
     bool is_first = false;
     pthread_mutex_lock(&link->lock);
-    if (atomic_load(&link->generation) == generation && atomic_load(&link->is_up)) {
+    /* At the core's own end nobody is lost. */
+    if (!link->is_ending && atomic_load(&link->generation) == generation &&
+        atomic_load(&link->is_up)) {
         atomic_store(&link->is_up, false);
         (void)shutdown(link->requests, SHUT_RDWR);
         (void)shutdown(link->control, SHUT_RDWR);

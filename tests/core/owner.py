@@ -112,6 +112,7 @@ class FakeOwner:
                  *(["--", *command] if command else [])],
                 pass_fds=fds, stderr=log, start_new_session=True,
             )  # fmt: skip
+        self.core_requests = os.dup(core_requests.fileno())
         core_requests.close()
         core_control.close()
 
@@ -138,6 +139,7 @@ class FakeOwner:
         self._control_lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self.is_ended = False
+        self.has_read_end = False
         self.max_in = 0
 
     def start(self) -> "FakeOwner":
@@ -230,6 +232,7 @@ class FakeOwner:
             while True:
                 message = self.requests.recv(2 << 20)
                 if not message:
+                    self.has_read_end = True
                     break
                 self.max_in = max(self.max_in, len(message))
                 self._handle(message)
@@ -372,6 +375,9 @@ class FakeOwner:
             assert not self._thread.is_alive()
         self.requests.close()
         self.control.close()
+        if self.core_requests >= 0:
+            os.close(self.core_requests)
+            self.core_requests = -1
         detach(self.path)
 
     def _abort(self) -> None:
@@ -383,6 +389,8 @@ class FakeOwner:
 
     def die(self) -> None:
         """Be gone, as a killed process is."""
+        os.close(self.core_requests)
+        self.core_requests = -1
         for end in (self.requests, self.control):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)

@@ -8,6 +8,7 @@ import signal
 import stat
 import struct
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.core.owner import (
     BACKING,
     INIT,
     READ,
+    STOP,
     WRITE,
     ControlError,
     FakeOwner,
@@ -172,6 +174,20 @@ def test_stop_does_not_wait(owner: FakeOwner) -> None:
     assert owner.stop() == 0
     with pytest.raises(OSError, match="not connected"):
         os.close(fd)
+
+
+@pytest.mark.parametrize("way", ["stop", "umount", "signal"])
+def test_the_owner_reads_no_end_of_file(owner: FakeOwner, way: str) -> None:
+    """libfuse would take it for an error; the owner keeps the core's end open against that."""
+    if way == "stop":
+        owner.call(STOP)
+    elif way == "umount":
+        sh(f"umount {owner.path}")
+    else:
+        owner.process.terminate()
+    assert owner.process.wait(10) == 0
+    time.sleep(0.05)
+    assert not owner.has_read_end
 
 
 def test_umount(owner: FakeOwner) -> None:
