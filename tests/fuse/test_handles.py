@@ -1,6 +1,7 @@
 """Numbers of handles and inodes, and requests that take long."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -27,8 +28,8 @@ class Reader:
 
 
 def reading(inode: int, version: int, *, is_passthrough: bool = False) -> ReadHandle:
-    reader = Reader(version)
-    return ReadHandle(inode, NODE, reader, (version, 0, 0), is_passthrough=is_passthrough)  # type: ignore[arg-type]
+    reader: Any = Reader(version)
+    return ReadHandle(inode, NODE, reader, (version, 0, 0), is_passthrough=is_passthrough)
 
 
 def test_aliases_lead_back_to_their_node() -> None:
