@@ -177,6 +177,8 @@ void control_serve(struct core *core)
     for (;;) {
         int passed = -1;
         int64_t nbytes = sockets_receive(fd, buffers, CONTROL_BYTES_MAX, &passed);
+        if (nbytes == -EINTR)
+            continue;
         if (nbytes <= 0 && nbytes != -EMSGSIZE)
             break;
         size_t given = nbytes > 0 ? (size_t)nbytes : 0;

@@ -91,6 +91,7 @@ struct core {
     struct counters counters;
     struct reader readers[READERS_MAX];
     atomic_uint reader_count;
+    atomic_int pump_thread_id; /* 0: it runs no more */
     atomic_uint thread_count; /* threads that run, but main */
     pthread_t main_thread;
     atomic_bool is_lost;       /* the owner; for the main thread */

@@ -209,8 +209,8 @@ void link_end(struct link *link)
 {
     pthread_mutex_lock(&link->lock);
     link->is_ending = true;
-    /* The owner's libfuse would complain of an end of file. */
-    (void)shutdown(link->requests, SHUT_RD);
+    /* Not the requests: the owner's libfuse would complain of an end of file, or when it answers
+     * late. The thread that receives there is taken out by a signal. */
     (void)shutdown(link->control, SHUT_RDWR);
     pthread_cond_broadcast(&link->wake);
     pthread_mutex_unlock(&link->lock);

@@ -85,7 +85,11 @@ static int mount_by_helper(const char *path, const struct options *options)
     int fd = -1;
     char byte;
     if (pid > 0) {
-        if (sockets_receive(ends[1], &byte, sizeof byte, &fd) <= 0)
+        int64_t received;
+        do
+            received = sockets_receive(ends[1], &byte, sizeof byte, &fd);
+        while (received == -EINTR);
+        if (received <= 0)
             fd = -1;
         /* It may stay to unmount on our end (auto_unmount) only if asked to, which we do not. */
         if (!wait_helper(pid) && fd >= 0) {

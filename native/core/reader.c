@@ -109,14 +109,18 @@ int reader_start(struct core *core)
     return status;
 }
 
+static void kick(int thread_id)
+{
+    if (thread_id != 0)
+        (void)syscall(SYS_tgkill, (int)getpid(), thread_id, SIGUSR2);
+}
+
 void reader_kick_all(struct core *core)
 {
+    kick(atomic_load(&core->pump_thread_id));
     unsigned readers = atomic_load(&core->reader_count);
-    for (unsigned i = 0; i < readers; i++) {
-        int thread_id = atomic_load(&core->readers[i].thread_id);
-        if (thread_id != 0)
-            (void)syscall(SYS_tgkill, (int)getpid(), thread_id, SIGUSR2);
-    }
+    for (unsigned i = 0; i < readers; i++)
+        kick(atomic_load(&core->readers[i].thread_id));
 }
 
 void reader_begin_job(struct reader *reader, const struct fuse_in_header *header, uint64_t nbytes)

@@ -8,7 +8,7 @@
 /* Start one more; -ENFILE when there are READERS_MAX. */
 int reader_start(struct core *core);
 
-/* Take readers out of a blocked read, at the end. */
+/* Take readers and the pump out of a blocked read, at the end. */
 void reader_kick_all(struct core *core);
 
 /* Give a reader its buffers, without a thread; 0 or -errno. */

@@ -74,12 +74,9 @@ int64_t sockets_receive(int fd, void *buffer, size_t room, int *passed)
     _Alignas(struct cmsghdr) char space[CMSG_SPACE(DESCRIPTORS_MAX * sizeof(int))];
     struct iovec part = {.iov_base = buffer, .iov_len = room};
     struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
-    ssize_t received;
-    do {
-        message.msg_control = space;
-        message.msg_controllen = sizeof space;
-        received = recvmsg(fd, &message, MSG_CMSG_CLOEXEC);
-    } while (received < 0 && errno == EINTR);
+    message.msg_control = space;
+    message.msg_controllen = sizeof space;
+    ssize_t received = recvmsg(fd, &message, MSG_CMSG_CLOEXEC);
     if (received < 0)
         return -errno;
     *passed = keep_first(&message);

@@ -15,7 +15,8 @@ size_t sockets_message_max(int fd);
 int sockets_send_nowait(int fd, const void *message, size_t nbytes);
 
 /* Receive one message, waiting for it, with at most one descriptor (*passed, else -1); more are
- * closed. Returns its size, 0 at the peer's end, or -errno (-EMSGSIZE if it did not fit). */
+ * closed. Returns its size, 0 at the peer's end, or -errno (-EMSGSIZE if it did not fit,
+ * -EINTR after a signal). */
 int64_t sockets_receive(int fd, void *buffer, size_t room, int *passed);
 
 #endif

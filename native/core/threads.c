@@ -29,6 +29,21 @@ static void *run_notifier(void *argument)
     return NULL;
 }
 
+/* Take messages of one owner until it goes, or the core ends. */
+static void pump(struct core *core, uint8_t *message, size_t room)
+{
+    while (!atomic_load(&core->is_ending)) {
+        int passed = -1;
+        int64_t nbytes = sockets_receive(core->link.requests, message, room, &passed);
+        if (passed >= 0)
+            (void)close(passed);
+        if (nbytes > 0)
+            replies_handle(core, message, (size_t)nbytes);
+        else if (nbytes != -EMSGSIZE && nbytes != -EINTR)
+            return;
+    }
+}
+
 static void *run_pump(void *argument)
 {
     struct core *core = argument;
@@ -37,18 +52,12 @@ static void *run_pump(void *argument)
     unsigned generation = 0;
     if (message == NULL)
         log_line("out of memory: %zu bytes for replies", room);
+    atomic_store(&core->pump_thread_id, (int)gettid());
     while (message != NULL && link_wait_owner(&core->link, &generation)) {
-        int passed = -1;
-        int64_t nbytes;
-        while ((nbytes = sockets_receive(core->link.requests, message, room, &passed)) > 0 ||
-               nbytes == -EMSGSIZE) {
-            if (passed >= 0)
-                (void)close(passed);
-            if (nbytes > 0)
-                replies_handle(core, message, (size_t)nbytes);
-        }
+        pump(core, message, room);
         link_lost(&core->link, generation);
     }
+    atomic_store(&core->pump_thread_id, 0);
     free(message);
     core_end_thread(core);
     return NULL;

@@ -188,6 +188,7 @@ def test_the_owner_reads_no_end_of_file(owner: FakeOwner, way: str) -> None:
     assert owner.process.wait(10) == 0
     time.sleep(0.05)
     assert not owner.has_read_end
+    owner.reply(12345)  # late answers find no broken pipe either
 
 
 def test_umount(owner: FakeOwner) -> None:
