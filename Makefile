@@ -23,7 +23,8 @@ SEED ?= 1
 WERROR ?= OFF
 PYTEST_ARGS ?=
 
-NATIVE := $(wildcard native/*.c native/*.h native/vendor/*/*.h) native/CMakeLists.txt
+NATIVE := native/CMakeLists.txt \
+	$(wildcard native/*.c native/*.h native/core/*.[ch] native/vendor/*/*.h)
 export PYTHON TORCH_INDEX
 
 .PHONY: help

@@ -3,11 +3,16 @@
 #
 #   native/run_sanitized.sh asan [pytest arguments]   ASan + UBSan under tests/native
 #   native/run_sanitized.sh tsan [changes]            TSan under native/tests/index_stress.c
+#   native/run_sanitized.sh core-asan [pytest arguments]   kvfs-core under tests/core
+#   native/run_sanitized.sh core-tsan [pytest arguments]
+#   native/run_sanitized.sh fuzz [seed [seconds]]     ASan + UBSan under arbitrary messages
 #
 # Builds into build/asan or build/tsan and touches no installed module.
 set -eu
 cd "$(dirname "$0")/.."
-mode=${1:-asan}
+what=${1:-asan}
+mode=${what#core-}
+[ "$what" = fuzz ] && mode=asan
 [ $# -gt 0 ] && shift
 python=${PYTHON:-$PWD/.venv/bin/python}
 cmake=$(command -v "$(dirname "$python")/cmake" || command -v cmake)
@@ -17,7 +22,39 @@ configure() {
         -DPython_EXECUTABLE="$python" >/dev/null
 }
 
-case $mode in
+# Run the tests of the core against the build in build/$mode.
+test_core() {
+    program="$PWD/build/$mode/kvfs-core"
+    if [ "$mode" = tsan ]; then # see below
+        printf '#!/bin/sh\nexec setarch %s -R %s "$@"\n' "$(uname -m)" "$program" >"$program.sh"
+        chmod +x "$program.sh"
+        program="$program.sh"
+    fi
+    KVFS_CORE=$program exec "$python" -m pytest tests/core -p no:cacheprovider -q "$@"
+}
+
+case $what in
+fuzz)
+    configure "address;undefined"
+    "$cmake" --build "build/$mode" --target kvfs-core-fuzz >/dev/null
+    # The guard handles SIGBUS itself.
+    export ASAN_OPTIONS=handle_sigbus=0:detect_stack_use_after_return=1
+    export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+    exec "build/$mode/kvfs-core-fuzz" "$@"
+    ;;
+core-asan)
+    configure "address;undefined"
+    "$cmake" --build "build/$mode" --target kvfs-core
+    export ASAN_OPTIONS=handle_sigbus=0:detect_stack_use_after_return=1
+    export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+    test_core "$@"
+    ;;
+core-tsan)
+    configure thread
+    "$cmake" --build "build/$mode" --target kvfs-core
+    export TSAN_OPTIONS=second_deadlock_stack=1
+    test_core "$@"
+    ;;
 asan)
     configure "address;undefined"
     "$cmake" --build "build/$mode" --target _native
@@ -46,7 +83,7 @@ tsan)
     exec setarch "$(uname -m)" -R "build/$mode/index_stress" "${1:-200000}"
     ;;
 *)
-    echo "usage: $0 asan|tsan [arguments]" >&2
+    echo "usage: $0 asan|tsan|core-asan|core-tsan|fuzz [arguments]" >&2
     exit 2
     ;;
 esac

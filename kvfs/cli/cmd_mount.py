@@ -8,24 +8,17 @@ Layer: L5.
 """
 
 import argparse
-import fcntl
-import os
-import signal
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from kvfs.cli.console import Console
 from kvfs.cli.daemon import Ready, end_on_sigterm, log_to, run_in_background
+from kvfs.cli.respawn import Plan, owned, wait_closed
 from kvfs.cli.runner import Parser, exit_codes, set_up_logging
 from kvfs.config import PoolOptions
 from kvfs.control_client import owners
-from kvfs.errors import BusyError, UsageError
+from kvfs.errors import UsageError
 
-if TYPE_CHECKING:
-    from kvfs.pool import Pool
-
-LOCK_NAME: Final = "lock"
 _DEFAULTS: Final = PoolOptions()
 
 
@@ -33,7 +26,7 @@ def add_mount(parser: Parser) -> None:
     """Define `kvfs mount`."""
     parser.description = (
         "Open a pool and show its contexts as files below DIR. Returns when the mount is ready; "
-        "the daemon stays the pool's owner until 'kvfs umount DIR'."
+        "the daemon stays the pool's owner until 'kvfs umount DIR'. A daemon that dies is replaced."
     )
     parser.epilog = exit_codes(2, 10, 11, 13, 14, 15, 16)
     parser.add_argument("pool", metavar="POOL", help="directory of the pool")
@@ -63,6 +56,14 @@ def add_mount(parser: Parser) -> None:
         help="do not verify a block's checksum at its first read",
     )  # fmt: skip
     parser.add_argument(
+        "--no-passthrough", action="store_true",
+        help="do not let the kernel read whole files itself",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-core", action="store_true",
+        help="answer every request in Python, without kvfs-core in front",
+    )  # fmt: skip
+    parser.add_argument(
         "--log", metavar="FILE", default="", help="log file (default: the system's log)"
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="log more")
@@ -70,13 +71,20 @@ def add_mount(parser: Parser) -> None:
 
 def run_mount(arguments: argparse.Namespace, console: Console) -> int:
     """Mount."""
-    pool_path = Path(arguments.pool).absolute()
-    directory = Path(arguments.directory).absolute()
-    log = str(Path(arguments.log).absolute()) if arguments.log else ""
-    options = PoolOptions(
-        async_delay_ms=arguments.async_delay,
-        pinned_share=arguments.pinned_share,
-        verify_reads=not arguments.no_verify_reads,
+    plan = Plan(
+        pool=str(Path(arguments.pool).absolute()),
+        directory=str(Path(arguments.directory).absolute()),
+        log=str(Path(arguments.log).absolute()) if arguments.log else "",
+        is_verbose=arguments.verbose,
+        allow_moved=arguments.allow_moved,
+        pool_options=PoolOptions(
+            async_delay_ms=arguments.async_delay,
+            pinned_share=arguments.pinned_share,
+            verify_reads=not arguments.no_verify_reads,
+        ),
+        allow_other=arguments.allow_other,
+        core=not arguments.no_core,
+        passthrough=not arguments.no_passthrough,
     )
 
     def serve(ready: Ready) -> int:
@@ -84,33 +92,27 @@ def run_mount(arguments: argparse.Namespace, console: Console) -> int:
         if arguments.foreground:
             set_up_logging(is_verbose=arguments.verbose)
         else:
-            log_to(log, is_verbose=arguments.verbose)
-        return _serve(pool_path, directory, options, arguments, ready)
+            log_to(plan.log, is_verbose=arguments.verbose)
+        return _serve(plan, arguments, ready)
 
     if arguments.foreground:
-        return serve(lambda: console.say(f"mounted {pool_path} on {directory}"))
+        return serve(lambda: console.say(f"mounted {plan.pool} on {plan.directory}"))
     code = run_in_background(serve)
-    console.say(f"mounted {pool_path} on {directory}")
+    console.say(f"mounted {plan.pool} on {plan.directory}")
     return code
 
 
-def _serve(
-    pool_path: Path, directory: Path, options: PoolOptions, arguments: argparse.Namespace,
-    ready: Ready,
-) -> int:  # fmt: skip
+def _serve(plan: Plan, arguments: argparse.Namespace, ready: Ready) -> int:
     """Own the pool until it is unmounted."""
-    from kvfs.control import ControlServer
-    from kvfs.fuse.mount import MountOptions, mount
-    from kvfs.lifecycle import open_pool
+    from kvfs.fuse.mount import mount
 
-    pool: Pool = open_pool(pool_path, options=options, allow_moved=arguments.allow_moved)
-    with pool, ControlServer(pool, mount=str(directory)):
+    with owned(plan) as pool:
         mount(
             pool,
-            directory,
+            plan.directory,
             foreground=arguments.foreground,
-            options=MountOptions(
-                allow_other=arguments.allow_other, allow_nonempty=arguments.allow_nonempty
+            options=plan.mount_options(
+                allow_nonempty=arguments.allow_nonempty, is_daemon=not arguments.foreground
             ),
             on_ready=ready,
         )
@@ -155,32 +157,3 @@ def _pool_at(directory: Path) -> Path | None:
         if entry.mount and Path(entry.mount) in (directory, real):
             return Path(entry.pool)
     return None
-
-
-def wait_closed(pool_path: Path, timeout_s: float) -> None:
-    """Wait until nobody owns the pool.
-
-    Raises:
-        BusyError: Somebody still does after `timeout_s`.
-    """
-
-    def give_up(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        raise TimeoutError
-
-    try:
-        fd = os.open(pool_path / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
-    previous = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, timeout_s)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH)
-    except TimeoutError:
-        raise BusyError(
-            f"unmounted, but the owner has not closed the pool after {timeout_s:g} s: {pool_path}"
-        ) from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-        os.close(fd)

@@ -73,6 +73,8 @@ class CatalogDatabase:
         self._on_commit = on_commit
         self._on_sync = on_sync
         self.on_checkpoint_due: Hook | None = None  # called by writers, who wait for it
+        # Called in a transaction before a directory (by node id) gets a name that it may lack.
+        self.on_name: Callable[[int, bytes], None] | None = None
         self._write_lock = threading.RLock()
         self._lock = threading.RLock()
         self._sync_lock = threading.Lock()

@@ -7,6 +7,7 @@ Layer: L2.
 """
 
 import sqlite3
+from collections.abc import Iterator
 from dataclasses import replace as with_changes
 from typing import Final
 
@@ -29,6 +30,7 @@ from kvfs.engine.catalog_schema import (
 from kvfs.errors import ExistsError, NotFoundError
 
 CHILDREN_LIMIT: Final = 1000
+NAMES_BATCH: Final = 4096
 _SELECT: Final = f"SELECT {NODE_COLUMNS} FROM nodes "
 
 
@@ -65,6 +67,23 @@ class CatalogNodes(CatalogDatabase):
             (parent_id, raw, limit),
         )
         return [node_from_row(row) for row in rows]
+
+    def iter_names(self, batch: int = NAMES_BATCH) -> Iterator[list[tuple[int, bytes]]]:
+        """Yield every name with its directory's node id, many in each list.
+
+        Holds no lock in between: a name that is made, given or removed meanwhile may be missing.
+        """
+        last = 0
+        while True:
+            rows = self._read(
+                "SELECT parent_id, name, node_id FROM nodes WHERE node_id > ? "
+                "ORDER BY node_id LIMIT ?",
+                (last, batch),
+            )
+            if not rows:
+                return
+            last = rows[-1][2]
+            yield [(parent_id, name) for parent_id, name, _ in rows]
 
     def count_children(self, node_id: int) -> int:
         """Return how many names a directory holds."""
@@ -133,7 +152,9 @@ class CatalogNodes(CatalogDatabase):
         namespace_id: int, mode: int, uid: int, gid: int, now_ns: int,
     ) -> Node:  # fmt: skip
         """Write a new, empty node. REQUIRES: a transaction."""
-        encode_name(name, parent.node_id)
+        raw = encode_name(name, parent.node_id)
+        if self.on_name is not None:
+            self.on_name(parent.node_id, raw)
         node = Node(
             node_id=self._new_node_id(), parent_id=parent.node_id, namespace_id=namespace_id,
             name=name, kind=kind, origin=origin, state=state, mode=mode & 0o7777, uid=uid, gid=gid,

@@ -179,6 +179,8 @@ class CatalogTree(CatalogNodes):
             if victim is not None:
                 self._check_victim(node, victim, replace)
                 self._delete(victim)
+            if self.on_name is not None:
+                self.on_name(new_parent_id, raw)
             self._write(
                 "UPDATE nodes SET parent_id = ?, name = ?, ctime_ns = ? WHERE node_id = ?",
                 (new_parent_id, raw, now_ns, node_id),

@@ -169,6 +169,12 @@ class Evictor:
         held = HeldKeys(self._state)
         try:
             freed = self._round(device, wanted, held)
+            if not freed and self._state.on_pressure is not None:
+                before = device.device.used_bytes
+                self._state.on_pressure()
+                if self._free_stuck(device) or device.device.used_bytes < before:
+                    return True  # what was empty, or about to go, is gone
+                freed = self._round(device, wanted, held)
             if not freed and self._close_idle_log(device):
                 self._flush()
                 freed = self._round(device, wanted, held)

@@ -79,6 +79,13 @@ class Reader:
             self._verify_held(lease, namespace_id, keys)
         return lease
 
+    def hold(self, segment: SegmentState) -> Lease:
+        """Hold one segment until `release`. The caller holds it already, by another lease."""
+        with self._state.lock:
+            assert segment.leases > 0, "an unheld segment may be gone"
+            segment.leases += 1
+        return Lease(np.zeros(0, RECORD), [segment])
+
     def release(self, lease: Lease) -> None:
         """Let go of a lease; idempotent."""
         with self._state.lock:

@@ -11,7 +11,7 @@ Layer: L3.
 import dataclasses
 import threading
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import numpy as np
@@ -71,6 +71,9 @@ class EngineState:
     _by_index: dict[int, DeviceState] = dataclasses.field(init=False)
     activity: Activity = dataclasses.field(init=False)
     unpinned: list[KeyArray] | None = None  # during a round of eviction: what it must still hold
+    on_pressure: Callable[[], None] | None = None
+    """Called by eviction, without the engine's lock, when leases may be what keeps it from freeing:
+    gives back leases that can be taken again later."""
 
     def device(self, index: int) -> DeviceState:
         """Return the device with this number."""

@@ -25,7 +25,7 @@ from kvfs.engine.index import RecordArray
 from kvfs.engine.log import Batch
 from kvfs.engine.reader import Lease, Mask, Reader
 from kvfs.engine.recovery import RecoveryReport, load_devices
-from kvfs.engine.segment_table import SegmentStatus
+from kvfs.engine.segment_table import SegmentState, SegmentStatus
 from kvfs.engine.state import EngineState
 from kvfs.engine.writer import Durability, PutResult, Writer
 from kvfs.errors import BusyError, DeviceError, NoSpaceError, UnavailableError, UsageError
@@ -160,6 +160,10 @@ class Store:
         """Copy parts of leased, verified blocks; see Reader.read_ranges."""
         with self.state.activity.during():
             return self.reader.read_ranges(lease, positions, offsets, lengths, addresses)
+
+    def hold(self, segment: SegmentState) -> Lease:
+        """Hold a segment that a lease of the caller's holds, for longer than that lease."""
+        return self.reader.hold(segment)
 
     def release(self, lease: Lease) -> None:
         """End a lease; idempotent."""

@@ -1,4 +1,4 @@
-"""The mount: a pool's tree through FUSE, by pyfuse3 and trio.
+"""The mount: a pool's tree through FUSE, by kvfs-core, pyfuse3 and trio.
 
 Layer: L5.
 
@@ -6,8 +6,13 @@ Layer: L5.
     mountpoint.py   what the kernel says of mountpoints: checks, stale mounts, read-ahead
     operations.py   request handlers of names and attributes: thin, they call kvfs.tree
     file_operations.py  request handlers of open files: thin, they call kvfs.files
+    opening.py      opens: which lane, and what goes together in the kernel
+    lanes.py        what kvfs-core is given, so that reads need not come here
+    core.py         kvfs-core: started, watched, ended
+    core_client.py  its control messages
+    name_filter.py  names that may exist, so that it can deny the others
     requests.py     deadline, errors to errno, counts
-    handles.py      open files and directories, lookup counts
+    handles.py      open files and directories, inode numbers, lookup counts
     attributes.py   nodes to stat
     xattrs.py       user.kvfs.*
     status.py       /.kvfs/

@@ -6,34 +6,62 @@ Layer: L5.
 - An inode whose name is gone lives on in its handles: getattr finds it here.
 - Two handles of one inode with different content must not share the kernel's page cache: the later
   one is opened past it (`must_bypass_cache`).
+- While the kernel reads an inode's file itself (passthrough), every handle of the inode must be
+  opened so, and on the same file. A handle that must not be gets another inode number: the node's
+  id with a small number above it, so that each leads back to its node.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 from kvfs.engine.catalog_schema import Node
+from kvfs.errors import BusyError, UnavailableError
 from kvfs.file_reading import FileReader
 from kvfs.files import WriteHandle
 
 Identity = tuple[int, int, int]
 """Version, size and mtime: what tells contents of one inode apart."""
 
+_VERSION_SHIFT: Final = 48  # handle numbers: the low bits of the content's version above a count
+_ALIAS_SHIFT: Final = 56  # node ids stay below 2**53
+_ALIASES: Final = 31  # virtual inodes begin at 2**62
+_ALIASED_MAX: Final = 1 << 16
+
+
+def node_of(inode: int) -> int:
+    """Return the node that an inode number means."""
+    return inode & ((1 << _ALIAS_SHIFT) - 1)
+
+
+def is_version(number: int, version: int) -> bool:
+    """Say whether a reader's handle number was given to content of this version."""
+    return number >> _VERSION_SHIFT == version & 0xFFFF
+
 
 @dataclass(slots=True, eq=False)
 class ReadHandle:
-    """A file open for reading."""
+    """A file open for reading.
 
+    Attributes:
+        is_direct: Opened past the kernel's page cache.
+        is_passthrough: The kernel reads the file itself, or is about to.
+        read_count: Reads that came to this side.
+    """
+
+    inode: int
     node: Node
     reader: FileReader
     identity: Identity
-    is_direct: bool
-    """Opened past the kernel's page cache."""
+    is_direct: bool = False
+    is_passthrough: bool = False
+    read_count: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class WritingHandle:
     """A file open for writing."""
 
+    inode: int
     node: Node
     file: WriteHandle
 
@@ -60,57 +88,94 @@ class DirectoryHandle:
     names: list[str] = field(default_factory=list)
 
 
-Handle = ReadHandle | WritingHandle | StaticHandle | DirectoryHandle
+@dataclass(slots=True, eq=False)
+class FormerHandle:
+    """A file that was opened by an owner which died; the kernel has it open still."""
+
+    inode: int
+    is_writing: bool
+    is_passthrough: bool
+
+
+Handle = ReadHandle | WritingHandle | StaticHandle | DirectoryHandle | FormerHandle
+_OfInode = ReadHandle | WritingHandle | FormerHandle
 
 
 class Handles:
     """All open handles by number."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_number: int = 0) -> None:
+        """Give out numbers above the first, which must be above those of an owner that died."""
         self._by_number: dict[int, Handle] = {}
-        self._by_inode: dict[int, list[ReadHandle | WritingHandle]] = {}
-        self._last_number = 0
+        self._by_inode: dict[int, list[_OfInode]] = {}
+        self._last_number = first_number
 
     def __len__(self) -> int:
         return len(self._by_number)
 
-    def __iter__(self) -> Iterator[Handle]:
-        return iter(list(self._by_number.values()))
+    def items(self) -> list[tuple[int, Handle]]:
+        """Return all handles with their numbers, as of now."""
+        return list(self._by_number.items())
+
+    def values(self) -> list[Handle]:
+        """Return all handles, as of now."""
+        return list(self._by_number.values())
 
     def add(self, handle: Handle) -> int:
         """Give a handle a number."""
-        self._last_number += 1
-        self._by_number[self._last_number] = handle
-        if isinstance(handle, (ReadHandle, WritingHandle)):
-            self._by_inode.setdefault(handle.node.node_id, []).append(handle)
-        return self._last_number
+        self._last_number = (self._last_number + 1) & ((1 << _VERSION_SHIFT) - 1)
+        number = self._last_number
+        if isinstance(handle, ReadHandle):
+            number |= (handle.reader.version & 0xFFFF) << _VERSION_SHIFT
+        self.put(number, handle)
+        return number
+
+    def put(self, number: int, handle: Handle) -> None:
+        """Let a number mean this handle from now on."""
+        if number in self._by_number:
+            self.pop(number)
+        self._by_number[number] = handle
+        if isinstance(handle, _OfInode):
+            self._by_inode.setdefault(handle.inode, []).append(handle)
 
     def __getitem__(self, number: int) -> Handle:
-        return self._by_number[number]
+        """Return a handle.
+
+        Raises:
+            UnavailableError: It was opened by an owner that died, and cannot go on.
+        """
+        try:
+            return self._by_number[number]
+        except KeyError:
+            raise UnavailableError(f"handle of a former owner: {number}; open it again") from None
 
     def directory(self, number: int) -> DirectoryHandle:
         """Return the handle of an open directory."""
-        handle = self._by_number[number]
+        handle = self[number]
         assert isinstance(handle, DirectoryHandle)
         return handle
 
-    def pop(self, number: int) -> Handle:
-        """Forget a handle and return it."""
-        handle = self._by_number.pop(number)
-        if isinstance(handle, (ReadHandle, WritingHandle)):
-            others = self._by_inode[handle.node.node_id]
+    def pop(self, number: int) -> Handle | None:
+        """Forget a handle and return it; None if a former owner gave it out."""
+        handle = self._by_number.pop(number, None)
+        if isinstance(handle, _OfInode):
+            others = self._by_inode[handle.inode]
             others.remove(handle)
             if not others:
-                del self._by_inode[handle.node.node_id]
+                del self._by_inode[handle.inode]
         return handle
 
-    def of_inode(self, inode: int) -> list[ReadHandle | WritingHandle]:
+    def of_inode(self, inode: int) -> list[_OfInode]:
         """Return the handles of a file, oldest first."""
         return self._by_inode.get(inode, [])
 
-    def drain(self) -> list[Handle]:
-        """Forget all handles and return them."""
-        handles = list(self._by_number.values())
+    def opened(self, inode: int) -> list[ReadHandle | WritingHandle]:
+        """Return the handles of a file that were opened here, oldest first."""
+        return [h for h in self.of_inode(inode) if not isinstance(h, FormerHandle)]
+
+    def drain(self) -> list[tuple[int, Handle]]:
+        """Forget all handles and return them with their numbers."""
+        handles = self.items()
         self._by_number.clear()
         self._by_inode.clear()
         return handles
@@ -118,23 +183,63 @@ class Handles:
     def must_bypass_cache(self, inode: int, identity: Identity | None) -> bool:
         """Say whether a handle with this content (None: a writer's) needs its own view of bytes."""
         return any(
-            isinstance(other, WritingHandle) or other.identity != identity
+            not isinstance(other, ReadHandle) or other.identity != identity
+            for other in self.of_inode(inode)
+        )
+
+    def is_passthrough(self, inode: int) -> bool:
+        """Say whether the kernel reads an inode's file itself."""
+        return any(
+            not isinstance(other, WritingHandle) and other.is_passthrough
+            for other in self.of_inode(inode)
+        )
+
+    def may_pass_through(self, inode: int, identity: Identity) -> bool:
+        """Say whether a handle may be opened for passthrough: alone, or with its like."""
+        return all(
+            isinstance(other, ReadHandle) and other.is_passthrough and other.identity == identity
             for other in self.of_inode(inode)
         )
 
 
 class Inodes:
-    """What the kernel knows: lookup counts, and which content its page cache holds."""
+    """What the kernel knows: numbers of nodes, lookup counts, what its page cache holds."""
 
     def __init__(self) -> None:
         self._counts: dict[int, int] = {}
         self._cached: dict[int, Identity] = {}
+        self._aliases: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._counts)
 
     def __contains__(self, inode: int) -> bool:
         return inode in self._counts
+
+    def current(self, node_id: int) -> int:
+        """Return the inode number by which a node is found now."""
+        return self._aliases.get(node_id, node_id)
+
+    def renumber(self, node_id: int) -> None:
+        """Let a node be found by its next number that the kernel does not know.
+
+        It stays so when the kernel forgets that number, as it does at once when it finds that it is
+        another; the oldest of many give way.
+
+        Raises:
+            BusyError: It knows them all, or has been asked for them all.
+        """
+        first = self.current(node_id) >> _ALIAS_SHIFT
+        for number in range(first + 1, _ALIASES + 1):
+            inode = (number << _ALIAS_SHIFT) | node_id
+            if inode not in self._counts:
+                self._aliases.pop(node_id, None)
+                if len(self._aliases) >= _ALIASED_MAX:
+                    del self._aliases[next(iter(self._aliases))]
+                self._aliases[node_id] = inode
+                return
+        self._aliases.pop(node_id, None)  # perhaps the first are free again
+        raise BusyError(f"file was rewritten {_ALIASES} times while open; close it: {node_id}")
 
     def add(self, inode: int) -> None:
         """Count one lookup that was answered."""

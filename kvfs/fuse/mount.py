@@ -2,12 +2,16 @@
 
 Layer: L5.
 
-- The order of a mount: checks, mount, the kernel's INIT answered, read-ahead raised, READY last.
+- The order of a mount: checks, mount (by kvfs-core, or without one by pyfuse3), the kernel's INIT
+  answered, read-ahead raised, READY last.
 - The order of an unmount: leave the tree while requests are still answered; if files are open,
   stop answering and detach; then close what is open. The pool stays open: it is the caller's.
+- The core ends when the mount does. If it ends before, the mount is dead: it is taken away, and the
+  session fails.
 - pyfuse3 keeps its session in globals: one mount per process at a time.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -21,17 +25,23 @@ from typing import Final, Self
 import pyfuse3
 import trio
 
+from kvfs.engine.catalog_schema import STATUS_NAME
 from kvfs.errors import BusyError, KvfsError, UnavailableError, UsageError
 from kvfs.fuse import mountpoint as mountpoints
 from kvfs.fuse.attributes import Timeouts
+from kvfs.fuse.core import Core, find
 from kvfs.fuse.mountpoint import unmount
+from kvfs.fuse.name_filter import TIMEOUT_MS, NameFilter
 from kvfs.fuse.operations import KvfsOperations
 from kvfs.pool import Pool
 
-__all__ = ["Mount", "MountOptions", "mount", "mount_in_background", "unmount"]
+__all__ = [
+    "Mount", "MountOptions", "mount", "mount_in_background", "serve_inherited", "unmount",
+]  # fmt: skip
 
 _STOP_TIMEOUT_S: Final = 30.0
 _SWEEP_S: Final = 1.0
+_NOBODY: Final = ("No such file or directory", "Broken pipe")
 _one_mount: Final = threading.Lock()
 _log = logging.getLogger("kvfs.fuse")
 
@@ -50,6 +60,11 @@ class MountOptions:
         read_ahead_kb: How far the kernel reads ahead, where it lets us say; 0 leaves it.
         threads: Requests that may wait for blocks at the same time.
         requests: Requests taken from the kernel at the same time.
+        core: Put kvfs-core in front, which answers most reads itself. Without it, or where it
+            cannot run, every request is answered by this process.
+        passthrough: Let the kernel read whole files itself, where it can.
+        respawn: Command that the core starts when this process dies, to serve the mount on; see
+            `serve_inherited`. Without one the mount ends with this process.
     """
 
     allow_other: bool = False
@@ -59,6 +74,9 @@ class MountOptions:
     read_ahead_kb: int = 8192
     threads: int = 32
     requests: int = 64
+    core: bool = True
+    passthrough: bool = True
+    respawn: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0.01 <= self.deadline_s <= 3600:
@@ -94,6 +112,17 @@ def mount(
         signals.add(signal.SIGHUP)
     session = _Session(pool, Path(mountpoint), options or MountOptions(), on_ready)
     session.run(signals)
+
+
+def serve_inherited(pool: Pool, options: MountOptions) -> None:
+    """Serve a mount whose owner died; for a process that its core started. Blocks, as `mount`.
+
+    Raises:
+        UnavailableError: No core started this process, or it has ended.
+    """
+    core = Core.inherited(pool.clock)
+    session = _Session(pool, core.mountpoint, options, None, core)
+    session.run({signal.SIGTERM, signal.SIGINT})
 
 
 class Mount:
@@ -172,19 +201,24 @@ def mount_in_background(
 
 
 class _Session:
-    """One mount, from its checks to its end."""
+    """One mount, from its checks to its end. `core`: of a mount that is there already."""
 
     def __init__(
         self, pool: Pool, path: Path, options: MountOptions,
-        on_ready: Callable[[], None] | None,
+        on_ready: Callable[[], None] | None, core: Core | None = None,
     ) -> None:  # fmt: skip
-        self.mountpoint = mountpoints.prepare(path, allow_nonempty=options.allow_nonempty)
+        self.mountpoint = path
+        if core is None:
+            self.mountpoint = mountpoints.prepare(path, allow_nonempty=options.allow_nonempty)
         self.on_ready = on_ready
         self._pool = pool
         self._options = options
-        self._operations: KvfsOperations | None = None
+        self._core = core
+        self._is_inherited = core is not None
         self._token: trio.lowlevel.TrioToken | None = None
         self._stop = trio.Event()
+        self._is_initialized = False
+        self._is_serving = False
 
     def run(self, signals: set[signal.Signals]) -> None:
         """Mount, serve, unmount."""
@@ -200,43 +234,113 @@ class _Session:
 
     def request_stop(self) -> None:
         """Let the mount end. Any thread; nothing if it has ended."""
+        self._soon(self._stop.set)
+
+    def _soon(self, function: Callable[[], None]) -> None:
         if self._token is not None:
-            try:
-                self._token.run_sync_soon(self._stop.set)
-            except trio.RunFinishedError:
-                return
+            with contextlib.suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(function)
 
     async def _main(self, signals: set[signal.Signals]) -> None:
         self._token = trio.lowlevel.current_trio_token()
-        options = self._options
+        if not self._is_inherited:
+            self._core = self._start_core()
+        options, core = self._options, self._core
         operations = KvfsOperations(
             self._pool,
             deadline_s=options.deadline_s,
             threads=options.threads,
             timeouts=options.timeouts,
+            core=core,
         )
-        flags = {"default_permissions", "fsname=kvfs", "subtype=kvfs", "nosuid", "nodev"}
-        if options.allow_other:
-            flags.add("allow_other")
         try:
-            pyfuse3.init(operations, str(self.mountpoint), flags)
+            self._init(operations)
+            if core is not None:
+                self._set_up(core, operations)
+            self._is_serving = True
+            await self._serve(operations, signals)
+        finally:
+            self._is_serving = False
+            self._end(operations)
+        if core is not None and self._was_lost(core):
+            raise UnavailableError(f"kvfs-core has died; mount taken away: {self.mountpoint}")
+
+    def _start_core(self) -> Core | None:
+        """Start the core; None, said once, if it is not wanted or not there."""
+        options = self._options
+        if not options.core:
+            return None
+        flags = [*_flags(options), f"deadline_ms={int(options.deadline_s * 1000)}"]
+        if not options.passthrough:
+            flags.append("no_passthrough")
+        try:
+            find()
+        except UnavailableError as error:
+            _log.warning("mounted without kvfs-core, reads are slower: %s", error)
+            return None
+        core = Core.start(self.mountpoint, flags, self._pool.clock, respawn=options.respawn)
+        if options.passthrough and not core.hello.has_passthrough:
+            _log.info("no passthrough: it needs root and Linux 6.9; kvfs-core reads instead")
+        return core
+
+    def _init(self, operations: KvfsOperations) -> None:
+        target = str(self.mountpoint)
+        if self._core is not None:
+            target = f"/dev/fd/{self._core.requests_fd}"
+        try:
+            pyfuse3.init(operations, target, set(_flags(self._options)))
         except RuntimeError as error:
             raise UnavailableError(
                 f"mount failed: {self.mountpoint}: {error}; the reason is on standard error"
             ) from error
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._announce, operations)
-                nursery.start_soon(self._wait_stop)
-                nursery.start_soon(_sweep, operations)
-                if signals:
-                    nursery.start_soon(self._wait_signal, signals)
-                await pyfuse3.main(min_tasks=1, max_tasks=options.requests)
-                nursery.cancel_scope.cancel()
-        finally:
-            pyfuse3.close(unmount=True)
-            operations.close()
-            _log.info("unmounted: %s", self.mountpoint)
+        self._is_initialized = True
+
+    def _set_up(self, core: Core, operations: KvfsOperations) -> None:
+        """Begin what goes on beside requests when there is a core."""
+        if self._is_inherited:
+            operations.restore(core)
+        operations.names = NameFilter(
+            self._pool.catalog,
+            lambda table: core.client.install_names(table.fd, table.nbytes, TIMEOUT_MS),
+            also=[(pyfuse3.ROOT_INODE, STATUS_NAME.encode())],
+            seed=self._pool.clock.wall_ns() & 0xFFFF_FFFF,
+        )
+        core.watch(lambda: self._soon(self._terminate))
+
+    async def _serve(self, operations: KvfsOperations, signals: set[signal.Signals]) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._announce, operations)
+            nursery.start_soon(self._wait_stop)
+            nursery.start_soon(_sweep, operations)
+            if signals:
+                nursery.start_soon(self._wait_signal, signals)
+            await pyfuse3.main(min_tasks=1, max_tasks=self._options.requests)
+            nursery.cancel_scope.cancel()
+
+    def _terminate(self) -> None:
+        if self._is_serving:
+            pyfuse3.terminate()
+
+    def _end(self, operations: KvfsOperations) -> None:
+        """Take the mount away if it is still there, and close everything."""
+        operations.stop_names()
+        if self._core is not None and not self._core.has_ended:
+            self._core.stop()
+        if self._is_initialized:
+            pyfuse3.close(unmount=self._core is None)
+        if self._core is not None:
+            self._core.close()
+        operations.close()
+        _log.info("unmounted: %s", self.mountpoint)
+
+    def _was_lost(self, core: Core) -> bool:
+        """Take away what a core that died has left; return whether it had."""
+        entry = mountpoints.entry_at(self.mountpoint)
+        if entry is None or entry.device != f"0:{core.hello.device_minor}":
+            return False
+        core.abort()
+        mountpoints.detach(self.mountpoint)
+        return True
 
     async def _announce(self, operations: KvfsOperations) -> None:
         await operations.is_initialized.wait()
@@ -265,12 +369,21 @@ class _Session:
             pyfuse3.terminate()
 
 
+def _flags(options: MountOptions) -> list[str]:
+    """Return what the kernel is told of a mount."""
+    flags = ["fsname=kvfs", "subtype=kvfs", "default_permissions", "nosuid", "nodev"]
+    return [*flags, "allow_other"] if options.allow_other else flags
+
+
 def _is_worth_logging(record: logging.LogRecord) -> bool:
     """Leave out replies that found nobody: the caller was killed, or the mount left the tree."""
-    return "fuse_reply_* failed with No such" not in record.getMessage()
+    text = record.getMessage()
+    return "fuse_reply_* failed with" not in text or not text.endswith(_NOBODY)
 
 
 async def _sweep(operations: KvfsOperations) -> None:
     while True:
         await trio.sleep(_SWEEP_S)
         await operations.release_idle()
+        if operations.lanes is not None:
+            await trio.to_thread.run_sync(operations.lanes.sweep)

@@ -58,6 +58,18 @@ def entry_at(path: Path) -> MountEntry | None:
     return found
 
 
+def path_of_device(minor: int) -> Path:
+    """Return where a FUSE filesystem is mounted.
+
+    Raises:
+        NotFoundError: Nowhere any more.
+    """
+    for entry in mount_entries():
+        if entry.device == f"0:{minor}" and entry.filesystem == FILESYSTEM_TYPE:
+            return Path(entry.path)
+    raise NotFoundError(f"not mounted: device 0:{minor}")
+
+
 def prepare(path: Path, *, allow_nonempty: bool) -> Path:
     """Check that a mount can go here, taking away a stale one; return the real path.
 
@@ -143,6 +155,18 @@ def set_read_ahead(path: Path, read_ahead_kb: int) -> bool:
         _log.debug("read-ahead stays as it is: %s", error)
         return False
     return True
+
+
+def mount_fusectl(path: Path) -> None:
+    """Mount the filesystem of FUSE's controls, where connections can be aborted.
+
+    Raises:
+        OSError: It cannot be mounted.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"fusectl", os.fsencode(path), b"fusectl", 0, None):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 # --- internals

@@ -20,12 +20,15 @@ from pyfuse3 import FileHandleT, FileNameT, FUSEError, InodeT, ModeT, XAttrNameT
 from kvfs.engine.catalog_schema import Node, NodeKind
 from kvfs.errors import NotFoundError
 from kvfs.fuse import status
-from kvfs.fuse.attributes import Timeouts, entry_of
+from kvfs.fuse.attributes import Timeouts
+from kvfs.fuse.core import Core
 from kvfs.fuse.file_operations import FileOperations, bytes_of, require_mutable, text_of
-from kvfs.fuse.handles import DirectoryHandle, WritingHandle
+from kvfs.fuse.handles import DirectoryHandle, ReadHandle, WritingHandle, node_of
+from kvfs.fuse.lanes import Lane, Lanes
+from kvfs.fuse.opening import LAZY_BYTES
 from kvfs.fuse.requests import handler
 from kvfs.fuse.status import is_virtual
-from kvfs.fuse.xattrs import PREFIX, Xattrs
+from kvfs.fuse.xattrs import LANE, PREFIX, Xattrs
 from kvfs.pool import Pool
 from kvfs.tree import PAGE_NODES
 
@@ -35,9 +38,12 @@ _Context = pyfuse3.RequestContext
 class KvfsOperations(FileOperations):
     """Answers the kernel's requests for one pool. Lives in one trio loop."""
 
-    def __init__(self, pool: Pool, *, deadline_s: float, threads: int, timeouts: Timeouts) -> None:
+    def __init__(
+        self, pool: Pool, *, deadline_s: float, threads: int, timeouts: Timeouts,
+        core: Core | None = None,
+    ) -> None:  # fmt: skip
         """Serve a pool; see MountOptions."""
-        super().__init__(pool, deadline_s=deadline_s, threads=threads, timeouts=timeouts)
+        super().__init__(pool, deadline_s=deadline_s, threads=threads, timeouts=timeouts, core=core)
         self._xattrs = Xattrs(pool, self._tree)
 
     # --- names
@@ -168,7 +174,7 @@ class KvfsOperations(FileOperations):
                 "mtime_ns": attr.st_mtime_ns if fields.update_mtime else None,
             }
             try:
-                await self._runner.run(lambda: self._tree.set_attributes(inode, **changes))
+                await self._runner.run(lambda: self._tree.set_attributes(node_of(inode), **changes))
             except NotFoundError:
                 self._set_unnamed(inode, changes)
         return await self._attributes(inode)
@@ -207,14 +213,18 @@ class KvfsOperations(FileOperations):
         """Return one of kvfs's own. The kernel asks for others at every write."""
         if not name.startswith(PREFIX) or is_virtual(inode):
             raise FUSEError(errno.ENODATA)
-        return await self._runner.run(lambda: self._xattrs.get(self._tree.node(inode), name))
+        if name == LANE:
+            return (await self._lane(inode)).value.encode()
+        node_id = node_of(inode)
+        return await self._runner.run(lambda: self._xattrs.get(self._tree.node(node_id), name))
 
     @handler
     async def listxattr(self, inode: InodeT, ctx: _Context) -> Sequence[XAttrNameT]:
         """List kvfs's own."""
         if is_virtual(inode):
             return []
-        names = await self._look(lambda: self._xattrs.names(self._pool.catalog.node(inode)))
+        node_id = node_of(inode)
+        names = await self._look(lambda: self._xattrs.names(self._pool.catalog.node(node_id)))
         return [XAttrNameT(name) for name in names]
 
     @handler
@@ -224,14 +234,16 @@ class KvfsOperations(FileOperations):
             raise FUSEError(errno.EROFS)
         if not name.startswith(PREFIX):
             raise FUSEError(errno.ENOTSUP)
-        await self._runner.run(lambda: self._xattrs.set(self._tree.node(inode), name, value))
+        node_id = node_of(inode)
+        await self._runner.run(lambda: self._xattrs.set(self._tree.node(node_id), name, value))
 
     @handler
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: _Context) -> None:
         """Refuse."""
         if is_virtual(inode):
             raise FUSEError(errno.EROFS)
-        await self._look(lambda: self._xattrs.remove(self._pool.catalog.node(inode), name))
+        node_id = node_of(inode)
+        await self._look(lambda: self._xattrs.remove(self._pool.catalog.node(node_id), name))
 
     # --- directories
 
@@ -267,12 +279,12 @@ class KvfsOperations(FileOperations):
         while nodes := await self._look(children, handle.inode, after, PAGE_NODES):
             for node in await self._shown(nodes):
                 handle.names.append(node.name)
-                entry = entry_of(node, self._timeouts)
+                entry = self._entry_of(node)
                 name = FileNameT(bytes_of(node.name))
                 if not pyfuse3.readdir_reply(token, name, entry, len(handle.names)):
                     handle.names.pop()
                     return
-                self._inodes.add(node.node_id)
+                self._inodes.add(entry.st_ino)
             after = nodes[-1].name
 
     @handler
@@ -291,23 +303,54 @@ class KvfsOperations(FileOperations):
         return parent_inode == pyfuse3.ROOT_INODE and text_of(name) == status.NAME
 
     async def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
-        try:
-            return entry_of(await self._node(inode), self._timeouts)
-        except NotFoundError:
-            handles = self._handles.of_inode(inode)
-            if not handles:
-                raise
+        handles = self._handles.opened(inode)
+        node_id = node_of(inode)
+        if not handles or self._inodes.current(node_id) == inode:
+            try:
+                entry = self._entry_of(await self._node(node_id))
+            except NotFoundError:
+                if not handles:
+                    raise
+            else:
+                entry.st_ino = inode
+                return entry
         newest = handles[-1]
-        entry = entry_of(newest.node, self._timeouts, link_count=0)
+        entry = self._entry_of(newest.node, link_count=0)
+        entry.st_ino = inode
         if isinstance(newest, WritingHandle):
             entry.st_size = newest.file.writer.size_bytes
         else:
             entry.st_size = newest.reader.size_bytes
         return entry
 
+    async def _lane(self, inode: int) -> Lane:
+        """Return who answers reads: of the newest open handle, else what an open would get."""
+        for number, handle in reversed(self._handles.items()):
+            if isinstance(handle, ReadHandle) and handle.inode == inode and self.lanes is not None:
+                return self.lanes.lane_of(number)
+        node = await self._node(node_of(inode))
+        if node.is_directory:
+            raise FUSEError(errno.ENODATA)
+        if self.lanes is None or self._files.writer_of(node.node_id) is not None:
+            return Lane.NAMESPACE
+        if node.size_bytes <= LAZY_BYTES:
+            return Lane.NAMESPACE
+        return await self._runner.run(self._would_be, self.lanes, node)
+
+    def _would_be(self, lanes: Lanes, node: Node) -> Lane:
+        reader = self._files.open_read(node)
+        try:
+            plan = lanes.plan(reader)
+            if plan is None:
+                return Lane.NAMESPACE
+            lanes.release(plan)
+            return plan.lane
+        finally:
+            self._files.close_read(reader)
+
     def _set_unnamed(self, inode: int, changes: dict[str, Any]) -> None:
         """Change attributes of a file that lives on in its handles only."""
-        handles = self._handles.of_inode(inode)
+        handles = self._handles.opened(inode)
         if not handles:
             raise FUSEError(errno.ESTALE)
         given = {name: value for name, value in changes.items() if value is not None}

@@ -9,6 +9,7 @@ Layer: L5.
 - A KvfsError becomes its errno. Anything else is a bug: logged with traceback, EIO to the caller.
 """
 
+import contextlib
 import errno
 import functools
 import logging
@@ -23,6 +24,7 @@ from kvfs.clock import Clock
 from kvfs.errors import KvfsError
 
 BYTES_PER_S_MIN: Final = 50_000_000  # the slowest medium that is not taken for a hung one
+_LONG_S: Final = 1.0
 _log = logging.getLogger("kvfs.fuse")
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
@@ -112,6 +114,9 @@ class Runner:
         self._deadline_s = deadline_s
         self._limiter = trio.CapacityLimiter(threads)
         self._counters = counters
+        self._long: list[float] = []
+        self.on_patience: Callable[[int], None] | None = None
+        """Told how many milliseconds more than usual requests may take now."""
 
     async def run(
         self, function: Callable[..., _T], *args: object, nbytes: int = 0,
@@ -130,7 +135,9 @@ class Runner:
         """
         call = _Call(function, args, undo)
         limit_s = self._deadline_s + nbytes / BYTES_PER_S_MIN
+        extra_s = limit_s - self._deadline_s
         try:
+            self._begin_long(extra_s)
             with trio.move_on_after(limit_s):
                 result: _T = await trio.to_thread.run_sync(
                     call.run, abandon_on_cancel=True, limiter=self._limiter
@@ -138,12 +145,28 @@ class Runner:
                 call.is_taken = True
                 return result
         finally:
+            self._end_long(extra_s)
             if not call.is_taken:
                 call.abandon()
         self._counters.timeouts += 1
         name = getattr(function, "__qualname__", repr(function))
         _log.error("request timed out: %s: no answer within %.1f s", name, limit_s)
         raise pyfuse3.FUSEError(errno.EIO)
+
+    def _begin_long(self, extra_s: float) -> None:
+        if extra_s >= _LONG_S and self.on_patience is not None:
+            self._long.append(extra_s)
+            self._tell()
+
+    def _end_long(self, extra_s: float) -> None:
+        if extra_s in self._long:
+            self._long.remove(extra_s)
+            self._tell()
+
+    def _tell(self) -> None:
+        assert self.on_patience is not None
+        with contextlib.suppress(OSError, KvfsError):  # it is watched by others
+            self.on_patience(int(1000 * max(self._long, default=0)))
 
 
 class _Call:

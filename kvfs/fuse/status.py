@@ -182,4 +182,8 @@ def render_metrics(status: dict[str, Any]) -> str:
     for name in ("timeouts", "bytes_read", "bytes_written"):
         metric(f"fuse_{name}_total", "counter", [("", mount[name])])
     metric("fuse_open_handles", "gauge", [("", mount["open_handles"])])
+    for name, value in mount["core"].items():
+        kind = "gauge" if name in ("pending", "open_files", "threads") else "counter"
+        suffix = "" if kind == "gauge" else "_total"
+        metric(f"core_{name}{suffix}", kind, [("", value)])
     return "\n".join(lines) + "\n"

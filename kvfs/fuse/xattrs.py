@@ -4,8 +4,9 @@ Layer: L5.
 
 Of a context: tokens, blocks, resident_blocks, layout, fingerprint, namespace, origin, lane, tiers,
 extents. Of a namespace's directory: id, layout, fingerprint, retention, which can be set. They are
-computed when asked for. `extents` names the place of every byte, for readers that go past the
-mount; places are valid while the file is held open.
+computed when asked for, but `lane`, which open handles decide (`KvfsOperations`). `extents` names
+the place of every byte, for readers that go past the mount; places are valid while the file is held
+open.
 
 `extents` is a JSON list of `{"path", "offset", "length"}` in the order of the file, adjacent ones
 joined. What does not fit into 64 KiB, the most that the kernel takes, is in further attributes:
@@ -32,7 +33,7 @@ from kvfs.units import PAGE
 
 PREFIX: Final = b"user.kvfs."
 RETENTION: Final = b"user.kvfs.retention"
-LANE: Final = "namespace"
+LANE: Final = b"user.kvfs.lane"
 VALUE_BYTES_MAX: Final = 65536  # the kernel's XATTR_SIZE_MAX
 _PART: Final = re.compile(rb"user\.kvfs\.extents\.(\d{1,19})\Z")
 _LAST_BYTES: Final = 128  # room for the element that says where the list goes on
@@ -54,7 +55,6 @@ class Xattrs:
             b"fingerprint": lambda node: self._namespace(node).fingerprint.hex(),
             b"namespace": lambda node: self._namespace(node).name,
             b"origin": lambda node: "api" if node.origin is Origin.API else "file",
-            b"lane": lambda node: LANE,
             b"tiers": self._tiers,
             b"extents": self._extents,
         }
@@ -67,7 +67,8 @@ class Xattrs:
 
     def names(self, node: Node) -> list[bytes]:
         """Return the names that `get` answers."""
-        return [PREFIX + name for name in self._known(node)]
+        names = [PREFIX + name for name in self._known(node)]
+        return names if node.is_directory else [*names, LANE]
 
     def get(self, node: Node, name: bytes) -> bytes:
         """Return one value.

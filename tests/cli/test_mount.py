@@ -96,6 +96,28 @@ def test_mount_after_its_owner_was_killed(pool_path, point):
     (entry,) = owners()
     os.kill(entry.pid, signal.SIGKILL)
     wait_for(entry.pid)
+    # A daemon is replaced; whoever waits for the mount need not do anything.
+    end = time.monotonic() + DEADLINE_S
+    while not (found := [owner for owner in owners() if owner.pid != entry.pid]):
+        assert time.monotonic() < end, "nobody took over"
+        time.sleep(0.01)
+    assert (point / "large").stat().st_size == 5 << 20
+    assert run("mount", pool_path, point).returncode == 11
+    assert run("umount", point).returncode == 0
+    wait_for(found[0].pid)
+
+
+@pytest.mark.fuse
+def test_mount_after_a_foreground_owner_was_killed(pool_path, point):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvfs.cli.kvfs", "mount", "-f", pool_path, point],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    while "mounted" not in (line := process.stderr.readline()):
+        assert line, "it ended before it was ready"
+    process.kill()
+    process.communicate(timeout=DEADLINE_S)
     assert run("mount", pool_path, point).returncode == 0
     assert (point / "large").stat().st_size == 5 << 20
     assert run("umount", point).returncode == 0

@@ -69,11 +69,14 @@ def mount(pool: Pool, tmp_path: Path) -> Iterator[Mount]:
         yield mount
 
 
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MountedPool]:
-    """One mount for all tests that need none of their own."""
+@pytest.fixture(scope="session", params=[True, False], ids=["core", "no-core"])
+def shared(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[MountedPool]:
+    """One mount for all tests that need none of their own, through kvfs-core and without."""
     require_fuse()
-    mounted = MountedPool(tmp_path_factory.mktemp("shared"), dir_mib=1024)
+    options = {"core": request.param}
+    mounted = MountedPool(tmp_path_factory.mktemp("shared"), dir_mib=1024, mount_options=options)
     mounted.start()
     try:
         yield mounted

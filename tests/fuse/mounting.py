@@ -75,7 +75,7 @@ class MountedPool:
         self.expected_log: list[str] = []
         self.expected_findings: set[str] = set()
         self._log_path = base / "mount.log"
-        self._config = {
+        self._config: dict[str, Any] = {
             "pool": str(self.pool_path),
             "mountpoint": str(self.path),
             "pool_options": pool_options or {},
@@ -104,6 +104,20 @@ class MountedPool:
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
+
+    @property
+    def core_pid(self) -> int:
+        """The process of kvfs-core."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children")
+        tasks = Path(f"/proc/{self.pid}/task").glob("*/children")
+        found = [int(pid) for path in (children, *tasks) for pid in path.read_text().split()]
+        return next(pid for pid in found if Path(f"/proc/{pid}/comm").read_text() == "kvfs-core\n")
+
+    def remount(self, **options: Any) -> None:
+        """Mount again with other options of the mount."""
+        self.stop()
+        self._config["mount_options"] = options
+        self.start()
 
     def wait(self) -> int:
         """Wait for the process to end."""
@@ -151,6 +165,12 @@ class MountedPool:
             if not any(re.search(pattern, line) for pattern in self.expected_log)
         ]
         assert not surprises, "\n".join(surprises)
+
+    def core_counters(self) -> dict[str, int]:
+        """What kvfs-core counted, up to its last ping."""
+        counters = self.status()["mount"]["core"]
+        assert isinstance(counters, dict)
+        return counters
 
     def status(self) -> dict[str, Any]:
         status = json.loads((self.path / ".kvfs/status.json").read_text())

@@ -4,11 +4,13 @@ import errno
 import os
 import random
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.fuse.mounting import MIB, MountedPool, sh, write_file
+from kvfs.fuse.mountpoint import entry_at
+from tests.fuse.mounting import MIB, MountedPool, sh, wait_until, write_file
 
 pytestmark = pytest.mark.fuse
 
@@ -22,12 +24,9 @@ def sync_directory(path: Path) -> None:
 
 
 def restart(mounted: MountedPool) -> None:
-    """Kill the mount and mount again over what is left of it."""
+    """Kill the mount's owner, whose mount kvfs-core takes away, and mount again."""
     mounted.kill()
-    with pytest.raises(OSError) as caught:  # noqa: PT011 - the number is compared below
-        os.listdir(mounted.path)
-    assert caught.value.errno == errno.ENOTCONN
-    mounted.expected_log.append("stale mount taken away")
+    wait_until(lambda: entry_at(mounted.path) is None, "the mount is taken away")
     mounted.start()
 
 
@@ -112,13 +111,23 @@ def test_removed_names_stay_away(mounted: MountedPool) -> None:
     assert sh("find ns | sort", mounted.path).split() == ["ns", "ns/e", "ns/e/f"]
 
 
-def test_stale_mount_in_use_is_replaced(mounted: MountedPool) -> None:
+@pytest.mark.parametrize("core", [True, False])
+def test_stale_mount_in_use_is_replaced(make_mount: Callable[..., MountedPool], core: bool) -> None:
     """Somebody whose working directory is the dead mount does not keep the next from coming."""
+    mounted = make_mount(mount_options={"core": core})
     write_file(mounted.path / "f", b"x")
     sync_directory(mounted.path)
     user = subprocess.Popen(["sleep", "60"], cwd=mounted.path)
     try:
-        restart(mounted)
+        if core:
+            restart(mounted)
+        else:
+            mounted.kill()
+            with pytest.raises(OSError) as caught:  # noqa: PT011 - the number is compared below
+                os.listdir(mounted.path)
+            assert caught.value.errno == errno.ENOTCONN
+            mounted.expected_log.append("stale mount taken away")
+            mounted.start()
         assert (mounted.path / "f").read_bytes() == b"x"
     finally:
         user.kill()

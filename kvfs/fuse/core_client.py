@@ -1,0 +1,276 @@
+"""The control connection to kvfs-core: typed messages over a socket of packets.
+
+Layer: L5.
+
+- A message is one packet: u32 type, u32 sequence, u64 argument, payload; at most one descriptor
+  goes with it. The core answers each in order: u32 type | ANSWER, u32 sequence, i64 result,
+  payload.
+- Any thread may call; one at a time talks. An answer that comes after its deadline is thrown away
+  when the next is waited for.
+- A result below zero is the core's refusal and raises OSError with that number. No answer, or an
+  end of the connection, raises UnavailableError.
+"""
+
+import errno
+import os
+import socket
+import struct
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvfs.clock import Clock
+from kvfs.errors import UnavailableError
+
+VERSION: Final = 1
+PAYLOAD_BYTES_MAX: Final = 65536 - 16
+ANSWER: Final = 0x8000_0000
+BLOCK: Final = np.dtype([
+    ("ref", "<u4"), ("flags", "<u4"), ("offset", "<u8"), ("stored", "<u8"),
+    ("digest", "u1", 16), ("reserved", "<u8"),
+])  # fmt: skip
+assert BLOCK.itemsize == 48
+BLOCK_VERIFIED: Final = 1
+VERIFY_READS: Final = 1  # hash blocks not yet verified at their first read
+SHORT_READS: Final = 2  # answer reads across the end too, with fewer bytes
+COUNTERS: Final = (
+    "requests_native_read", "bytes_native_read", "requests_native_write", "bytes_native_write",
+    "lookups_answered", "forwarded", "deadline_hits", "interrupts", "verify_failures", "faults",
+    "respawns", "pending", "open_files", "threads",
+)  # fmt: skip
+
+_HEADER: Final = struct.Struct("<IIQ")
+_ANSWER: Final = struct.Struct("<IIq")
+_HELLO: Final = struct.Struct("<IIIIQ")
+_HANDLE: Final = struct.Struct("<QQII")
+_BLOCKS_MAX: Final = (PAYLOAD_BYTES_MAX - 8) // BLOCK.itemsize
+_IN_FLIGHT: Final = 16
+_DEADLINE_S: Final = 5.0
+_CLOSE_ATTEMPTS: Final = 3  # the core waits a second each time
+_PACKET_BYTES: Final = 1 << 17
+
+
+class Kind(IntEnum):
+    """Types of messages."""
+
+    HELLO = 1
+    SEGMENT = 2
+    DROP_SEGMENT = 3
+    READ_BEGIN = 4
+    READ_BLOCKS = 5
+    READ_END = 6
+    BACKING = 9
+    CLOSE = 10
+    NAMES = 11
+    STATUS = 12
+    STOP = 13
+    HANDLES = 14
+    ALLOW = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message. `fd` -1: no descriptor goes with it."""
+
+    kind: Kind
+    argument: int = 0
+    payload: bytes = b""
+    fd: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What the core says of itself, once it has mounted."""
+
+    has_passthrough: bool
+    max_write: int
+    device_minor: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """A file that the kernel has open, as the core remembers it for a new owner."""
+
+    fh: int
+    inode: int
+    flags: int
+    is_passthrough: bool
+
+
+class CoreClient:
+    """The owner's end of the control socket, which it owns. Thread-safe."""
+
+    def __init__(self, connection: socket.socket, clock: Clock) -> None:
+        self._socket = connection
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._sequence = 0
+        self._has_ended = False
+
+    def fileno(self) -> int:
+        """Return the descriptor, to wait for the core's end."""
+        return self._socket.fileno()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the core has closed its end."""
+        return self._has_ended
+
+    def hello(self) -> Hello:
+        """Agree on a version; wait until the core has mounted."""
+        _, raw = self.call(Message(Kind.HELLO, VERSION))
+        _, flags, max_write, minor, _ = _HELLO.unpack_from(raw)
+        return Hello(bool(flags & 1), max_write, minor)
+
+    def add_segment(self, ref: int, nbytes: int, fd: int) -> None:
+        """Give the core a segment to read from."""
+        self.call(Message(Kind.SEGMENT, ref, struct.pack("<QQ", nbytes, nbytes), fd))
+
+    def drop_segment(self, ref: int) -> None:
+        """Let the core forget a segment."""
+        self.call(Message(Kind.DROP_SEGMENT, ref))
+
+    def install_read(
+        self, fh: int, inode: int, size_bytes: int, stride: int, blocks: npt.NDArray[np.void],
+        flags: int,
+    ) -> None:  # fmt: skip
+        """Let the core answer reads of a handle from blocks (BLOCK), all of the file, in order.
+
+        Flags: VERIFY_READS, SHORT_READS.
+        """
+        begin = struct.pack("<QQQII", inode, size_bytes, stride, len(blocks), flags)
+        messages = [Message(Kind.READ_BEGIN, fh, begin)]
+        for first in range(0, len(blocks), _BLOCKS_MAX):
+            part = blocks[first : first + _BLOCKS_MAX]
+            raw = struct.pack("<II", first, len(part)) + part.tobytes()
+            messages.append(Message(Kind.READ_BLOCKS, fh, raw))
+        messages.append(Message(Kind.READ_END, fh))
+        self._call_all(messages)
+
+    def install_backing(self, fh: int, inode: int, fd: int) -> None:
+        """Let the kernel read the file of a handle itself, from this descriptor."""
+        self.call(Message(Kind.BACKING, fh, struct.pack("<Q", inode), fd))
+
+    def close_lane(self, fh: int) -> None:
+        """Take any lane from a handle, when its reads in progress are done.
+
+        Raises:
+            OSError: EBUSY: they do not end; it goes on being read.
+        """
+        for attempt in range(_CLOSE_ATTEMPTS):
+            try:
+                self.call(Message(Kind.CLOSE, fh))
+            except OSError as error:
+                if error.errno != errno.EBUSY or attempt == _CLOSE_ATTEMPTS - 1:
+                    raise
+            else:
+                return
+
+    def install_names(self, fd: int, nbytes: int, timeout_ms: int) -> None:
+        """Let the core deny names that a filter lacks."""
+        self.call(Message(Kind.NAMES, timeout_ms, struct.pack("<Q", nbytes), fd))
+
+    def status(self) -> dict[str, int]:
+        """Return the core's counters."""
+        _, raw = self.call(Message(Kind.STATUS))
+        values = struct.unpack_from(f"<{len(raw) // 8}Q", raw)
+        return dict(zip(COUNTERS, values, strict=False))
+
+    def stop(self) -> None:
+        """Let the core detach the mount and end."""
+        self.call(Message(Kind.STOP))
+
+    def open_files(self) -> list[OpenFile]:
+        """Return the files that the kernel has open."""
+        found: list[OpenFile] = []
+        while True:
+            _, raw = self.call(Message(Kind.HANDLES, len(found)))
+            part = list(_HANDLE.iter_unpack(raw))
+            if not part:
+                return found
+            found += [OpenFile(fh, inode, flags, lane == 3) for fh, inode, flags, lane in part]
+
+    def allow(self, milliseconds: int) -> None:
+        """Give forwarded requests this much more time."""
+        self.call(Message(Kind.ALLOW, milliseconds))
+
+    def call(self, message: Message) -> tuple[int, bytes]:
+        """Send one message; return result and payload of its answer.
+
+        Raises:
+            OSError: The core refused.
+            UnavailableError: It has ended, or does not answer.
+        """
+        return self._call_all([message])[0]
+
+    def close(self) -> None:
+        """Close the connection; idempotent."""
+        with self._lock:
+            self._has_ended = True
+            self._socket.close()
+
+    def note_end(self) -> None:
+        """Refuse calls from now on: the core's end was seen."""
+        self._has_ended = True
+
+    # --- internals
+
+    def _call_all(self, messages: Sequence[Message]) -> list[tuple[int, bytes]]:
+        """Send messages and return all answers; the first refusal is raised at the end."""
+        answers: list[tuple[int, bytes]] = []
+        with self._lock:
+            if self._has_ended:
+                raise UnavailableError("kvfs-core has ended")
+            deadline_ns = self._clock.monotonic_ns() + int(_DEADLINE_S * 1e9)
+            for start in range(0, len(messages), _IN_FLIGHT):
+                part = messages[start : start + _IN_FLIGHT]
+                expected = [self._send(message, deadline_ns) for message in part]
+                answers += [self._receive(number, deadline_ns) for number in expected]
+        for result, _ in answers:
+            if result < 0:
+                raise OSError(-result, os.strerror(-result))
+        return answers
+
+    def _send(self, message: Message, deadline_ns: int) -> int:
+        self._sequence = (self._sequence + 1) & 0xFFFF_FFFF
+        raw = _HEADER.pack(message.kind, self._sequence, message.argument) + message.payload
+        self._limit(deadline_ns)
+        try:
+            if message.fd < 0:
+                self._socket.send(raw)
+            else:
+                socket.send_fds(self._socket, [raw], [message.fd])
+        except OSError as error:
+            raise self._failure(error) from error
+        return self._sequence
+
+    def _receive(self, expected: int, deadline_ns: int) -> tuple[int, bytes]:
+        while True:
+            self._limit(deadline_ns)
+            try:
+                raw = self._socket.recv(_PACKET_BYTES)
+            except OSError as error:
+                raise self._failure(error) from error
+            if not raw:
+                self._has_ended = True
+                raise UnavailableError("kvfs-core has ended")
+            _, sequence, result = _ANSWER.unpack_from(raw)
+            if sequence == expected:
+                return result, raw[_ANSWER.size :]
+
+    def _limit(self, deadline_ns: int) -> None:
+        left_s = (deadline_ns - self._clock.monotonic_ns()) / 1e9
+        if left_s <= 0:
+            raise UnavailableError(f"kvfs-core did not answer within {_DEADLINE_S:.0f} s")
+        self._socket.settimeout(left_s)
+
+    def _failure(self, error: OSError) -> UnavailableError:
+        if isinstance(error, TimeoutError):
+            return UnavailableError(f"kvfs-core did not answer within {_DEADLINE_S:.0f} s")
+        self._has_ended = True
+        return UnavailableError(f"kvfs-core has ended: {error.strerror or error}")

@@ -1,0 +1,394 @@
+"""What a mount keeps of its open files, and how they are opened: for reading, with the best lane.
+
+Layer: L5.
+
+- The kernel demands one way of reading for all handles of an inode while it reads the inode's file
+  itself. A handle takes its place among them before anything is waited for, so that two opens never
+  choose what does not go together. One that cannot join is told ESTALE: the kernel looks the name
+  up anew and finds the node under another inode number.
+- While a file is written, or has other content than a handle has open, no table is installed for
+  the handle: where the content ends is then for the request handler to say.
+"""
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+from weakref import WeakKeyDictionary
+
+import pyfuse3
+import trio
+from pyfuse3 import FileHandleT, FileInfo, FUSEError
+
+from kvfs.engine.catalog_schema import Node
+from kvfs.errors import LeaseExpiredError, UnavailableError
+from kvfs.files import WriteHandle
+from kvfs.fuse.attributes import Timeouts, entry_of
+from kvfs.fuse.core import Core
+from kvfs.fuse.handles import (
+    FormerHandle,
+    Handle,
+    Handles,
+    Inodes,
+    ReadHandle,
+    StaticHandle,
+    WritingHandle,
+    is_version,
+    node_of,
+)
+from kvfs.fuse.lanes import Lane, Lanes, Plan
+from kvfs.fuse.requests import RequestCounters, Runner
+from kvfs.fuse.status import StatusTree
+from kvfs.pool import Pool
+from kvfs.tree import Tree
+
+if TYPE_CHECKING:
+    from kvfs.fuse.name_filter import NameFilter
+
+SMALL_BLOCKS: Final = 64
+LAZY_BYTES: Final = 1 << 20  # what a few reads fetch does not pay for a table
+LAZY_READS: Final = 4
+YIELD_NS: Final = 1_000_000_000
+_NS_PER_S: Final = 1_000_000_000
+_T = TypeVar("_T")
+
+
+class Opening(pyfuse3.Operations):
+    """The state of a mount, and opens. Lives in one trio loop."""
+
+    def __init__(
+        self, pool: Pool, *, deadline_s: float, threads: int, timeouts: Timeouts,
+        core: Core | None = None,
+    ) -> None:  # fmt: skip
+        """Serve a pool, directly or through a core; see MountOptions."""
+        super().__init__()
+        self.clock = pool.clock
+        self.counters = RequestCounters()
+        self.is_initialized = trio.Event()
+        self.lanes: Lanes | None = None
+        self.names: NameFilter | None = None
+        self._core = core
+        self._pool = pool
+        self._files = pool.files
+        self._tree = Tree(pool)
+        self._status = StatusTree(pool, self.snapshot)
+        self._timeouts = timeouts
+        # Numbers of a later owner of the same mount are above those of an earlier one.
+        self._handles = Handles((pool.clock.wall_ns() // _NS_PER_S & 0xFFFFFF) << 24)
+        self._inodes = Inodes()
+        self._yields: dict[int, int] = {}
+        self._buffers: WeakKeyDictionary[trio.lowlevel.Task, memoryview] = WeakKeyDictionary()
+        self._runner = Runner(deadline_s, threads, self.counters)
+        if core is not None:
+            self.lanes = Lanes(
+                pool.store, core.client, pool.clock, has_passthrough=core.hello.has_passthrough
+            )
+            self._runner.on_patience = core.client.allow
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return what the mount counted, and what is open."""
+        return {
+            **self.counters.snapshot(),
+            "open_handles": len(self._handles),
+            "known_inodes": len(self._inodes),
+            "core": {} if self._core is None else dict(self._core.counters),
+        }
+
+    def restore(self, core: Core) -> None:
+        """Take over the files that the kernel has open since a former owner."""
+        for file in core.client.open_files():
+            is_writing = file.flags & os.O_ACCMODE != os.O_RDONLY
+            former = FormerHandle(file.inode, is_writing, file.is_passthrough)
+            self._handles.put(file.fh, former)
+
+    # --- internals
+
+    async def _look(self, function: Callable[..., _T], *args: object) -> _T:
+        """Read the catalog alone: here and now if it is free at once, else in a worker."""
+        with self._pool.catalog.hold_at_once() as is_held:
+            if is_held:
+                return function(*args)
+        return await self._runner.run(function, *args)
+
+    async def _shown(self, nodes: list[Node]) -> list[Node]:
+        """Return nodes as stat shows them; in a worker if that takes a look for blocks."""
+
+        def show() -> list[Node]:
+            return [self._files.current(node) for node in nodes]
+
+        if not any(self._files.must_look(node) for node in nodes):
+            return show()
+        return await self._runner.run(show)
+
+    async def _node(self, node_id: int) -> Node:
+        """Return a node as stat shows it."""
+        return (await self._shown([await self._look(self._pool.catalog.node, node_id)]))[0]
+
+    async def _find(self, parent_inode: int, name: str) -> Node | None:
+        """Return the child of this name as stat shows it."""
+        node = await self._look(self._pool.catalog.lookup, parent_inode, name)
+        return None if node is None else (await self._shown([node]))[0]
+
+    def _entry(self, node: Node) -> pyfuse3.EntryAttributes:
+        """Return the entry of a node as the tree shows it, and count the lookup."""
+        entry = self._entry_of(node)
+        self._inodes.add(entry.st_ino)
+        return entry
+
+    def _entry_of(self, node: Node, *, link_count: int = 1) -> pyfuse3.EntryAttributes:
+        """Return the entry of a node by the inode number that it has now."""
+        entry = entry_of(node, self._timeouts, link_count=link_count)
+        entry.st_ino = pyfuse3.InodeT(self._inodes.current(node.node_id))
+        return entry
+
+    async def _open_node(self, inode: int, node: Node, flags: int) -> FileInfo:
+        if flags & os.O_ACCMODE == os.O_RDONLY:
+            return await self._open_read(inode, node)
+        self._require_no_passthrough(inode)
+        is_cut = bool(flags & os.O_TRUNC)
+        file = await self._runner.run(
+            lambda: self._files.open_write(node, truncate=is_cut),
+            undo=lambda file: self._files.close_write(file, is_abandoned=True),
+        )
+        try:
+            await self._revoke(inode)
+            self._require_no_passthrough(inode)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._files.close_write, file)
+            raise
+        return self._writing(inode, node, file, flags)
+
+    def _writing(self, inode: int, node: Node, file: WriteHandle, flags: int) -> FileInfo:
+        """Return the answer to an open for writing.
+
+        Past the page cache if only written: each request then carries the caller's own pages, up to
+        the largest size. A handle that reads too may be mapped shared, which needs the cache.
+        """
+        is_direct = flags & os.O_ACCMODE == os.O_WRONLY
+        is_direct = is_direct or self._handles.must_bypass_cache(inode, None)
+        self._inodes.drop_cache(inode)
+        number = self._handles.add(WritingHandle(inode, node, file))
+        return FileInfo(fh=FileHandleT(number), direct_io=is_direct, keep_cache=False)
+
+    async def _open_read(self, inode: int, node: Node) -> FileInfo:
+        reader = None
+        if node.block_count <= SMALL_BLOCKS:  # no bytes move; a thread would take longer
+            reader = self._files.open_read_at_once(node)
+        if reader is None:
+            reader = await self._runner.run(
+                self._files.open_read, node, nbytes=node.size_bytes, undo=self._files.close_read
+            )
+        identity = (reader.version, reader.size_bytes, node.mtime_ns)
+        handle = ReadHandle(inode, node, reader, identity)
+        number, unused = 0, None
+        try:
+            plan = unused = None if reader.size_bytes <= LAZY_BYTES else await self._plan(handle)
+            number = self._take_place(handle, plan)
+            unused = None
+            if plan is not None:
+                await self._install(number, handle, plan)
+        except BaseException:
+            self._handles.pop(number)
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._close_reader, number, handle, unused)
+            raise
+        is_kept = not (handle.is_direct or handle.is_passthrough) and self._inodes.may_keep_cache(
+            inode, identity
+        )
+        return FileInfo(fh=FileHandleT(number), direct_io=handle.is_direct, keep_cache=is_kept)
+
+    def _take_place(self, handle: ReadHandle, plan: Plan | None) -> int:
+        """Register a handle among those of its inode, with the way of reading that goes with them.
+
+        Raises:
+            FUSEError: ESTALE: none does.
+        """
+        if self._must_yield(handle.inode) or not self._handles.may_pass_through(
+            handle.inode, handle.identity
+        ):
+            self._require_no_passthrough(handle.inode)
+            if plan is not None:
+                plan.lane = Lane.NATIVE
+        elif plan is None or plan.lane is not Lane.PASSTHROUGH:
+            self._require_no_passthrough(handle.inode)
+        handle.is_passthrough = plan is not None and plan.lane is Lane.PASSTHROUGH
+        handle.is_direct = self._handles.must_bypass_cache(handle.inode, handle.identity)
+        return self._handles.add(handle)
+
+    def _close_reader(self, number: int, handle: ReadHandle, plan: Plan | None = None) -> None:
+        """Let go of what a handle for reading holds, here and in the core, and of its plan.
+
+        Any thread; may wait.
+        """
+        self._files.close_read(handle.reader)
+        if self.lanes is not None:
+            self.lanes.close(number)
+            if plan is not None:
+                self.lanes.release(plan)
+
+    # --- lanes
+
+    async def _plan(self, handle: ReadHandle) -> Plan | None:
+        """Return what lane a handle could have; files are verified for passthrough."""
+        lanes = self.lanes
+        if lanes is None or self._is_contested(handle):
+            return None
+        reader, plan, is_planned = handle.reader, None, False
+        if len(reader.keys) <= SMALL_BLOCKS:
+            with self._pool.store.hold_at_once() as is_planned:
+                if is_planned:
+                    plan = lanes.plan(reader)
+        if not is_planned:
+            plan = await self._runner.run(lanes.plan, reader, undo=_release(lanes))
+        if plan is not None and not lanes.is_vouched(plan):
+            plan = await self._runner.run(
+                lanes.vouched, plan, nbytes=reader.size_bytes, undo=_release(lanes)
+            )
+        return plan
+
+    async def _install(self, number: int, handle: ReadHandle, plan: Plan) -> None:
+        """Install a lane for a registered handle, if the core agrees.
+
+        In a worker: the core is waited for, and the locks of the lanes and of the engine.
+        """
+        assert self.lanes is not None
+        lanes, inode = self.lanes, handle.inode
+        plan.is_direct = handle.is_direct
+        waiting = [plan]
+        try:
+            lane = await self._runner.run(
+                lambda: lanes.install(number, inode, waiting.pop()) if waiting else Lane.NAMESPACE
+            )
+        finally:
+            if waiting:  # no thread was free within the deadline
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(lanes.release, waiting.pop())
+        if handle.is_passthrough and lane is not Lane.PASSTHROUGH:
+            handle.is_passthrough = False
+            self._require_no_passthrough(inode)
+        if lane is Lane.NATIVE and self._is_contested(handle):
+            await self._runner.run(lanes.close, number)
+
+    async def _install_again(self, number: int, handle: ReadHandle) -> None:
+        """Let the core answer the next reads of a handle, one of whose reads came to this side.
+
+        That read does not wait for a busy engine on this account, and does not fail by it.
+        """
+        lanes = self.lanes
+        if lanes is None or handle.is_passthrough or self._is_contested(handle):
+            return
+        handle.read_count += 1
+        is_worth_it = handle.reader.size_bytes > LAZY_BYTES or handle.read_count >= LAZY_READS
+        if not is_worth_it or not lanes.is_due(number, handle.reader):
+            return
+        lanes.refuse(number)  # others that come meanwhile do not try as well
+        with self._pool.store.hold_at_once() as is_free:
+            pass
+        if not is_free:
+            return
+        with contextlib.suppress(FUSEError):
+            plan = await self._plan(handle)
+            if plan is not None:
+                plan.lane = Lane.NATIVE
+                await self._install(number, handle, plan)
+
+    def _is_contested(self, handle: ReadHandle) -> bool:
+        """Say whether what a handle reads may end where others see it go on."""
+        if self._files.writer_of(handle.node.node_id) is not None:
+            return True
+        return self._files.is_outdated(handle.reader)
+
+    async def _revoke(self, inode: int) -> None:
+        """Take the tables of an inode's readers back: it is about to be written."""
+        if self.lanes is None:
+            return
+        for number, other in self._handles.items():
+            if isinstance(other, FormerHandle) and other.inode == inode:
+                await self._runner.run(self._close_former, number)
+            if isinstance(other, ReadHandle) and other.inode == inode and not other.is_passthrough:
+                await self._runner.run(self.lanes.close, number)
+
+    def _require_no_passthrough(self, inode: int) -> None:
+        """Raise ESTALE, and give the node another number, if the kernel reads this one's file."""
+        if not self._handles.is_passthrough(inode):
+            return
+        node_id = node_of(inode)
+        while self._handles.is_passthrough(self._inodes.current(node_id)):
+            self._inodes.renumber(node_id)
+        # The kernel comes back once only: nobody is to take that number for passthrough before.
+        now_ns = self.clock.monotonic_ns()
+        self._yields = {number: end for number, end in self._yields.items() if end > now_ns}
+        self._yields[self._inodes.current(node_id)] = now_ns + YIELD_NS
+        raise FUSEError(errno.ESTALE)
+
+    def _must_yield(self, inode: int) -> bool:
+        """Say whether somebody is about to open an inode who could not if it was passed through."""
+        return self._yields.get(inode, 0) > self.clock.monotonic_ns()
+
+    # --- handles of a former owner
+
+    async def _own(self, number: int) -> Handle:
+        """Return a handle; one that reads and was opened by a former owner is opened again.
+
+        Raises:
+            UnavailableError: It wrote, or its content is gone.
+        """
+        former = self._handles[number]
+        if not isinstance(former, FormerHandle):
+            return former
+        if former.is_writing:
+            raise UnavailableError("file was being written when its owner died; write it again")
+        node = await self._node(node_of(former.inode))
+        reader = await self._runner.run(
+            self._files.open_read, node, nbytes=node.size_bytes, undo=self._files.close_read
+        )
+        if self._handles[number] is not former or not is_version(number, reader.version):
+            await self._runner.run(self._files.close_read, reader)
+            if self._handles[number] is former:
+                raise LeaseExpiredError(f"content was replaced: {node.name!r}; open it again")
+            return await self._own(number)
+        identity = (reader.version, reader.size_bytes, node.mtime_ns)
+        handle = ReadHandle(former.inode, node, reader, identity)
+        handle.is_passthrough = former.is_passthrough
+        self._handles.put(number, handle)
+        if not handle.is_passthrough:
+            await self._runner.run(self._close_former, number)
+        return handle
+
+    def _close_former(self, number: int) -> None:
+        """Take from a handle the table that a former owner has installed."""
+        if self._core is not None:
+            with contextlib.suppress(OSError, UnavailableError):  # it is as true as ever
+                self._core.client.close_lane(number)
+
+    # --- virtual files
+
+    async def _open_virtual(self, inode: int, flags: int) -> FileInfo:
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise FUSEError(errno.EROFS)
+        block = self._status.block(inode)
+        if block is None:
+            content = await self._runner.run(self._status.content, inode)
+        else:
+            content = await self._runner.run(self._read_block, *block)
+        number = self._handles.add(StaticHandle(inode, content))
+        return FileInfo(fh=FileHandleT(number), direct_io=True)
+
+    def _read_block(self, namespace_id: int, key: Any) -> bytes:
+        reader = self._files.open_block(namespace_id, key)
+        try:
+            return bytes(self._files.read(reader, 0, reader.size_bytes))
+        finally:
+            self._files.close_read(reader)
+
+
+def _release(lanes: Lanes) -> Callable[[Plan | None], None]:
+    """Return what undoes a plan that came too late."""
+
+    def undo(plan: Plan | None) -> None:
+        if plan is not None:
+            lanes.release(plan)
+
+    return undo

@@ -1,0 +1,186 @@
+#include "control_lanes.h"
+
+#include "read_lane.h"
+#include "write_lane.h"
+
+#include <errno.h>
+
+enum { CLOSE_WAIT_MS = 1000 };
+/* One block of READ_BLOCKS. */
+enum {
+    BLOCK_REF = 0,
+    BLOCK_FLAGS = 4,
+    BLOCK_OFFSET = 8,
+    BLOCK_STORED = 16,
+    BLOCK_DIGEST = 24,
+    BLOCK_BYTES = 48,
+};
+
+int64_t read_begin(struct core *core, struct message *message, struct answer *answer)
+{
+    (void)answer;
+    const uint8_t *payload = message->payload;
+    int status;
+    struct read_lane *lane =
+        read_lane_create(load64(payload + 8), load64(payload + 16), load32(payload + 24),
+                         load32(payload + 28), &status);
+    if (lane == NULL)
+        return status;
+    lane->lane.nodeid = load64(payload);
+    status = files_begin(&core->files, message->argument, &lane->lane);
+    if (status != 0)
+        lane->lane.destroy(&lane->lane);
+    return status;
+}
+
+static int set_block(struct core *core, struct read_lane *lane, uint32_t index,
+                     const uint8_t *bytes)
+{
+    struct segment *segment = NULL;
+    uint64_t stored = load64(bytes + BLOCK_STORED);
+    if (stored > 0) {
+        segment = segments_find(&core->segments, load32(bytes + BLOCK_REF));
+        if (segment == NULL)
+            return -ENOENT;
+    }
+    int status = read_lane_set(lane, index, segment, load64(bytes + BLOCK_OFFSET), stored,
+                               load32(bytes + BLOCK_FLAGS), bytes + BLOCK_DIGEST);
+    if (status != 0 && segment != NULL)
+        segment_release(segment);
+    return status;
+}
+
+int64_t read_blocks(struct core *core, struct message *message, struct answer *answer)
+{
+    (void)answer;
+    struct lane *lane = files_building(&core->files, message->argument);
+    uint32_t first = load32(message->payload);
+    uint32_t number = load32(message->payload + 4);
+    if (lane == NULL || lane->kind != LANE_READ)
+        return -ENOENT;
+    if ((message->nbytes - 8) / BLOCK_BYTES < number || first > UINT32_MAX - number)
+        return -EINVAL;
+    for (uint32_t i = 0; i < number; i++) {
+        int status = set_block(core, (struct read_lane *)lane, first + i,
+                               message->payload + 8 + (size_t)i * BLOCK_BYTES);
+        if (status != 0)
+            return status;
+    }
+    return number;
+}
+
+int64_t read_end(struct core *core, struct message *message, struct answer *answer)
+{
+    (void)answer;
+    struct lane *lane = files_building(&core->files, message->argument);
+    if (lane == NULL || lane->kind != LANE_READ)
+        return -ENOENT;
+    if (!read_lane_is_complete((struct read_lane *)lane))
+        return -EINVAL;
+    files_serve(&core->files, message->argument);
+    return 0;
+}
+
+int64_t write_begin(struct core *core, struct message *message, struct answer *answer)
+{
+    (void)answer;
+    int status;
+    struct write_lane *lane = write_lane_create(message->fd, load64(message->payload + 8),
+                                                load64(message->payload + 16), &status);
+    if (lane == NULL)
+        return status;
+    lane->lane.nodeid = load64(message->payload);
+    message->fd = -1; /* taken */
+    status = files_begin(&core->files, message->argument, &lane->lane);
+    if (status != 0)
+        lane->lane.destroy(&lane->lane);
+    else
+        files_serve(&core->files, message->argument);
+    return status;
+}
+
+/* The write lane of a handle, counted as used, or NULL. */
+static struct write_lane *acquire_writer(struct core *core, uint64_t fh)
+{
+    struct lane *lane = files_acquire(&core->files, fh);
+    if (lane != NULL && lane->kind != LANE_WRITE) {
+        lane_release(lane);
+        lane = NULL;
+    }
+    return lane == NULL ? NULL : write_lane_of(lane);
+}
+
+int64_t write_credit(struct core *core, struct message *message, struct answer *answer)
+{
+    (void)answer;
+    uint64_t credit = load64(message->payload);
+    if (credit > (uint64_t)INT64_MAX)
+        return -EINVAL;
+    struct write_lane *lane = acquire_writer(core, message->argument);
+    if (lane == NULL)
+        return -ENOENT;
+    atomic_store(&lane->credit, credit);
+    lane_release(&lane->lane);
+    return 0;
+}
+
+/* Payload: u64 high-water, u32 total digests (0: not in order), then digests from `first` on. */
+static void put_digests(struct write_lane *lane, uint32_t first, struct answer *answer)
+{
+    enum { HEAD = 12 };
+    struct write_summary summary;
+    uint32_t room = (uint32_t)((answer->room - HEAD) / KVFS_DIGEST_BYTES);
+    uint32_t copied =
+        write_lane_digests(lane, first, room, answer->payload + HEAD, &summary);
+    store64(answer->payload, summary.high_water);
+    store32(answer->payload + 8, summary.count);
+    answer->nbytes = HEAD + (size_t)copied * KVFS_DIGEST_BYTES;
+}
+
+int64_t digests(struct core *core, struct message *message, struct answer *answer)
+{
+    struct write_lane *lane = acquire_writer(core, message->argument);
+    if (lane == NULL)
+        return -ENOENT;
+    put_digests(lane, load32(message->payload), answer);
+    lane_release(&lane->lane);
+    return 0;
+}
+
+int64_t backing_begin(struct core *core, struct message *message, struct answer *answer)
+{
+    (void)answer;
+    uint64_t nodeid = load64(message->payload);
+    int status;
+    if (message->fd < 0)
+        return -EINVAL;
+    if (!core->may_pass_through)
+        return -EPERM;
+    struct backing *backing = backings_acquire(&core->backings, nodeid, message->fd, &status);
+    if (backing == NULL)
+        return status;
+    int64_t id = backing->id;
+    status = files_set_backing(&core->files, message->argument, nodeid, backing);
+    if (status != 0)
+        backings_release(&core->backings, backing);
+    return status != 0 ? status : id;
+}
+
+int64_t close_handle(struct core *core, struct message *message, struct answer *answer)
+{
+    struct lane *lane;
+    int status = files_close(&core->files, message->argument, CLOSE_WAIT_MS, &lane);
+    if (status != 0 || lane == NULL)
+        return status;
+    if (lane->kind == LANE_WRITE) {
+        put_digests(write_lane_of(lane), 0, answer);
+        /* Those that do not fit are asked for before (DIGESTS). */
+        uint32_t total = load32(answer->payload + 8);
+        if (answer->nbytes < 12 + (size_t)total * KVFS_DIGEST_BYTES) {
+            store32(answer->payload + 8, 0);
+            answer->nbytes = 12;
+        }
+    }
+    lane->destroy(lane);
+    return 0;
+}

@@ -1,0 +1,23 @@
+/* The owner's death, and what follows: another owner, or the end. For the main thread. */
+#ifndef CORE_OWNER_H
+#define CORE_OWNER_H
+
+#include "core.h"
+
+#include <sys/types.h>
+
+enum { RESPAWNS_NOTED = 64 };
+
+struct owner {
+    pid_t child; /* 0: none of ours */
+    int64_t respawned_ns[RESPAWNS_NOTED];
+    unsigned respawn_count;
+};
+
+/* Take notice of the death: fail what waited for it. Then start COMMAND; false: the mount ends. */
+bool owner_replace(struct owner *owner, struct core *core);
+
+/* Reap children that ended. */
+void owner_reap(struct owner *owner);
+
+#endif

@@ -1,0 +1,98 @@
+"""Numbers of handles and inodes, and requests that take long."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from kvfs.engine.catalog_schema import ROOT_NODE
+from kvfs.errors import BusyError, UnavailableError
+from kvfs.fuse.handles import (
+    FormerHandle,
+    Handles,
+    Inodes,
+    ReadHandle,
+    StaticHandle,
+    WritingHandle,
+    is_version,
+    node_of,
+)
+from kvfs.fuse.requests import RequestCounters, Runner
+
+NODE = dataclasses.replace(ROOT_NODE, node_id=(77 << 32) | 5)
+
+
+class Reader:
+    def __init__(self, version: int) -> None:
+        self.version = version
+
+
+def reading(inode: int, version: int, *, is_passthrough: bool = False) -> ReadHandle:
+    reader: Any = Reader(version)
+    return ReadHandle(inode, NODE, reader, (version, 0, 0), is_passthrough=is_passthrough)
+
+
+def test_aliases_lead_back_to_their_node() -> None:
+    inodes = Inodes()
+    node_id = NODE.node_id
+    assert inodes.current(node_id) == node_id
+    numbers = {node_id}
+    for _ in range(31):
+        inodes.renumber(node_id)
+        inode = inodes.current(node_id)
+        assert node_of(inode) == node_id
+        assert inode < 1 << 62
+        numbers.add(inode)
+    assert len(numbers) == 32
+    with pytest.raises(BusyError, match="close it"):
+        inodes.renumber(node_id)
+    # Those that the kernel knows are passed over, and what it forgets can come again.
+    inodes.add((1 << 56) | node_id)
+    inodes.renumber(node_id)
+    assert inodes.current(node_id) == (2 << 56) | node_id
+    assert inodes.forget((1 << 56) | node_id, 1)
+    assert inodes.forget((9 << 56) | node_id, 1), "never looked up here: a former owner's"
+    assert inodes.current(node_id) == (2 << 56) | node_id
+
+
+def test_handles_of_a_former_owner() -> None:
+    handles = Handles(first_number=1 << 24)
+    number = handles.add(reading(NODE.node_id, 0x12345))
+    assert is_version(number, 0x12345)
+    assert not is_version(number, 0x12346)
+    assert number & 0xFFFFFFFF == (1 << 24) + 1
+    handles.put(3, FormerHandle(NODE.node_id, is_writing=False, is_passthrough=True))
+    assert handles.is_passthrough(NODE.node_id)
+    assert not handles.may_pass_through(NODE.node_id, (0x12345, 0, 0))
+    assert [type(h) for h in handles.opened(NODE.node_id)] == [ReadHandle]
+    handles.put(3, reading(NODE.node_id, 7))
+    assert not handles.is_passthrough(NODE.node_id)
+    assert handles.pop(3) is not None
+    assert handles.pop(4) is None
+    with pytest.raises(UnavailableError, match="former owner"):
+        handles[4]
+
+
+def test_what_goes_together() -> None:
+    handles = Handles()
+    assert handles.may_pass_through(7, (1, 0, 0))
+    handles.add(reading(7, 1, is_passthrough=True))
+    assert handles.may_pass_through(7, (1, 0, 0))
+    assert not handles.may_pass_through(7, (2, 0, 0))
+    handles.add(WritingHandle(8, NODE, None))  # type: ignore[arg-type]
+    assert not handles.may_pass_through(8, (1, 0, 0))
+    assert not handles.is_passthrough(8)
+    handles.add(StaticHandle(9, b""))
+    assert handles.may_pass_through(9, (1, 0, 0))
+    assert len(handles.drain()) == 3
+    assert not handles.of_inode(7)
+
+
+async def test_long_requests_ask_for_patience() -> None:
+    told: list[int] = []
+    runner = Runner(1.0, 4, RequestCounters())
+    runner.on_patience = told.append
+    await runner.run(lambda: None, nbytes=40_000_000)
+    assert told == []
+    await runner.run(lambda: None, nbytes=500_000_000)
+    assert told == [10_000, 0]
