@@ -20,13 +20,13 @@ from typing import Final
 
 from interop import report, venvs
 from interop.cases import Case, CaseError, Figures, Peer, Place, Result, Row, UnavailableError
-from interop.peers import fio, lmcache, nixl, sglang, transformers
+from interop.peers import fio, llamacpp, lmcache, nixl, sglang, transformers
 from interop.site import Site
 from kvfs import __version__
 
 # In the order they run: cheapest first.
 PEERS: Final[tuple[Peer, ...]] = (
-    fio.PEER, nixl.PEER, transformers.PEER, lmcache.PEER, sglang.PEER,
+    fio.PEER, nixl.PEER, transformers.PEER, lmcache.PEER, sglang.PEER, llamacpp.PEER,
 )  # fmt: skip
 
 
