@@ -20,13 +20,14 @@ from typing import Final
 
 from interop import report, venvs
 from interop.cases import Case, CaseError, Figures, Peer, Place, Result, Row, UnavailableError
-from interop.peers import fio, llamacpp, lmcache, nixl, sglang, transformers
+from interop.peers import fio, llamacpp, lmcache, nixl, sglang, transformers, vllm
 from interop.site import Site
 from kvfs import __version__
 
 # In the order they run: cheapest first.
 PEERS: Final[tuple[Peer, ...]] = (
     fio.PEER, nixl.PEER, transformers.PEER, lmcache.PEER, sglang.PEER, llamacpp.PEER,
+    vllm.PEER,
 )  # fmt: skip
 
 
