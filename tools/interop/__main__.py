@@ -20,14 +20,24 @@ from typing import Final
 
 from interop import report, venvs
 from interop.cases import Case, CaseError, Figures, Peer, Place, Result, Row, UnavailableError
-from interop.peers import fio, llamacpp, lmcache, nixl, sglang, transformers, vllm
+from interop.peers import (
+    fio,
+    llamacpp,
+    lmcache,
+    manners,
+    mlcommons,
+    nixl,
+    sglang,
+    transformers,
+    vllm,
+)
 from interop.site import Site
 from kvfs import __version__
 
 # In the order they run: cheapest first.
 PEERS: Final[tuple[Peer, ...]] = (
-    fio.PEER, nixl.PEER, transformers.PEER, lmcache.PEER, sglang.PEER, llamacpp.PEER,
-    vllm.PEER,
+    manners.PEER, fio.PEER, nixl.PEER, transformers.PEER, lmcache.PEER, sglang.PEER, llamacpp.PEER,
+    vllm.PEER, mlcommons.PEER,
 )  # fmt: skip
 
 
@@ -61,7 +71,9 @@ def _arguments() -> argparse.Namespace:
         help=f"peers to run, with commas, of {', '.join(names)} (default: all)",
     )  # fmt: skip
     parser.add_argument("--size", type=int, metavar="MIB", help="size of each peer's pool")
-    parser.add_argument("--directory", type=Path, help="for pools and plain files (default: TMPDIR)")
+    parser.add_argument(
+        "--directory", type=Path, help="for pools and plain files (default: TMPDIR)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the matrix as JSON; - for stdout")
     parser.add_argument("--strace", type=Path, metavar="DIR", help="trace the peers' system calls")
     parser.add_argument("--keep", action="store_true", help="leave the temporary directories")

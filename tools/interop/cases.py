@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from interop.site import Site
 
-Figures = dict[str, float | int | str]
+Figures = dict[str, float | str]
 
 
 class CaseError(Exception):

@@ -52,9 +52,7 @@ def to_text(rows: Sequence[Row]) -> str:
         lines += textwrap.wrap(
             row.reason, _REASON_COLUMNS, initial_indent="    ", subsequent_indent="    "
         )
-    counts = ", ".join(
-        f"{sum(row.result is result for row in rows)} {result}" for result in Result
-    )
+    counts = ", ".join(f"{sum(row.result is result for row in rows)} {result}" for result in Result)
     return "\n".join([*lines, counts]) + "\n"
 
 

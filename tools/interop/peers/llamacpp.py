@@ -23,10 +23,13 @@ from interop.site import Site
 _VERSION: Final = "2026.10.11549"
 _NAME: Final = "slot.bin"
 _TOPICS: Final = ("rivers", "bridges", "clocks", "maps", "letters", "gardens", "harbours", "roofs")
-_PROMPT: Final = " ".join(
-    f"Section {number}: a town keeps a book about its {topic}, and who cares for them when."
-    for number, topic in enumerate(_TOPICS * 5, 1)
-) + " In short, the town"
+_PROMPT: Final = (
+    " ".join(
+        f"Section {number}: a town keeps a book about its {topic}, and who cares for them when."
+        for number, topic in enumerate(_TOPICS * 5, 1)
+    )
+    + " In short, the town"
+)
 _ANSWER: Final = 24
 
 
@@ -65,16 +68,16 @@ def main() -> None:
         require(size == saved["n_written"], f"{saved['n_written']} written, the file has {size}")
         answer = _complete(base, _PROMPT, _ANSWER)
         Path(text).write_text(answer["content"])
-        tell(**{"tokens saved": saved["n_saved"], "save ms": saved["timings"]["save_ms"],
-                "prefill ms": round(first["timings"]["prompt_ms"], 1)})  # fmt: skip
+        tell({"tokens saved": saved["n_saved"], "save ms": saved["timings"]["save_ms"],
+              "prefill ms": round(first["timings"]["prompt_ms"], 1)})  # fmt: skip
         return
     restored = _slot(base, "restore")
     answer = _complete(base, _PROMPT, _ANSWER)
     computed = answer["timings"]["prompt_n"]
     require(computed < 16, f"{computed} tokens of the prompt were computed again")
     require(answer["content"] == Path(text).read_text(), "the answer differs from the one before")
-    tell(**{"restore ms": restored["timings"]["restore_ms"], "tokens computed": computed,
-            "answer": "the same"})  # fmt: skip
+    tell({"restore ms": restored["timings"]["restore_ms"], "tokens computed": computed,
+          "answer": "the same"})  # fmt: skip
 
 
 def _server(directory: str) -> Any:

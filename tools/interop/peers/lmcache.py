@@ -108,9 +108,7 @@ def main() -> None:
         file.truncate(_ARENA_BYTES)
     spec = {"type": "dax", "device_path": str(path), "max_dax_size_gb": _ARENA_BYTES / 2**30,
             "slot_bytes": _KEY_BYTES}  # fmt: skip
-    parsed = parse_args_to_l2_adapters_config(
-        argparse.Namespace(l2_adapter=[json.dumps(spec)])
-    )
+    parsed = parse_args_to_l2_adapters_config(argparse.Namespace(l2_adapter=[json.dumps(spec)]))
     buffer = data.make_aligned_tensor(2 * _KEYS * _KEY_BYTES, 4096)
     desc = data.create_l1_memory_desc(buffer, align_bytes=4096)
     adapter = create_l2_adapter(parsed.adapters[0], l1_memory_desc=desc)
@@ -129,7 +127,7 @@ def main() -> None:
     adapter.close()
     piece = bytes(buffer[:64].tolist())
     require(piece in path.read_bytes(), "a plain read of the file does not show what was stored")
-    tell(**{"store MiB/s": store, "load MiB/s": load})
+    tell({"store MiB/s": store, "load MiB/s": load})
 
 
 def _store(adapter: Any, data: Any, keys: list[Any], objects: list[Any]) -> None:

@@ -66,7 +66,7 @@ def main() -> None:
         memory[:] = bytes(len(data))
         read = rate_mib_s(len(data), partial(move, "READ"))
         require(memory[:] == data, "NIXL reads other bytes than it wrote")
-    tell(**{"write MiB/s": written, "read MiB/s": read})
+    tell({"write MiB/s": written, "read MiB/s": read})
 
 
 def _address(memory: mmap.mmap) -> int:

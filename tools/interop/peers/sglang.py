@@ -101,9 +101,7 @@ def _pages() -> tuple[list[str], Any]:
 
     keys = [f"{number:064x}" for number in range(_PAGES)]
     generator = torch.Generator().manual_seed(5)
-    values = torch.randint(
-        0, 256, (_PAGES, _PAGE_BYTES), dtype=torch.uint8, generator=generator
-    )
+    values = torch.randint(0, 256, (_PAGES, _PAGE_BYTES), dtype=torch.uint8, generator=generator)
     return keys, values
 
 
@@ -116,7 +114,7 @@ def _set(directory: str) -> None:
     require(done == [True], "batch_set answered False")
     require(storage.set(keys[0], values[0]), "setting a page again answered False")
     require(all(map(storage.exists, keys)), "a page that was set is not there")
-    tell(**{"set MiB/s": rate})
+    tell({"set MiB/s": rate})
 
 
 def _get(directory: str) -> None:
@@ -133,7 +131,7 @@ def _get(directory: str) -> None:
     require(storage.get("f" * 64, targets[0]) is None, "a page that was never set is there")
     require(storage.clear() is not False, "clear answered False")
     require(not list(Path(directory).glob("*.bin")), "clear left pages")
-    tell(**{"get MiB/s": rate, "pages equal": f"{_PAGES} of {_PAGES}"})
+    tell({"get MiB/s": rate, "pages equal": f"{_PAGES} of {_PAGES}"})
 
 
 def _evict(directory: str) -> None:
@@ -149,7 +147,7 @@ def _evict(directory: str) -> None:
     target = torch.zeros_like(values[-1])
     require(storage.get(keys[-1], target) is not None, "the newest page is gone")
     require(bool((target == values[-1]).all()), "get gives other bytes than were set")
-    tell(**{"pages set": _PAGES, "pages left": len(left)})
+    tell({"pages set": _PAGES, "pages left": len(left)})
 
 
 if __name__ == "__main__":

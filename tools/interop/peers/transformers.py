@@ -61,7 +61,7 @@ def main() -> None:
         cache = _prefill(model)
         pieces = [piece for layer in cache.layers for piece in (layer.keys, layer.values)]
         nbytes = sum(piece.nbytes for piece in pieces)
-        tell(**{"write MiB/s": rate_mib_s(nbytes, lambda: _WRITERS[way](path, pieces))})
+        tell({"write MiB/s": rate_mib_s(nbytes, lambda: _WRITERS[way](path, pieces))})
         tokens.write_text(repr(_generate(model, cache)))
         return
     found: list[Any] = []
@@ -74,7 +74,7 @@ def main() -> None:
         require(same, "the tensors over the file differ from those computed anew")
     answer = _generate(model, cache)
     require(repr(answer) == tokens.read_text(), "the answer differs from the one before")
-    tell(**{"open MiB/s": read, "tokens equal": f"{_ANSWER} of {_ANSWER}"})
+    tell({"open MiB/s": read, "tokens equal": f"{_ANSWER} of {_ANSWER}"})
 
 
 def _model() -> Any:

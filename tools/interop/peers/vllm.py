@@ -78,13 +78,13 @@ def main() -> None:
         count = _wait_settled(root)
         require(count > 0, "no chunk was stored")
         told.write_text(json.dumps(tokens))
-        tell(**{"chunks stored": count, "cold generate s": figures["generate s"]})
+        tell({"chunks stored": count, "cold generate s": figures["generate s"]})
     else:
         cached = sum(answer["cached"] for answer in answers)
         prompt = sum(answer["prompt"] for answer in answers)
         require(cached > 0, f"no token of {prompt} came from the tier")
         require(tokens == json.loads(told.read_text()), "the tokens differ from the first run's")
-        tell(**figures, **{"tokens from the tier": f"{cached} of {prompt}", "answer": "the same"})
+        tell({**figures, "tokens from the tier": f"{cached} of {prompt}", "answer": "the same"})
     llm.llm_engine.engine_core.shutdown()
     sys.stdout.flush()
     os._exit(0)  # its threads of the CPU do not always end by themselves
@@ -109,11 +109,11 @@ def _convert(folder: Path) -> None:
     clean.load_state_dict(source.state_dict())
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
     clean.save_pretrained(temporary)
-    transformers.AutoTokenizer.from_pretrained(
-        file.parent, gguf_file=file.name
-    ).save_pretrained(temporary)
+    transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(
+        temporary
+    )
     temporary.rename(folder)
-    tell(converted=file.name)
+    tell({"converted": file.name})
 
 
 def _engine(model: str, root: Path) -> Any:

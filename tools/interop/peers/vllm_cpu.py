@@ -27,16 +27,14 @@ class CpuTieringSpec(TieringOffloadingSpec):  # type: ignore[misc]
 
     def get_worker(self, kv_caches: Any) -> Any:
         """Return the worker, over the host memory that the scheduler's tiers see."""
-        if self._worker is None:
-            region = SharedOffloadRegion(
-                engine_id=self.config.engine_id,
-                num_chunks=self.num_chunks,
-                rank=0,
-                kv_bytes_per_chunk=self.kv_bytes_per_chunk,
-                cpu_page_size=self.cpu_page_size_per_worker,
-            )
-            self._worker = CopyingWorker(kv_caches, region, self.blocks_per_chunk)
-        return self._worker
+        region = SharedOffloadRegion(
+            engine_id=self.config.engine_id,
+            num_chunks=self.num_chunks,
+            rank=0,
+            kv_bytes_per_chunk=self.kv_bytes_per_chunk,
+            cpu_page_size=self.cpu_page_size_per_worker,
+        )
+        return CopyingWorker(kv_caches, region, self.blocks_per_chunk)
 
 
 class CopyingWorker(OffloadingWorker):  # type: ignore[misc]
