@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from interop.cases import Case, Figures, Peer, Place
-from interop.driver import rate_mib_s, require, tell
+from interop.driver import pattern, rate_mib_s, require, tell
 from interop.site import Site
 
 _VERSION: Final = "0.5.23"
@@ -28,6 +28,7 @@ _PAGE_BYTES: Final = 256 * 1024
 _MODEL: Final = "org/model"
 # Room for less than all pages, so that SGLang's own eviction runs.
 _SMALL: Final = "16Mi"
+_POOL_BYTES: Final = 256 << 20
 
 
 def _cases(site: Site) -> Iterator[Case]:
@@ -36,6 +37,7 @@ def _cases(site: Site) -> Iterator[Case]:
     for place in Place:
         yield Case("HiCacheFile with its own eviction and a metadata cache", place,
                    partial(_evicting, site, place))  # fmt: skip
+    yield Case("HiCacheFile, twice what the pool holds", Place.MOUNT, partial(_full, site))
 
 
 def _two(site: Site, place: Place) -> Figures:
@@ -50,7 +52,14 @@ def _evicting(site: Site, place: Place) -> Figures:
     return site.drive("sglang", "evict", str(site.directory(place, "sglang") / "small"))
 
 
-PEER: Final = Peer("sglang", "SGLang", "torch", lambda _: _VERSION, _cases)
+def _full(site: Site) -> Figures:
+    directory = str(site.directory(Place.MOUNT, "sglang") / "full")
+    written = site.drive("sglang", "fill", directory, str(2 * site.pool_bytes // _PAGE_BYTES))
+    site.remount()
+    return written | site.drive("sglang", "found", directory, str(written["pages set"]))
+
+
+PEER: Final = Peer("sglang", "SGLang", "torch", lambda _: _VERSION, _cases, _POOL_BYTES)
 
 
 # --- in the peer's venv
@@ -59,7 +68,10 @@ PEER: Final = Peer("sglang", "SGLang", "torch", lambda _: _VERSION, _cases)
 def main() -> None:
     """Set, get or evict pages."""
     verb, directory = sys.argv[1:3]
-    {"set": _set, "get": _get, "evict": _evict}[verb](directory)
+    if verb in ("fill", "found"):
+        {"fill": _fill, "found": _found}[verb](directory, int(sys.argv[3]))
+    else:
+        {"set": _set, "get": _get, "evict": _evict}[verb](directory)
 
 
 def _storage(directory: str, **options: object) -> Any:
@@ -148,6 +160,36 @@ def _evict(directory: str) -> None:
     require(storage.get(keys[-1], target) is not None, "the newest page is gone")
     require(bool((target == values[-1]).all()), "get gives other bytes than were set")
     tell({"pages set": _PAGES, "pages left": len(left)})
+
+
+def _page(number: int) -> Any:
+    import torch
+
+    return torch.frombuffer(bytearray(pattern(_PAGE_BYTES, str(number))), dtype=torch.uint8)
+
+
+def _fill(directory: str, count: int) -> None:
+    """Set pages until what the pool holds is exceeded; kvfs lets the least valuable go."""
+    storage = _storage(directory)
+    refused = [n for n in range(count) if not storage.set(f"{n:064x}", _page(n))]
+    require(not refused, f"{len(refused)} of {count} pages were refused, first {refused[:3]}")
+    tell({"pages set": count})
+
+
+def _found(directory: str, count: int) -> None:
+    import torch
+
+    storage = _storage(directory)
+    target = torch.zeros(_PAGE_BYTES, dtype=torch.uint8)
+    found = 0
+    for number in range(count):
+        if storage.exists(f"{number:064x}"):
+            page = storage.get(f"{number:064x}", target)
+            require(page is not None, "a page vanished between exists and get")
+            require(bool((target == _page(number)).all()), f"page {number}: other bytes")
+            found += 1
+    require(found > count // 4, f"{found} of {count} pages are left")
+    tell({"pages left": found})
 
 
 if __name__ == "__main__":
