@@ -101,12 +101,12 @@ def _run_peer(peer: Peer, arguments: argparse.Namespace) -> Iterator[Row]:
         site.create()
         site.mount()
         for case in peer.cases(site):
-            yield _run_case(case, blank)
+            yield run_case(case, blank)
         site.unmount()
     except CaseError as error:
         yield replace(blank, what="mount", result=Result.FAILED, reason=str(error))
     else:
-        yield _run_case(Case("kvfs-admin check --data, after all", Place.MOUNT, site.check), blank)
+        yield run_case(Case("kvfs-admin check --data, after all", Place.MOUNT, site.check), blank)
     finally:
         site.abandon()
         if arguments.keep:
@@ -115,7 +115,8 @@ def _run_peer(peer: Peer, arguments: argparse.Namespace) -> Iterator[Row]:
             shutil.rmtree(root, ignore_errors=True)
 
 
-def _run_case(case: Case, blank: Row) -> Row:
+def run_case(case: Case, blank: Row) -> Row:
+    """Run a case; whatever comes of it is a row."""
     row = replace(blank, what=case.what, place=case.place)
     start = time.monotonic()
     try:

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import mmap
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -110,6 +111,45 @@ def _mapped_by_reader(path: Path) -> None:
         require(mapped[:] == _DATA, "other bytes than were written")
     os.close(reader)
     os.close(writer)
+
+
+def _mapped_beside_writer(path: Path) -> None:
+    """A reader maps a file that is whole, while another process has it open to change it."""
+    path.write_bytes(_DATA)
+    writer = os.open(path, os.O_RDWR)
+    reader = os.open(path, os.O_RDONLY)
+    with mmap.mmap(reader, 0, mmap.MAP_SHARED, mmap.PROT_READ) as mapped:
+        require(mapped[:] == _DATA, "other bytes than were written")
+    os.close(reader)
+    os.close(writer)
+
+
+def _mapped_rewritten(path: Path) -> None:
+    """A file is written anew in place, as llama.cpp does, while a reader has the old one mapped."""
+    path.write_bytes(_DATA)
+    old = os.open(path, os.O_RDONLY)
+    with mmap.mmap(old, 0, mmap.MAP_SHARED, mmap.PROT_READ) as before:
+        require(before[:4096] == _DATA[:4096], "other bytes than were written")
+        path.write_bytes(_DATA[::-1])
+        new = os.open(path, os.O_RDONLY)
+        with mmap.mmap(new, 0, mmap.MAP_SHARED, mmap.PROT_READ) as after:
+            require(after[:] == _DATA[::-1], "the new mapping shows the old bytes")
+        os.close(new)
+    os.close(old)
+
+
+def _killed_writer(path: Path) -> None:
+    """A writer is killed half-way. No engine relies on what is left; it must be readable."""
+    path.write_bytes(_DATA)
+    child = os.fork()
+    if not child:
+        fd = os.open(path, os.O_WRONLY | os.O_TRUNC)
+        os.write(fd, _DATA[: _MIB // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    found = path.read_bytes()
+    require(found in (_DATA, _DATA[: _MIB // 2]), f"{len(found)} bytes that nobody wrote")
+    sys.stdout.write(f"{len(found)} bytes are left\n")
 
 
 def _write_only_mapped(path: Path) -> None:
@@ -275,6 +315,9 @@ _MANNERS: Final[dict[str, Callable[[Path], None]]] = {
     "O_DIRECT by fcntl": _direct_later,
     "second shared mapping of a file that is mapped": _second_mapping,
     "reader maps a file while it is written": _mapped_by_reader,
+    "reader maps a whole file that a writer has open": _mapped_beside_writer,
+    "reader maps a file rewritten in place, the old one mapped": _mapped_rewritten,
+    "writer killed half-way": _killed_writer,
     "shared mapping of a file that a writer has O_WRONLY": _write_only_mapped,
     "ftruncate, map, write by the mapping": _mapped_extended,
     "MADV_POPULATE_WRITE": _populated,

@@ -42,10 +42,11 @@ def _cases(site: Site) -> Iterator[Case]:
 
 def _two(site: Site, place: Place) -> Figures:
     directory = str(site.directory(place, "sglang") / "hicache")
-    written = site.drive("sglang", "set", directory)
+    env = {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": directory}
+    written = site.drive("sglang", "set", directory, env=env)
     if place is Place.MOUNT:
         site.remount()
-    return written | site.drive("sglang", "get", directory)
+    return written | site.drive("sglang", "get", directory, env=env)
 
 
 def _evicting(site: Site, place: Place) -> Figures:
