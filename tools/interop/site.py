@@ -198,6 +198,7 @@ class Process:
         """Return the end of what it said, on one line."""
         for path in (self.stderr, self.stdout):
             lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
-            if lines := [line for line in lines if line]:
+            # A report in JSON hides what was said before it.
+            if lines := [line for line in lines if line and line[0] not in '"{}[]']:
                 return " / ".join(lines[-3:])[-400:]
         return "it said nothing"
