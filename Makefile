@@ -7,6 +7,8 @@
 #   PYTHON       interpreter for the venv; python3.11 or any later one is found by itself
 #   TORCH_INDEX  where pip finds CPU builds of torch, for `make demo` only: an index, or a directory
 #                of wheels as file:///path (tools/install_torch.sh)
+#   PEER         which peers `make interop` runs, with commas; all without it
+#   INTEROP_ARGS more for it, e.g. --json FILE
 #   SEED         seed of `make test-crash`
 #   WERROR       ON: warnings of the C compiler are errors, as in CI
 
@@ -22,6 +24,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 SEED ?= 1
 WERROR ?= OFF
 PYTEST_ARGS ?=
+PEER ?=
+INTEROP_ARGS ?=
 
 NATIVE := native/CMakeLists.txt \
 	$(wildcard native/*.c native/*.h native/core/*.[ch] native/vendor/*/*.h)
@@ -102,12 +106,17 @@ ci: test test-fuse wheel ## all that a release needs
 
 # --- products
 
-.PHONY: bench demo wheel
+.PHONY: bench demo interop wheel
 bench: setup ## measure the hot paths
 	$(BIN)/kvfs bench
 
 demo: setup $(VENV)/.demo ## a real model's context as a file: cold, restored, shared, killed
 	$(BIN)/kvfs demo
+
+# The first run makes venvs of 7 GB under build/interop: tools/interop/requirements lists them.
+interop: setup ## other engines, unmodified, on a mount: make interop PEER=fio (long)
+	command -v fio >/dev/null || bash tools/interop/install_fio.sh
+	PYTHONPATH=tools $(BIN)/python -m interop --peer '$(PEER)' $(INTEROP_ARGS)
 
 wheel: $(VENV)/.dependencies ## build the wheel, try it in a fresh venv from another directory
 	rm -rf dist build/wheel-venv

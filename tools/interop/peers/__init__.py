@@ -1,0 +1,4 @@
+"""The peers, a module each.
+
+Layer: tool.
+"""

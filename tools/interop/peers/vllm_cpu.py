@@ -1,0 +1,99 @@
+"""What vLLM's offloading lacks on a CPU: a worker that copies with the CPU itself.
+
+Layer: tool.
+
+Stock vLLM refuses to make an offloading worker without a GPU. The manager, the tiers and their
+files are stock; only the copy between the model's cache and vLLM's own host memory is here. Loaded
+by vLLM, by name: spec_module_path.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from vllm.v1.kv_offload.base import OffloadingWorker, TransferResult
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+
+
+class CpuTieringSpec(TieringOffloadingSpec):  # type: ignore[misc]
+    """vLLM's tiering with a worker for the CPU."""
+
+    def get_manager(self) -> Any:
+        """Return the stock manager; by now worker and manager have the memory open."""
+        manager = super().get_manager()
+        if self._scheduler_mmap is not None:  # a killed engine leaves no name behind
+            Path(self._scheduler_mmap.mmap_path).unlink(missing_ok=True)
+        return manager
+
+    def get_worker(self, kv_caches: Any) -> Any:
+        """Return the worker, over the host memory that the scheduler's tiers see."""
+        region = SharedOffloadRegion(
+            engine_id=self.config.engine_id,
+            num_chunks=self.num_chunks,
+            rank=0,
+            kv_bytes_per_chunk=self.kv_bytes_per_chunk,
+            cpu_page_size=self.cpu_page_size_per_worker,
+        )
+        return CopyingWorker(kv_caches, region, self.blocks_per_chunk)
+
+
+class CopyingWorker(OffloadingWorker):  # type: ignore[misc]
+    """Copies at once, in the call that submits."""
+
+    def __init__(self, kv_caches: Any, region: Any, blocks_per_chunk: int) -> None:
+        """Take the model's tensors, and views of the region for each."""
+        import torch
+
+        self._region = region
+        self._blocks_per_chunk = blocks_per_chunk
+        self._refs = kv_caches.group_data_refs
+        self._model, self._host = [], []
+        for cache in kv_caches.tensors:
+            page = cache.page_size_bytes
+            self._model.append(cache.tensor.view(torch.int8).view(-1, page))
+            self._host.append(region.create_next_worker_view(page * blocks_per_chunk))
+        self._done: list[Any] = []
+
+    def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+        """Copy the model's blocks to chunks."""
+        return self._copy(job_id, src_spec, dst_spec, is_store=True)
+
+    def submit_load(
+        self, job_id: int, src_spec: Any, dst_spec: Any, expedited: bool = False
+    ) -> bool:
+        """Copy chunks to the model's blocks."""
+        del expedited
+        return self._copy(job_id, dst_spec, src_spec, is_store=False)
+
+    def get_finished(self) -> list[Any]:
+        """Return what was copied since the last call."""
+        done, self._done = self._done, []
+        return done
+
+    def wait(self, job_ids: set[int]) -> None:
+        """Nothing to wait for."""
+
+    def shutdown(self) -> None:
+        """Let go of the memory."""
+        self._host.clear()
+        self._region.cleanup()
+
+    def _copy(self, job_id: int, model: Any, host: Any, *, is_store: bool) -> bool:
+        per_chunk, block_at, chunk_at = self._blocks_per_chunk, 0, 0
+        for refs, size, first in zip(
+            self._refs, model.group_sizes, model.block_indices, strict=True
+        ):
+            skipped = first % per_chunk
+            for i in range(size):
+                chunk, sub = divmod(skipped + i, per_chunk)
+                block = int(model.block_ids[block_at + i])
+                for ref in refs:
+                    mine = self._model[ref.tensor_idx][block]
+                    page = mine.numel()
+                    row = self._host[ref.tensor_idx][int(host.block_ids[chunk_at + chunk])]
+                    theirs = row[sub * page : (sub + 1) * page]
+                    (theirs.copy_(mine) if is_store else mine.copy_(theirs))
+            block_at += size
+            chunk_at += -(-(size + skipped) // per_chunk) if size else 0
+        self._done.append(TransferResult(job_id, success=True))
+        return True
