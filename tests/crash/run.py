@@ -73,7 +73,7 @@ def run(seed: int, states: int, jobs: int, randoms: int, checked: int = 1) -> Ta
         running: list[multiprocessing.pool.AsyncResult[Outcome]] = []
         tasks = _tasks(seed, randoms, checked)
         while not tally.is_done:
-            while len(running) < jobs + 1:
+            while len(running) < 4 * jobs:  # walks differ in length, and are taken in order
                 running.append(pool.apply_async(_walk, (next(tasks),)))
             tally.add(running.pop(0).get())
             if len(tally.digests) - shown >= 5000:

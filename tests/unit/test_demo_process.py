@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -69,10 +70,26 @@ def test_unmount_of_what_is_not_mounted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_signals_clean_up_like_ctrl_c(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt), signals_as_interrupts():
-        os.kill(os.getpid(), number)
-    assert signal.getsignal(number) is before
+    found = signal.signal(number, _unexpected)  # a job in the background is started without SIGINT
+    try:
+        with pytest.raises(KeyboardInterrupt), signals_as_interrupts():
+            os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is _unexpected
+    finally:
+        signal.signal(number, found)
+
+
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    found = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals_as_interrupts():
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, found)
+
+
+def _unexpected(number: int, frame: FrameType | None) -> None:
+    raise AssertionError(f"signal {number} came to who was there before")
 
 
 def test_children_run_the_same_python() -> None:
