@@ -23,6 +23,7 @@ from typing import Final
 from kvfs.clock import Clock, SystemClock
 from kvfs.config import DeviceURL, PoolOptions, default_segment_bytes, parse_device_url
 from kvfs.devices.base import Device
+from kvfs.devices.filesystem import SUPERBLOCK
 from kvfs.devices.open import capacity_of, location_of, open_device
 from kvfs.engine.catalog import Catalog
 from kvfs.engine.catalog_schema import APPLICATION_ID, ROOT_NODE_ID, DeviceRow
@@ -85,11 +86,8 @@ def create_pool(
     clock = clock or SystemClock()
     urls = [parse_device_url(text) for text in devices]
     plan = plan_devices(urls)
+    require_free(root, plan)
     _make_root(root)
-    if (root / CATALOG_NAME).exists():
-        raise ExistsError(f"a pool is there already: {root}; 'kvfs-admin pool destroy' removes it")
-    if any(root.iterdir()):
-        raise ExistsError(f"directory is not empty: {root}")
     lock_fd = _lock(root)
     pool_uuid = new_uuid()
     opened: list[DeviceState] = []
@@ -112,6 +110,27 @@ def create_pool(
         raise
     pool.start_background()
     return pool
+
+
+def require_free(root: Path, plan: Sequence[tuple[DeviceRow, DeviceURL]]) -> None:
+    """Refuse to make a pool where there is one, or on somebody's device. Changes nothing.
+
+    Raises:
+        ExistsError: That is so, or the directory holds something.
+    """
+    if (root / CATALOG_NAME).exists():
+        raise ExistsError(f"a pool is there already: {root}; 'kvfs-admin pool destroy' removes it")
+    if root.is_dir() and any(root.iterdir()):
+        raise ExistsError(f"directory is not empty: {root}")
+    for _, url in plan:
+        if url.scheme == "dir" and (Path(url.location) / SUPERBLOCK).exists():
+            raise _taken(url)
+
+
+def _taken(url: DeviceURL) -> ExistsError:
+    return ExistsError(
+        f"device belongs to a pool: {url}; destroy that pool or delete the directory"
+    )
 
 
 def plan_devices(urls: Sequence[DeviceURL]) -> list[tuple[DeviceRow, DeviceURL]]:
@@ -220,9 +239,7 @@ def _format_row(row: DeviceRow, url: DeviceURL, pool_uuid: uuid.UUID, clock: Clo
         raise
     if is_taken:
         device.close()
-        raise ExistsError(
-            f"device belongs to a pool: {url}; destroy that pool or delete the directory"
-        )
+        raise _taken(url)
     try:
         return format_device(device, pool_uuid, location_of(device), this_process(), clock)
     except BaseException:

@@ -71,9 +71,10 @@ def create_pool(arguments: argparse.Namespace, console: Console) -> int:
     path = Path(given).absolute()
     from kvfs.config import parse_device_url
     from kvfs.lifecycle import create_pool as create
-    from kvfs.lifecycle import plan_devices
+    from kvfs.lifecycle import plan_devices, require_free
 
     plan = plan_devices([parse_device_url(text) for text in arguments.devices])
+    require_free(path, plan)
     rows = [
         (str(row.tier), row.name, url.scheme, console.size(url.size_bytes),
          console.size(url.segment_bytes), str(url.size_bytes // url.segment_bytes),

@@ -4,6 +4,7 @@ Layer: L1. Called by whoever opens a pool; the only place of the device layer th
 of the process (the soft limit of descriptors, raised to the hard one).
 """
 
+import contextlib
 import os
 import resource
 from collections.abc import Callable
@@ -14,9 +15,10 @@ from uuid import UUID
 from kvfs.config import DeviceURL
 from kvfs.devices.base import Device
 from kvfs.devices.directory import DirectoryDevice
+from kvfs.devices.filesystem import SEGMENTS, SUPERBLOCK
 from kvfs.devices.memory import MemoryDevice, Progress
 from kvfs.devices.osfs import OSFileSystem, nearest_existing
-from kvfs.errors import UsageError
+from kvfs.errors import CorruptionError, UsageError
 from kvfs.units import PAGE, format_bytes
 
 _FREE_SHARE_PERCENT: Final = 80
@@ -36,7 +38,25 @@ class DeviceRequest:
     progress: Progress | None
 
 
+def is_formatted(location: str) -> bool:
+    """Say whether a directory holds a device's superblock, or segments that one could be made of.
+
+    An empty mountpoint, whose filesystem is not mounted, holds neither; nothing is to be put there.
+    """
+    if os.path.exists(f"{location}/{SUPERBLOCK}"):
+        return True
+    with contextlib.suppress(OSError):
+        return bool(os.listdir(f"{location}/{SEGMENTS}"))
+    return False
+
+
 def _open_directory(request: DeviceRequest) -> Device:
+    location = request.url.location
+    if not request.create and os.path.isdir(location) and not is_formatted(location):
+        raise CorruptionError(
+            f"no superblock: {request.name}: {location} was never formatted; "
+            "mount the device's filesystem there"
+        )
     files = OSFileSystem(request.url.location, create=request.create)
     try:
         return DirectoryDevice(
@@ -100,6 +120,7 @@ def open_device(
     Raises:
         UsageError: No room for one segment.
         NotFoundError: The directory is missing.
+        CorruptionError: Not to be created, and never formatted.
         RefusedError: The directory lies on a network or FUSE filesystem.
         BusyError: Another process has the directory open.
         NoSpaceError: There is not that much memory.

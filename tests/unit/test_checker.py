@@ -165,7 +165,7 @@ def test_check_pool_without_its_device(pool_path, tmp_path):
     (tmp_path / "device").rename(tmp_path / "elsewhere")
     for is_repair in (False, True):
         report = check_pool(pool_path, repair=is_repair)
-        assert [f.code for f in report.findings] == ["device-missing"]
+        assert [f.code for f in report.findings] == ["device-missing", "names-not-checked"]
         assert report.exit_code == 14
     assert not (tmp_path / "device").exists()
 

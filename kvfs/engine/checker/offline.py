@@ -25,6 +25,7 @@ from kvfs.config import DeviceURL, parse_device_url
 from kvfs.devices.base import Device
 from kvfs.devices.directory import DirectoryDevice
 from kvfs.devices.filesystem import OSFile
+from kvfs.devices.open import is_formatted
 from kvfs.devices.osfs import OSFileSystem
 from kvfs.engine.catalog import Catalog
 from kvfs.engine.catalog_schema import DeviceRow
@@ -242,6 +243,8 @@ def _open_devices(
 
 
 def _open_directory(row: DeviceRow, url: DeviceURL, *, writable: bool) -> Device:
+    if writable and not is_formatted(url.location):
+        raise NotFoundError(f"device directory is not formatted: {url.location}")
     files = (
         OSFileSystem(url.location, create=False) if writable else ReadOnlyFileSystem(url.location)
     )
