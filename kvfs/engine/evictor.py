@@ -166,7 +166,7 @@ class Evictor:
         if device.full:
             self._flush()
         wanted = max(nbytes, device.info.capacity_bytes // _ROUND_SHARE)
-        held = HeldKeys(self._state)
+        held, used_bytes = HeldKeys(self._state), device.device.used_bytes
         try:
             freed = self._round(device, wanted, held)
             if not freed and self._state.on_pressure is not None:
@@ -178,9 +178,12 @@ class Evictor:
             if not freed and self._close_idle_log(device):
                 self._flush()
                 freed = self._round(device, wanted, held)
-            if not freed:
-                # A crash may have left no room to copy survivors to: spare nothing that may go.
-                freed = self._round(device, wanted, held, is_sparing=False)
+            if not freed or device.device.used_bytes >= used_bytes:
+                # There is no room to copy survivors to, after a crash, or they took all that was
+                # freed, as each namespace has segments of its own: spare nothing that may go.
+                if freed and self._close_idle_log(device):
+                    self._flush()
+                freed += self._round(device, wanted, held, is_sparing=False)
         finally:
             held.close()
         return freed > 0

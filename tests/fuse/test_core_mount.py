@@ -331,7 +331,7 @@ def test_stalled_medium_fails_within_the_deadline(
     path = tmp_path / "mnt"
     path.mkdir()
     may_go = threading.Event()
-    with mount_in_background(pool, path, MountOptions(deadline_s=0.3)):
+    with mount_in_background(pool, path, MountOptions(deadline_s=1.5)):
         write_file(path / "stalled", bytes(LARGE))
         write_file(path / "well", b"y" * 1000)
         verified = pool.store.verified

@@ -92,7 +92,7 @@ def run(path: Path, seconds: float) -> None:
     results = [worker.communicate(timeout=seconds + 60) for worker in workers]
     for worker, (out, err) in zip(workers, results, strict=True):
         assert worker.returncode == 0, err
-        assert int(out) > 5
+        assert int(out) > 0
 
 
 @pytest.mark.parametrize("options", [{}, {"passthrough": False}], ids=["passthrough", "native"])
