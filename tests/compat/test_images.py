@@ -201,8 +201,8 @@ def test_superblock_of_a_later_format(image: Unpacked) -> None:
 
 def test_catalog_of_a_later_format(image: Unpacked) -> None:
     with image.catalog() as connection:
-        connection.execute("PRAGMA user_version = 2")
-    assert_refused(image, "catalog has another version: .*: expected 1, found 2")
+        connection.execute("PRAGMA user_version = 3")
+    assert_refused(image, "catalog has another version: .*: expected 2, found 3")
 
 
 def test_segment_of_a_later_format(image: Unpacked) -> None:
