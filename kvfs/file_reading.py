@@ -54,8 +54,9 @@ class FileReading:
 
     def read(self, reader: FileReader, offset: int, nbytes: int) -> bytearray:
         """Read a range, short at the end of the file; see `read_into`."""
-        size_bytes = reader.size_bytes if reader.raw is None else reader.raw.size_bytes
-        out = bytearray(max(0, min(nbytes, size_bytes - offset)))
+        if reader.raw is not None and not reader.is_closed:
+            reader.size_bytes = reader.raw.size_bytes
+        out = bytearray(max(0, min(nbytes, reader.size_bytes - offset)))
         if out:
             count = self.read_into(reader, offset, memoryview(out))
             del out[count:]

@@ -161,7 +161,7 @@ class FileWriting(FileContents):
             credit = self._reserve(writer, upto_bytes)
             staged = writer.staged
             assert staged is not None
-            staged.is_shared = True
+            staged.is_shared = staged.is_growing = True
             handle.grant = Grant(credit, revoke)
             return staged.file.fd, credit
 
@@ -193,11 +193,13 @@ class FileWriting(FileContents):
         try:
             handed = grant.revoke()
         except Exception as error:  # noqa: BLE001 - it is the caller's; the file fails
-            _log.warning("foreign writer could not be stopped: %s", writer.node.name, exc_info=True)
-            self._fail(
-                writer,
-                DeviceError(f"foreign writer could not be stopped: {writer.node.name!r}: {error}"),
+            failure = DeviceError(
+                f"foreign writer could not be stopped: {writer.node.name!r}: {error}"
             )
+            failure.__cause__ = error
+            self._fail(writer, failure)
+            if writer.is_raw:
+                _log.warning("%s", failure)
         self._take_in(writer, handed)
 
     def _revoke_all(self, writer: FileWriter) -> None:
@@ -219,7 +221,10 @@ class FileWriting(FileContents):
         if writer.staged is None:
             return 0
         kept = max(writer.credit_bytes(), writer.reserved_bytes)
-        return self.staging.settle(writer.staged, kept)
+        grew = self.staging.settle(writer.staged, kept)
+        if not writer.is_granted and not writer.is_raw:
+            writer.staged.stop_growing()
+        return grew
 
     def _reserve(self, writer: FileWriter, upto_bytes: int) -> int:
         """Take capacity for a grant, a step ahead if that is to be had; return the credit."""
@@ -253,7 +258,7 @@ class FileWriting(FileContents):
 
     def _write(self, writer: FileWriter, offset: int, data: bytes | memoryview) -> None:
         staged = self._staged(writer, writer.size_bytes)
-        if staged.is_shared:
+        if staged.is_growing:
             self._settle(writer)
         end = offset + memoryview(data).nbytes
         self._fit(writer, max(end, staged.file.nbytes))

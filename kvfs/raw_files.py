@@ -13,12 +13,13 @@ Concurrency: `_lock` guards the table, for book-keeping only; a file's bytes and
 writer. Opening and dropping happen outside the lock.
 """
 
+import contextlib
 import threading
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from kvfs.engine.store import Store
-from kvfs.errors import DeviceError, NotFoundError
+from kvfs.errors import ClosedError, DeviceError, NotFoundError
 from kvfs.staging import Staged
 
 
@@ -67,10 +68,7 @@ class RawFiles:
         if raw is None:
             return None
         staged = raw.staged
-        try:
-            return raw.nbytes if staged is None else staged.size_bytes
-        except OSError:  # closed at this moment
-            return raw.nbytes
+        return raw.nbytes if staged is None else staged.size_bytes
 
     def open(self, node_id: int) -> Staged:
         """Open a raw file; all who do share one handle. Give back with `close`.
@@ -91,7 +89,9 @@ class RawFiles:
                     raise DeviceError(
                         f"raw file cannot be opened: {device.info.name}: {error}"
                     ) from error
-                raw.staged = Staged(0, file, raw.device_index, is_shared=True, is_raw=True)
+                raw.staged = Staged(
+                    0, file, raw.device_index, is_shared=True, is_raw=True, is_growing=True
+                )
             raw.users += 1
             return raw.staged
 
@@ -104,11 +104,14 @@ class RawFiles:
             raw.users -= 1
             if raw.users:
                 return
-            raw.nbytes, raw.staged = staged.size_bytes, None
+            device = self._store.staging_device(raw.device_index).device
+            with contextlib.suppress(ClosedError):  # the pool was closed first
+                device.settle_staging(staged.file)
+            staged.stop_growing()
+            raw.nbytes, raw.staged = staged.file.nbytes, None
             is_removed = raw.is_removed
             if is_removed:
                 del self._files[node_id]
-            device = self._store.staging_device(raw.device_index).device
             if not is_removed:
                 device.release_raw(staged.file)
         if is_removed:
@@ -124,7 +127,7 @@ class RawFiles:
         """
         assert not staged.in_memory
         self._store.keep_raw(staged.device_index, staged.file, node_id)
-        staged.is_raw = staged.is_shared = True
+        staged.is_raw = staged.is_shared = staged.is_growing = True
         raw = _Raw(staged.device_index, staged.file.nbytes, staged, users=1)
         with self._lock:
             self._files[node_id] = raw

@@ -17,7 +17,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from kvfs.clock import Clock
@@ -62,9 +62,11 @@ class Staged:
         namespace_id: Whose.
         file: Descriptor and size; a staging file of the device, or a memfd of our own.
         device_index: The device; -1 in memory.
-        is_shared: A descriptor was handed to somebody else, who may have written.
+        is_shared: A descriptor was handed to somebody else, who may have it still.
         is_raw: A raw file.
         taken_bytes: What it has of the budget.
+        is_growing: Somebody else may write now, so that only the file itself knows its size.
+        guard: Held to ask the file for its size, and to end that; its descriptor stays until then.
     """
 
     namespace_id: int
@@ -73,6 +75,8 @@ class Staged:
     is_shared: bool = False
     is_raw: bool = False
     taken_bytes: int = 0
+    is_growing: bool = False
+    guard: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def in_memory(self) -> bool:
@@ -81,8 +85,14 @@ class Staged:
 
     @property
     def size_bytes(self) -> int:
-        """Its size, also while somebody else writes."""
-        return os.fstat(self.file.fd).st_size if self.is_shared else self.file.nbytes
+        """Its size, also while somebody else writes. Needs no lock of the writer's."""
+        with self.guard:
+            return os.fstat(self.file.fd).st_size if self.is_growing else self.file.nbytes
+
+    def stop_growing(self) -> None:
+        """Note that nobody else writes any more: the size is what was settled last."""
+        with self.guard:
+            self.is_growing = False
 
 
 class StagingArea:
