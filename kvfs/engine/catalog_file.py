@@ -66,7 +66,7 @@ def connect(path: Path, *, is_new: bool) -> sqlite3.Connection:
         connection.execute("PRAGMA wal_autocheckpoint=0").fetchone()
         # A large transaction, as a dropped namespace is, would leave the log large for ever.
         connection.execute(f"PRAGMA journal_size_limit={WAL_BYTES_KEPT}").fetchone()
-        connection.execute("PRAGMA cache_size=-16384")
+        connection.execute("PRAGMA cache_size=-65536")
         connection.execute("PRAGMA temp_store=MEMORY")
         # Distributions differ in the default; ON would write every freed page once more.
         connection.execute("PRAGMA secure_delete=FAST").fetchone()
