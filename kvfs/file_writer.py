@@ -85,14 +85,14 @@ class KnownDigests:
             return
         if not handed.end_bytes:
             return
-        if handed.digests is None or self.is_contested:
-            self.clear()
+        first = -(-handed.start_bytes // stride)
+        count = max(0, -(-handed.end_bytes // stride) - first)
+        if handed.digests is None or self.is_contested or handed.digests.shape != (count, 16):
+            self.clear()  # unknown, or not what was agreed
             return
         self.forget(handed.start_bytes, handed.end_bytes, stride)
-        first = -(-handed.start_bytes // stride)
         for block, digest in enumerate(handed.digests, first):
             length = min(stride, handed.end_bytes - block * stride)
-            assert length > 0, "a digest of a block that was not written"
             self._by_block[block] = (length, digest.tobytes())
 
     def of(self, lengths: npt.NDArray[np.uint64]) -> tuple[DigestArray, npt.NDArray[np.bool_]]:

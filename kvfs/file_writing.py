@@ -47,7 +47,7 @@ class FileWriting(FileContents):
     ) -> None:  # fmt: skip
         """Bind to a pool; see FileContents. `memory_bytes`: what small files may take."""
         super().__init__(store, catalog, layout_of, clock)
-        self.staging = StagingArea(store, clock, memory_bytes)
+        self.staging = StagingArea(store, memory_bytes)
         self.raws = RawFiles(store)
 
     # --- writing through kvfs

@@ -315,7 +315,7 @@ class Files(FileWriting):
         Raises:
             NoSpaceError: There is no room for a copy of its content.
         """
-        if node.node_id in self.raws or self.writer_of(node.node_id) is not None:
+        if node.node_id in self.raws:
             return
         handle = self.open_write(node, truncate=False)
         writer = handle.writer

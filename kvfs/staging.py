@@ -13,6 +13,7 @@ Nothing here is locked but the budget: a staged file belongs to the writer whose
 """
 
 import errno
+import itertools
 import mmap
 import os
 import threading
@@ -20,7 +21,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from kvfs.clock import Clock
 from kvfs.devices.base import Device, Staging
 from kvfs.engine.store import Store
 from kvfs.errors import DeviceError
@@ -98,10 +98,10 @@ class Staged:
 class StagingArea:
     """Makes, grows and moves staged files of one pool."""
 
-    def __init__(self, store: Store, clock: Clock, budget_bytes: int) -> None:
+    def __init__(self, store: Store, budget_bytes: int) -> None:
         self.budget = MemoryBudget(budget_bytes)
         self._store = store
-        self._clock = clock
+        self._serial = itertools.count(1)
 
     def memory_limit(self) -> int:
         """Return the size up to which a file goes into the log, and may be staged in memory."""
@@ -259,7 +259,7 @@ class StagingArea:
         return Staged(namespace_id, Staging(name, fd, 0))
 
     def _fresh_name(self, name: str) -> str:
-        return f"{name}-{self._clock.monotonic_ns():x}"
+        return f"{name}-{next(self._serial):x}"
 
     def _copied(self, staged: Staged) -> Staged:
         """Return a copy on the device."""

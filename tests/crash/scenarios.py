@@ -326,6 +326,19 @@ def large_files(bench: Bench) -> None:
 
 
 @scenario()
+def copied_files(bench: Bench) -> None:
+    """Files that somebody could still write: a copy becomes the segment."""
+    space = bench.space()
+    bench.write_file(space, "one", 20000)
+    bench.sync()
+    for name, nbytes in (("one", 30001), ("two", 17000)):
+        bench.world.disks[0].refused_seals = 1
+        bench.write_file(space, name, nbytes, parts=3)
+        bench.put(space, 1)
+    bench.sync()
+
+
+@scenario()
 def renamed_files(bench: Bench) -> None:
     """Files written under another name and renamed over the old one."""
     space = bench.space()

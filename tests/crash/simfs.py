@@ -182,7 +182,8 @@ class SimFile(File):
         self._files.sync_inode(self._inode)
 
     def has_writers(self) -> bool | None:
-        return self._files.writers
+        self._files.refused_seals -= 1
+        return self._files.refused_seals >= 0
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -201,7 +202,7 @@ class SimFileSystem(FileSystem):
         self.place = LOCATION
         self.failing_syncs = 0
         self.failing_writes = 0
-        self.writers: bool | None = False  # what `File.has_writers` answers
+        self.refused_seals = 0  # how often `File.has_writers` will say yes
         self.random = random.Random(0)
         self._names: dict[str, _Inode] = {}
         self._next = 1

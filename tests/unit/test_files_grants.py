@@ -412,3 +412,8 @@ def test_known_digests_by_block() -> None:
     table.take_in(HandedIn(0, 100, digests(1)), 100)
     table.take_in(None, 100)
     assert len(table) == 0
+    for wrong in (digests(1), digests(1, 2, 3), np.zeros((2, 15), np.uint8)):
+        table.take_in(HandedIn(0, 200, wrong), 100)
+        assert len(table) == 0
+    table.take_in(HandedIn(150, 180, np.zeros((0, 16), np.uint8)), 100)  # inside one block
+    assert len(table) == 0

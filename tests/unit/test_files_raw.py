@@ -190,6 +190,18 @@ def test_a_marked_file_becomes_raw(pool: Pool, nbytes: int, is_open: bool) -> No
         tree.remove_attribute(node, RAW)
 
 
+def test_a_marked_file_that_is_open_and_idle_becomes_raw_at_its_close(pool: Pool) -> None:
+    node, handle = open_new(pool)
+    pool.files.write(handle, 0, b"content")
+    pool.files.close_write(handle)
+    handle = pool.files.open_write(node, truncate=False)
+    Tree(pool).set_attribute(node, RAW, b"1")
+    assert not Tree(pool).node(node.node_id).is_raw
+    pool.files.close_write(handle)
+    assert Tree(pool).node(node.node_id).is_raw
+    assert content_of(pool, node) == b"content"
+
+
 def test_marks_that_make_no_sense(pool: Pool) -> None:
     tree, space = Tree(pool), small_namespace(pool)
     context = space.context("c")
