@@ -371,6 +371,7 @@ class Bench:
             before = self.oracle.value(path)
             assert isinstance(before, FileValue)
             content = bytearray(before.content)
+            assert offset + nbytes <= len(content), "a size may survive without its bytes"
             content[offset : offset + nbytes] = data
             self.oracle.assign(path, FileValue(bytes(content)), begin)
             node = self.pool.catalog.resolve(space.info.root_node_id, name)

@@ -391,7 +391,7 @@ def raw_files(bench: Bench) -> None:
     bench.remove_file(space, "three")
     bench.reopen()
     space = bench.space()
-    bench.write_raw(space, "one", 4992)
+    bench.write_raw(space, "one", 4864)
     bench.remove_file(space, "large")
     bench.make_raw(space, "four", 3000)
     bench.drop_space(space)

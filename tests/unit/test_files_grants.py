@@ -296,7 +296,7 @@ def test_renaming_over_a_file_adopts_what_was_written(pool: Pool) -> None:
 
 def spy_on_digests(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the blocks that are hashed in a second pass."""
-    from kvfs import files as module
+    from kvfs import file_adoption as module
 
     made: list[int] = []
     compute = module._digests

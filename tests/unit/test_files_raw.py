@@ -21,7 +21,8 @@ from kvfs.errors import (
     RefusedError,
     UsageError,
 )
-from kvfs.files import RAW_BYTES_MIN, WriteHandle
+from kvfs.file_adoption import RAW_BYTES_MIN
+from kvfs.files import WriteHandle
 from kvfs.pool import Pool
 from kvfs.tree import Tree
 from kvfs.units import MIB
