@@ -320,6 +320,9 @@ class Files(FileAdoption):
         try:
             with writer.lock:
                 writer.is_dirty = True
+                is_due = not writer.is_busy and not writer.is_removed
+                if is_due and writer.failure is None:
+                    self._adopt(writer)  # a close may not have arrived as the last yet
         finally:
             self.close_write(handle)
 

@@ -191,13 +191,18 @@ def test_a_marked_file_becomes_raw(pool: Pool, nbytes: int, is_open: bool) -> No
         tree.remove_attribute(node, RAW)
 
 
-def test_a_marked_file_that_is_open_and_idle_becomes_raw_at_its_close(pool: Pool) -> None:
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_a_marked_file_that_is_being_written_becomes_raw_at_its_close(
+    pool: Pool, is_busy: bool
+) -> None:
     node, handle = open_new(pool)
     pool.files.write(handle, 0, b"content")
     pool.files.close_write(handle)
     handle = pool.files.open_write(node, truncate=False)
+    if is_busy:
+        pool.files.write(handle, 0, b"c")
     Tree(pool).set_attribute(node, RAW, b"1")
-    assert not Tree(pool).node(node.node_id).is_raw
+    assert Tree(pool).node(node.node_id).is_raw is not is_busy
     pool.files.close_write(handle)
     assert Tree(pool).node(node.node_id).is_raw
     assert content_of(pool, node) == b"content"
@@ -242,6 +247,19 @@ def test_there_is_no_raw_file_without_room(tmp_path: Path) -> None:
         with pytest.raises(NoSpaceError):
             pool.files.close_write(handle)
         assert Tree(pool).node(raw.node_id).size_bytes == 44 * MIB
+
+
+def test_a_file_that_is_open_but_not_being_written_becomes_raw_at_once(pool: Pool) -> None:
+    node, handle = open_new(pool)
+    pool.files.write(handle, 0, b"x" * MIB)
+    pool.files.flush(handle)
+    Tree(pool).set_attribute(Tree(pool).node(node.node_id), RAW, b"1")
+    assert Tree(pool).node(node.node_id).is_raw
+    pool.files.write(handle, 1, b"yz")
+    pool.files.flush(handle)
+    assert content_of(pool, node, 0, 4) == b"xyzx"
+    pool.files.close_write(handle)
+    assert content_of(pool, node) == b"xyz" + b"x" * (MIB - 3)
 
 
 def test_what_a_file_lost_before_it_became_raw_takes_no_name(pool: Pool) -> None:
