@@ -107,6 +107,8 @@ class PoolOptions:
             generation.
         copy_to_dram: Keep an extra copy of async and sync blocks on volatile tiers.
         device_failures_max: Write failures after which a device leaves service.
+        staging_memory_bytes: Memory that small files may take while they are being written; beyond
+            it they are written to their device at once, and once more when they are stored.
     """
 
     async_delay_ms: int = 50
@@ -114,9 +116,14 @@ class PoolOptions:
     verify_reads: bool = True
     copy_to_dram: bool = True
     device_failures_max: int = 3
+    staging_memory_bytes: int = 256 * MIB
 
     def __post_init__(self) -> None:
         if not 1 <= self.async_delay_ms <= 60_000:
             raise UsageError(f"async_delay_ms must be 1 to 60000, found {self.async_delay_ms}")
         if not 0.0 <= self.pinned_share <= 1.0:
             raise UsageError(f"pinned_share must be between 0 and 1, found {self.pinned_share}")
+        if self.staging_memory_bytes < 0:
+            raise UsageError(
+                f"staging_memory_bytes must not be negative, found {self.staging_memory_bytes}"
+            )

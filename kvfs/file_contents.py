@@ -299,8 +299,9 @@ class FileContents(FileReading):
                 if self._adopted.get(adopted.node_id) is not adopted:
                     continue  # newer content has come, and this was released
                 try:
-                    if self._catalog.node(adopted.node_id).version >= adopted.version:
-                        continue  # named already, by whoever adopted it
+                    node = self._catalog.node(adopted.node_id)
+                    if node.version >= adopted.version or node.is_raw:
+                        continue  # named already, by whoever adopted it, or raw by now
                     keys = self._catalog.keys(adopted.node_id)
                     self._write_content(adopted)
                     former.append((adopted, keys))
@@ -452,7 +453,7 @@ class FileContents(FileReading):
         with self._catalog.transaction():
             try:
                 node = self._catalog.node(node_id)
-                if node.version != version:
+                if node.version != version or node.is_raw:
                     return
                 keys = self._catalog.keys(node_id)
                 if is_kept := self.awaits_content(node_id):

@@ -8,6 +8,7 @@ Layer: L4.
 Locks: `_window_lock` guards the windows of all readers, and is taken last.
 """
 
+import os
 import threading
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from kvfs.engine.store import Store
 from kvfs.errors import ClosedError, MediaError
 from kvfs.file_window import WINDOW_BLOCKS, LostBlockError, Window
 from kvfs.keys import KeyArray
+from kvfs.staging import Staged
 
 _READ_ATTEMPTS = 3  # copies of one block tried before it is a miss
 
@@ -36,6 +38,10 @@ class FileReader:
     pinned_bytes: int = 0
     window: Window | None = None
     is_closed: bool = False
+    raw: Staged | None = None
+    """A raw file, read where it lies; it may grow and change while it is open."""
+    raw_users: int = 0
+    """Reads at work in it."""
 
 
 class FileReading:
@@ -48,9 +54,12 @@ class FileReading:
 
     def read(self, reader: FileReader, offset: int, nbytes: int) -> bytearray:
         """Read a range, short at the end of the file; see `read_into`."""
+        if reader.raw is not None and not reader.is_closed:
+            reader.size_bytes = reader.raw.size_bytes
         out = bytearray(max(0, min(nbytes, reader.size_bytes - offset)))
         if out:
-            self.read_into(reader, offset, memoryview(out))
+            count = self.read_into(reader, offset, memoryview(out))
+            del out[count:]
         return out
 
     def read_into(self, reader: FileReader, offset: int, target: memoryview) -> int:
@@ -61,6 +70,8 @@ class FileReading:
         Raises:
             MediaError: A block cannot be read back. A file has lost its name by it.
         """
+        if reader.raw is not None:
+            return self._read_raw(reader, reader.raw, offset, target) or 0
         end = min(offset + target.nbytes, reader.size_bytes)
         position = offset
         while position < end:
@@ -73,6 +84,8 @@ class FileReading:
 
     def read_nowait(self, reader: FileReader, offset: int, target: memoryview) -> int | None:
         """Fill memory as `read_into` does, but only if that needs no waiting; else return None."""
+        if reader.raw is not None:
+            return self._read_raw(reader, reader.raw, offset, target, wait=False)
         end = min(offset + target.nbytes, reader.size_bytes)
         if end <= offset:
             return 0
@@ -175,8 +188,46 @@ class FileReading:
 
     def _end_reading(self, reader: FileReader) -> None:
         """Let go of what a reader holds; a read that comes late finds it closed."""
-        reader.is_closed = True
+        with self._window_lock:
+            is_free = reader.raw is not None and not reader.is_closed and not reader.raw_users
+            reader.is_closed = True
+        if is_free:
+            self._release_raw(reader)
         self._retire_window(reader)
+
+    def _read_raw(
+        self, reader: FileReader, raw: Staged, offset: int, target: memoryview, *, wait: bool = True
+    ) -> int | None:
+        """Read a raw file; None without `wait`, if the bytes are not in memory."""
+        with self._window_lock:
+            if reader.is_closed:
+                raise ClosedError(f"file is closed: {reader.name!r}")
+            reader.raw_users += 1
+        is_persistent = self._store.staging_device(raw.device_index).info.is_persistent
+        flags = 0 if wait or not is_persistent else os.RWF_NOWAIT
+        done = 0
+        try:
+            while done < target.nbytes:
+                count = os.preadv(raw.file.fd, [target[done:]], offset + done, flags)
+                if not count:
+                    break
+                done += count
+        except OSError as error:
+            if not wait:
+                return None
+            raise MediaError(
+                f"raw file cannot be read: {reader.name!r}: offset {offset:#x}: {error}"
+            ) from error
+        finally:
+            with self._window_lock:
+                reader.raw_users -= 1
+                is_free = reader.is_closed and not reader.raw_users
+            if is_free:
+                self._release_raw(reader)
+        return done
+
+    def _release_raw(self, reader: FileReader) -> None:
+        """Let go of the raw file that a reader had open."""
 
     def _note_lost(self, reader: FileReader) -> None:
         """Do what must be done when a reader's content has lost a block."""

@@ -150,7 +150,9 @@ class Pool:
         for info in catalog.namespaces():
             state.add_namespace(_spec(info))
         self._layouts = {info.namespace_id: info.layout for info in catalog.namespaces()}
-        self.files = Files(self.store, catalog, self._layouts.__getitem__, clock)
+        self.files = Files(
+            self.store, catalog, self._layouts.__getitem__, clock, options.staging_memory_bytes
+        )
         self.pins = Pins(self.store, catalog, lambda number: self._layouts[number].stride)
         self.files.on_gone = self.pins.release
         self.recovery = self.store.load()
@@ -253,11 +255,15 @@ class Pool:
             DeviceError: It is gone, but a device failed; the next open frees what is left of it.
         """
         info = self.namespace(name).info
-        if only_empty:
-            self.catalog.remove(info.root_node_id, self.clock.wall_ns())
-        else:
-            self.catalog.drop_namespace(info.namespace_id)
+        with self.catalog.transaction():
+            raw = self.catalog.raw_nodes(info.namespace_id)
+            if only_empty:
+                self.catalog.remove(info.root_node_id, self.clock.wall_ns())
+            else:
+                self.catalog.drop_namespace(info.namespace_id)
         self.catalog.sync()
+        for node_id in raw:
+            self.files.raws.remove(node_id)
         self.pins.release_namespace(info.namespace_id)
         try:
             self.store.destroy_namespace(info.namespace_id)
@@ -429,6 +435,11 @@ class Pool:
         if broken:
             self.catalog.remove_nodes(broken)
             report.files_dropped = len(broken)
+        lost, freed = self.files.load_raw()
+        if lost:
+            self.catalog.remove_nodes(lost)
+            report.files_dropped += len(lost)
+        report.freed += freed
         reap_unnamed_files(self.store.state, versions, report)
         self.pins.load()
         for problem in report.problems:

@@ -9,8 +9,11 @@ Layer: L4.
 - Nodes are returned as stat shows them: sizes are those of bytes written or resident.
 """
 
+from typing import Final
+
 from kvfs.engine.catalog_schema import (
     DEFAULT_NAMESPACE,
+    RAW_ATTRIBUTE,
     ROOT_NODE_ID,
     DirectoryNotEmptyError,
     NamespaceInfo,
@@ -21,10 +24,12 @@ from kvfs.engine.catalog_schema import (
     TargetIsDirectoryError,
     checked_retention,
 )
-from kvfs.errors import BusyError, NotFoundError
+from kvfs.errors import BusyError, NotFoundError, RefusedError, UsageError
 from kvfs.layout import OPAQUE
 from kvfs.pool import Pool
 
+_OWN: Final = b"user.kvfs."
+_IS_RAW: Final = b"1"
 PAGE_NODES = 128  # fills a readdir request of 32 KiB in one or two steps
 TIME_NS_MAX = (1 << 63) - 1  # SQLite's integers: the year 2262
 
@@ -143,7 +148,7 @@ class Tree:
 
         Raises:
             NotFoundError: There is no such name.
-            CrossNamespaceError: Another namespace.
+            CrossNamespaceError: Another namespace; nothing was changed, nor adopted.
             ExistsError: The new name is taken, without `replace`.
             DirectoryNotEmptyError: By a directory that is not empty.
         """
@@ -154,6 +159,7 @@ class Tree:
                 self._pool.rename_namespace(name, new_name)
                 return node
         elif replace and not node.is_directory:
+            self._catalog.check_rename(node.node_id, new_parent_id, new_name)
             victim = self._catalog.lookup(new_parent_id, new_name)
             if victim is not None and victim.state is NodeState.ACTIVE:
                 self._files.settle(node)
@@ -166,7 +172,7 @@ class Tree:
                 node.node_id, new_parent_id, new_name, self._now(), replace
             )
         if replaced is not None and victim is not None:
-            if keys is not None and len(keys):
+            if victim.is_raw or (keys is not None and len(keys)):
                 # A crash that takes the rename back must find the former bytes still there.
                 self._catalog.sync()
             self._files.forget(victim, keys)
@@ -195,6 +201,62 @@ class Tree:
             UsageError: Not "cache" or "durable".
         """
         self._pool.set_retention(node.name, checked_retention(retention))
+
+    # --- extended attributes: those that are kept; the mount computes others of `user.kvfs.*`
+
+    def attribute_names(self, node: Node) -> list[bytes]:
+        """Return the names of the attributes that a node has."""
+        names = self._catalog.attribute_names(node.node_id)
+        return [*names, RAW_ATTRIBUTE] if node.is_raw and RAW_ATTRIBUTE not in names else names
+
+    def attribute(self, node: Node, name: bytes) -> bytes:
+        """Return the value of an attribute; b"1" of `user.kvfs.raw` if a file is raw.
+
+        Raises:
+            NoAttributeError: There is none of this name.
+        """
+        if node.is_raw and name == RAW_ATTRIBUTE:
+            return _IS_RAW
+        return self._catalog.attribute(node.node_id, name)
+
+    def set_attribute(
+        self, node: Node, name: bytes, value: bytes, *, must_exist: bool | None = None
+    ) -> None:
+        """Give a node an attribute, `user.*` but not `user.kvfs.*`; or b"1" to `user.kvfs.raw`.
+
+        That makes a file raw: now, or if it is being written, when it is closed. Of a directory it
+        makes all files raw that are made in it from now on.
+
+        Raises:
+            UsageError: The name or value can be none.
+            RefusedError: Another attribute of kvfs's own; a context of the API as a raw file.
+            ExistsError, NoAttributeError: Against `must_exist`.
+            NameTooLongError, AttributeTooLargeError, AttributesFullError: Beyond the limits.
+            NoSpaceError: There is no room for the raw file.
+        """
+        is_raw = name == RAW_ATTRIBUTE
+        if is_raw and value != _IS_RAW:
+            raise UsageError(f"attribute {name!r}: expected {_IS_RAW!r}; or remove it")
+        if name.startswith(_OWN) and not is_raw:
+            raise RefusedError(f"attribute is kvfs's own: {name!r}; names of others: 'user.NAME'")
+        if is_raw and not node.is_directory and node.origin is Origin.API:
+            raise RefusedError(f"context was made through the API: {node.name!r}; it has blocks")
+        self._catalog.set_attribute(
+            node.node_id, name, value, now_ns=self._now(), must_exist=must_exist
+        )
+        if is_raw and not node.is_directory:
+            self._files.make_raw(node)
+
+    def remove_attribute(self, node: Node, name: bytes) -> None:
+        """Take an attribute from a node.
+
+        Raises:
+            NoAttributeError: There is none of this name.
+            RefusedError: `user.kvfs.raw` of a raw file: it stays one.
+        """
+        if node.is_raw and name == RAW_ATTRIBUTE:
+            raise RefusedError(f"a raw file stays raw: {node.name!r}; copy it, and remove it")
+        self._catalog.remove_attribute(node.node_id, name, now_ns=self._now())
 
     # --- internals
 

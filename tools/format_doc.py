@@ -20,6 +20,7 @@ import numpy as np
 
 from kvfs import _native
 from kvfs.engine import format as fmt
+from kvfs.engine.catalog_schema import SCHEMA_VERSION
 
 TARGET: Final = Path(__file__).resolve().parent.parent / "FORMAT.md"
 _EXAMPLE_UUID: Final = UUID("00112233-4455-6677-8899-aabbccddeeff")
@@ -44,6 +45,7 @@ A device of the kind `dir` is a directory:
 | `segments/SSSSSSSS-GGGGGGGG.seg` | a log segment of slot S, generation G (hexadecimal) |
 | `segments/SSSSSSSS-GGGGGGGG.file`, `.sum` | a file segment: payload file and sidecar |
 | `staging/NAME` | files being written; deleted when the device is opened |
+| `raw/NNNNNNNNNNNNNNNN` | raw files: one file's bytes, written in place; N: node id (hexadecimal) |
 
 A device of the kind `dram` holds the same log segments and sidecars in memory, and forgets
 them.
@@ -94,6 +96,10 @@ A `.file` without `.sum` holds no header and is freed; a `.sum` without `.file` 
 file segment whose name the catalog does not know is freed. Where a key has several valid
 entries, each of them is the block.
 
+A raw file that the catalog does not know is deleted; a raw file of the catalog that no device has
+loses its name. It has no checksum: after a crash it holds what the filesystem below kept of it, at
+least what was synced.
+
 ## Ordering of writes
 
 | before | after |
@@ -103,6 +109,7 @@ entries, each of them is the block.
 | payload and entry persisted | the block is acknowledged as durable |
 | everything the seal covers persisted | seal header written, and persisted itself |
 | sidecar and payload of a file segment persisted | the payload gets its name |
+| bytes and name of a raw file persisted | the catalog names it |
 | `generation_limit` persisted in the superblock | a generation below it is used |
 
 After a failed write or persist a segment is never written again and never sealed.
@@ -112,6 +119,10 @@ After a failed write or persist a segment is never written again and never seale
 `format_version` is in every header and superblock. A reader that finds another number than its
 own refuses the medium (FormatVersionError) and changes nothing. Fields called `reserved` are
 written as zero; what they will mean comes with a new version.
+
+The catalog, an SQLite database, counts versions of its own (`user_version`, now {schema}). A former
+one is brought up to date by an owner's first transaction, whole or not at all; a later one is
+refused.
 """
 
 
@@ -238,6 +249,7 @@ def render_format_doc() -> str:
             open=fmt.OPEN_POSITION,
             seal=fmt.SEAL_POSITION,
             first=fmt.entry_position(0),
+            schema=SCHEMA_VERSION,
             entry=fmt.ENTRY_BYTES,
         ),
     ]

@@ -10,7 +10,7 @@ Layer: L1.
 - The engine calls a device from several threads; a device serialises its own book-keeping. Two
   threads never write the same segment, or the same staging file, at the same time.
 - Verbs: `write` hands bytes to the device, `persist` makes them survive power loss. `create`,
-  `adopt` and `free` change names; a changed name survives only after `persist_names`.
+  `adopt`, `keep_raw` and `free` change names; a changed name survives only after `persist_names`.
 - After an OSError nothing is assumed of the bytes concerned (see "fsync failure", Rebello et al.,
   ATC'20).
 - After `close` every method but `release` and `close` raises ClosedError.
@@ -104,12 +104,19 @@ class Segment:
 
 @dataclass(slots=True, eq=False)
 class Staging:
-    """A growing file that is not part of the log yet. `fd` serves reads; `adopt` hands it on."""
+    """A file that may be written: one that is not part of the log yet, or a raw file.
+
+    Attributes:
+        fd: Serves reads; `adopt` hands on what it is open on. `seal_staging` replaces it.
+        nbytes: Its size; behind the truth while somebody else writes (see `settle_staging`).
+        reserved_bytes: Size up to which capacity is taken, for somebody else to write.
+    """
 
     name: str
     fd: int
     nbytes: int
     state: Any = None
+    reserved_bytes: int = 0
 
 
 def check_payloads(segment: Segment, offsets: AddressArray, lengths: AddressArray) -> None:
@@ -256,19 +263,44 @@ class Device(ABC):
         """Make its bytes survive a power cut; its name may be reaped at the next open."""
 
     @abstractmethod
+    def reserve_staging(self, staging: Staging, nbytes: int) -> None:
+        """Take the capacity of a size, so that somebody else may write up to there.
+
+        Raises:
+            NoSpaceError: The device is full.
+        """
+
+    @abstractmethod
+    def settle_staging(self, staging: Staging, reserved_bytes: int = 0) -> None:
+        """Take the size from the file, keep the capacity of `reserved_bytes`, give back the rest.
+
+        What somebody else wrote counts as written by how much the file grew.
+        """
+
+    @abstractmethod
+    def seal_staging(self, staging: Staging, *, is_shared: bool) -> bool:
+        """Give up all descriptors of ours that can write; return whether nobody can write now.
+
+        With `is_shared` a descriptor that can write was handed out: then a medium that cannot tell
+        counts as one where somebody can. A later write or change of size takes the seal off.
+        """
+
+    @abstractmethod
     def adopt(self, staging: Staging, slot: int, generation: int, sidecar: bytes) -> Segment:
         """Turn a staging file into a file segment with this sidecar; consumes the staging handle.
 
-        Payload and sidecar are persisted on return, the names only by `persist_names`. A failure
-        leaves the staging file as it was. `staging.fd` becomes the segment's.
+        It is sealed first if it was not. Payload and sidecar are persisted on return, the names
+        only by `persist_names`. A failure leaves the staging file as it was. `staging.fd` becomes
+        the segment's.
 
         Raises:
             NoSpaceError: There is no room for the sidecar.
+            OSError: EBUSY: somebody can still write to it; it must be copied.
         """
 
     @abstractmethod
     def drop_staging(self, staging: Staging) -> None:
-        """Delete it. Idempotent; nothing after `adopt`."""
+        """Delete it, raw or not. Idempotent; nothing after `adopt` and `release_raw`."""
 
     @abstractmethod
     def reap_staging(self) -> int:
@@ -278,14 +310,46 @@ class Device(ABC):
         without a sidecar stays listed by `segments`, for the engine to free.
         """
 
+    # --- raw files
+    @abstractmethod
+    def keep_raw(self, staging: Staging, number: int) -> None:
+        """Turn a staging file into a raw file, which stays; the handle stays, too.
+
+        Its bytes are persisted on return, its name only by `persist_names`. From here on they
+        survive as the medium's own files do: what `persist_staging` covered.
+
+        Args:
+            staging: A staging file.
+            number: 64 bits, never used before.
+
+        Raises:
+            FileExistsError: The number is in use.
+        """
+
+    @abstractmethod
+    def raw_files(self) -> list[tuple[int, int]]:
+        """List numbers and sizes of the raw files, by number."""
+
+    @abstractmethod
+    def open_raw(self, number: int) -> Staging:
+        """Open a raw file for reading and writing; every method of staging files takes it.
+
+        Raises:
+            FileNotFoundError: There is none of this number.
+        """
+
+    @abstractmethod
+    def release_raw(self, staging: Staging) -> None:
+        """Close a handle of a raw file; the file stays. Idempotent."""
+
     # --- the rest
     @property
     @abstractmethod
     def used_bytes(self) -> int:
         """What counts against the capacity.
 
-        Log segments at full size; file segments, sidecars and staging files each rounded up to
-        4 KiB.
+        Log segments at full size; file segments, sidecars, staging and raw files each rounded up to
+        4 KiB, with what is reserved for them.
         """
 
     @property

@@ -5,7 +5,7 @@ Layer: L1.
     kvfs.superblock                       replaced by temp, fsync, rename, fsync of the directory
     segments/SSSSSSSS-GGGGGGGG.seg        log segment, exactly `segment_bytes`, space reserved
     segments/SSSSSSSS-GGGGGGGG.file .sum  file segment: one file's bytes, and its sidecar
-    staging/NAME                          growing files, reaped at the next open
+    staging/NAME raw/NNNNNNNNNNNNNNNN     files that may be written, see `directory_files`
     (S slot, G generation, eight hexadecimal digits each)
 
 - A name is never reused, so whoever still maps a freed segment keeps valid bytes.
@@ -27,26 +27,24 @@ lock is held during I/O.
 import contextlib
 import errno
 import os
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
 from kvfs.devices.base import (
     AddressArray,
-    Device,
     DeviceInfo,
     DigestArray,
     Segment,
     SegmentName,
-    Staging,
     StatusArray,
     check_payloads,
     padded_bytes,
     slot_count_of,
 )
+from kvfs.devices.directory_files import DirectoryFiles, OpenFile, stem_of
 from kvfs.devices.filesystem import (
+    RAW,
     SEGMENT_FILE,
     SEGMENTS,
     STAGING,
@@ -54,29 +52,14 @@ from kvfs.devices.filesystem import (
     SUPERBLOCK_NEW,
     File,
     FileSystem,
-    check_staging_name,
-    is_own_name,
     pread_all,
 )
 from kvfs.devices.ledger import Ledger
-from kvfs.errors import ClosedError, NoSpaceError
-from kvfs.units import format_bytes
 
 WRITE_ATOMIC_BYTES: Final = 512
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
-@dataclass(slots=True, eq=False)
-class _Open:
-    """What the device knows of an open segment or staging file. Paths are the ledger's keys."""
-
-    file: File
-    path: str
-    sidecar_path: str = ""
-    is_sidecar_dirty: bool = False
-
-
-class DirectoryDevice(Device):
+class DirectoryDevice(DirectoryFiles):
     """One directory below a FileSystem, which it owns and closes."""
 
     def __init__(
@@ -105,17 +88,7 @@ class DirectoryDevice(Device):
             is_persistent=True,
             write_atomic_bytes=WRITE_ATOMIC_BYTES,
         )
-        self._files = files
-        self._ledger = Ledger(name, capacity_bytes)
-        self._lock = threading.Lock()
-        self._open: set[_Open] = set()
-        self._bytes_written = 0
-        self._is_closed = False
-        for folder in (SEGMENTS, STAGING):
-            files.make_directory(folder)
-            for path, nbytes in self._scan(folder):
-                self._ledger.put(path, nbytes)
-        files.sync_directory(".")
+        super().__init__(files, Ledger(name, capacity_bytes))
 
     # --- superblock
     def read_superblock(self) -> bytes | None:
@@ -150,18 +123,18 @@ class DirectoryDevice(Device):
         self._check_open()
         assert 0 <= slot < self.info.slot_count
         del tag  # a directory never hands out bytes of a former life
-        path = f"{_stem(slot, generation)}.seg"
+        path = f"{stem_of(slot, generation)}.seg"
         file = self._create(path, self.info.segment_bytes)
-        return self._handle(slot, generation, self._opened(_Open(file, path)))
+        return self._handle(slot, generation, self._opened(OpenFile(file, path)))
 
     def attach(self, name: SegmentName) -> Segment:
         """Open an existing segment; a log segment for writing too."""
         self._check_open()
-        stem = _stem(name.slot, name.generation)
+        stem = stem_of(name.slot, name.generation)
         if name.is_file:
-            state = _Open(self._files.open(f"{stem}.file"), f"{stem}.file", f"{stem}.sum")
+            state = OpenFile(self._files.open(f"{stem}.file"), f"{stem}.file", f"{stem}.sum")
         else:
-            state = _Open(self._files.open(f"{stem}.seg", writable=True), f"{stem}.seg")
+            state = OpenFile(self._files.open(f"{stem}.seg", writable=True), f"{stem}.seg")
         return self._handle(name.slot, name.generation, self._opened(state))
 
     def write_payloads(
@@ -226,6 +199,13 @@ class DirectoryDevice(Device):
         the file is never in neither.
         """
         self._check_open()
+        if self._is_raw_changed:
+            self._is_raw_changed = False
+            try:
+                self._files.sync_directory(RAW)
+            except BaseException:
+                self._is_raw_changed = True
+                raise
         for folder in (SEGMENTS, STAGING):
             self._files.sync_directory(folder)
 
@@ -235,7 +215,7 @@ class DirectoryDevice(Device):
         The payload goes first: a sidecar alone is reaped at the next open.
         """
         self._check_open()
-        state: _Open = segment.state
+        state: OpenFile = segment.state
         self._unlink(state.path)
         if state.sidecar_path:
             self._unlink(state.sidecar_path)
@@ -252,84 +232,6 @@ class DirectoryDevice(Device):
         if uncached:
             return self._files.read_uncached(state.path, offset, nbytes)
         return pread_all(segment.fd, offset, nbytes)
-
-    # --- staging
-    def create_staging(self, name: str) -> Staging:
-        """Make an empty staging file."""
-        self._check_open()
-        check_staging_name(name)
-        path = f"{STAGING}/{name}"
-        state = self._opened(_Open(self._create(path, 0), path))
-        return Staging(name=name, fd=state.file.fd, nbytes=0, state=state)
-
-    def write_staging(self, staging: Staging, offset: int, data: bytes | memoryview) -> None:
-        """Write; grows `staging.nbytes`. Durability: flush.
-
-        A failed write is cut off again, so that size and accounting stay what they were.
-        """
-        state = self._state(staging)
-        path, nbytes = state.path, memoryview(data).nbytes
-        end = max(staging.nbytes, offset + nbytes)
-        with self._ledger.resizing(path, staging, state.file, end), self._as_no_space(path):
-            state.file.write(offset, data)
-        self._count_written(nbytes)
-
-    def resize_staging(self, staging: Staging, nbytes: int) -> None:
-        """Cut or extend with zeros (sparse, and counted in full)."""
-        state = self._state(staging)
-        path = state.path
-        with self._ledger.resizing(path, staging, state.file, nbytes), self._as_no_space(path):
-            state.file.resize(nbytes)
-
-    def persist_staging(self, staging: Staging) -> None:
-        """Make its bytes survive a power cut; its name may be reaped at the next open."""
-        self._state(staging).file.sync()
-
-    def adopt(self, staging: Staging, slot: int, generation: int, sidecar: bytes) -> Segment:
-        """Turn a staging file into a file segment; the sidecar is persisted before the rename."""
-        state = self._state(staging)
-        assert 0 <= slot < self.info.slot_count
-        stem = _stem(slot, generation)
-        payload_path, sidecar_path = f"{stem}.file", f"{stem}.sum"
-        state.file.sync()
-        self._ledger.add(sidecar_path, len(sidecar))
-        try:
-            self._write_new(sidecar_path, sidecar)
-        except BaseException:
-            self._ledger.drop(sidecar_path)
-            raise
-        try:
-            self._files.rename(state.path, payload_path)
-        except BaseException:
-            self._unlink(sidecar_path)
-            raise
-        self._ledger.move(state.path, payload_path)
-        state.path, state.sidecar_path = payload_path, sidecar_path
-        staging.state, staging.fd = None, -1
-        self._count_written(len(sidecar))
-        return self._handle(slot, generation, state)
-
-    def drop_staging(self, staging: Staging) -> None:
-        """Delete it. Idempotent; nothing after `adopt`."""
-        self._check_open()
-        state: _Open | None = staging.state
-        if state is not None:
-            self._unlink(state.path)
-            self._done(state)
-            staging.state, staging.fd = None, -1
-
-    def reap_staging(self) -> int:
-        """Delete staging files and sidecars without a payload; return how many."""
-        self._check_open()
-        with self._lock:
-            held = {state.path for state in self._open}
-        dead = [path for path, _ in self._scan(STAGING) if path not in held]
-        present = {path for path, _ in self._scan(SEGMENTS)}
-        dead += [path for path in present
-                 if path.endswith(".sum") and f"{path[:-4]}.file" not in present]  # fmt: skip
-        for path in dead:
-            self._unlink(path)
-        return len(dead)
 
     # --- the rest
     @property
@@ -369,110 +271,14 @@ class DirectoryDevice(Device):
             self._files.close()
 
     # --- inside
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise ClosedError(f"device is closed: {self.info.name}")
-
-    def _state(self, handle: Segment | Staging) -> _Open:
-        self._check_open()
-        state: _Open | None = handle.state
-        if state is None or state.file.fd < 0:
-            raise ClosedError(f"handle is closed: {self.info.name}: {handle}")
-        return state
-
-    def _opened(self, state: _Open) -> _Open:
-        with self._lock:
-            self._open.add(state)
-        return state
-
-    def _done(self, state: _Open) -> None:
-        with self._lock:
-            self._open.discard(state)
-        state.file.close()
-
-    def _close_handles(self) -> None:
-        self._is_closed = True
-        for state in list(self._open):
-            self._done(state)
-
-    def _handle(self, slot: int, generation: int, state: _Open) -> Segment:
-        return Segment(
-            device_index=self.info.index,
-            slot=slot,
-            generation=generation,
-            is_file=bool(state.sidecar_path),
-            nbytes=os.fstat(state.file.fd).st_size,
-            fd=state.file.fd,
-            address=0,
-            state=state,
-        )
-
-    def _scan(self, folder: str) -> list[tuple[str, int]]:
-        """Return the paths and sizes of kvfs's own files in a directory."""
-        found = [(f"{folder}/{name}", nbytes) for name, nbytes in self._files.list(folder)]
-        return [(path, nbytes) for path, nbytes in found if is_own_name(path)]
-
-    def _create(self, path: str, nbytes: int) -> File:
-        """Take the space, then make the file; a failure leaves neither."""
-        self._ledger.add(path, nbytes)
-        try:
-            with self._as_no_space(path):
-                return self._files.create(path, nbytes)
-        except BaseException:
-            self._ledger.drop(path)
-            raise
-
-    def _write_new(self, path: str, raw: bytes) -> None:
-        """Make, fill and persist a small file; a failure leaves none."""
-        with self._as_no_space(path):
-            file = self._files.create(path, len(raw))
-            try:
-                file.write(0, raw)
-                file.sync()
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    self._files.unlink(path)
-                raise
-            finally:
-                file.close()
-
-    def _unlink(self, path: str) -> None:
-        """Remove a name that may be gone already, and give its space back."""
-        with contextlib.suppress(FileNotFoundError):
-            self._files.unlink(path)
-        self._ledger.drop(path)
-
     @contextlib.contextmanager
-    def _sidecar(self, state: _Open, *, writable: bool = False) -> Iterator[tuple[File, int]]:
+    def _sidecar(self, state: OpenFile, *, writable: bool = False) -> Iterator[tuple[File, int]]:
         """Open the sidecar for one operation; kept open they would double the descriptors."""
         file = self._files.open(state.sidecar_path, writable=writable)
         try:
             yield file, os.fstat(file.fd).st_size
         finally:
             file.close()
-
-    @contextlib.contextmanager
-    def _as_no_space(self, path: str) -> Iterator[None]:
-        """Turn the filesystem's own 'full' into NoSpaceError."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            raise NoSpaceError(
-                f"filesystem is full: {self.info.name}: {path}: {error.strerror}; with it kvfs "
-                f"would use {format_bytes(self.used_bytes)} of "
-                f"{format_bytes(self.info.capacity_bytes)}; make room, or give the device a "
-                "smaller size"
-            ) from error
-
-    def _count_written(self, nbytes: int) -> None:
-        with self._lock:
-            self._bytes_written += nbytes
-
-
-def _stem(slot: int, generation: int) -> str:
-    return f"{SEGMENTS}/{slot:08x}-{generation:08x}"
 
 
 def _pread_tail(fd: int, size: int, nbytes: int) -> bytes:

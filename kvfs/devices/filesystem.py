@@ -6,8 +6,11 @@ This is the seam at which tests record, reorder, drop and tear writes: everythin
 device does to its medium goes through here. Paths are relative to the root; "." is the root.
 """
 
+import errno
+import fcntl
 import os
 import re
+import signal
 from abc import ABC, abstractmethod
 from typing import Final
 
@@ -21,15 +24,18 @@ SUPERBLOCK_NEW: Final = "kvfs.superblock.new"
 LOCK: Final = "kvfs.lock"
 SEGMENTS: Final = "segments"
 STAGING: Final = "staging"
+RAW: Final = "raw"
 READ_BYTES_MAX: Final = 64 * MIB
+_NO_LEASES: Final = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP, errno.ENOLCK)
 SEGMENT_FILE: Final = re.compile(r"([0-9a-f]{8})-([0-9a-f]{8})\.(seg|file|sum)\Z")
+RAW_FILE: Final = re.compile(r"[0-9a-f]{16}\Z")
 STAGING_FILE: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,126}\Z")
 
 
 def is_own_name(path: str) -> bool:
     """Say whether kvfs makes files of this name; all others below the root are left alone."""
     folder, _, name = path.rpartition("/")
-    patterns = {SEGMENTS: SEGMENT_FILE, STAGING: STAGING_FILE}
+    patterns = {SEGMENTS: SEGMENT_FILE, STAGING: STAGING_FILE, RAW: RAW_FILE}
     if folder in patterns:
         return patterns[folder].match(name) is not None
     return path in (SUPERBLOCK, SUPERBLOCK_NEW, LOCK)
@@ -71,6 +77,13 @@ class File(ABC):
     @abstractmethod
     def sync(self) -> None:
         """fdatasync: contents and size survive; the name may not."""
+
+    @abstractmethod
+    def has_writers(self) -> bool | None:
+        """Say whether anybody has the file open or mapped for writing; None: cannot be told.
+
+        REQUIRES: opened for reading alone.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -177,6 +190,26 @@ class OSFile(File):
     def sync(self) -> None:
         """Call fdatasync."""
         os.fdatasync(self.fd)
+
+    def has_writers(self) -> bool | None:
+        """Ask for a read lease, and give it back: it is granted only if there is no writer.
+
+        None where there are no leases (EINVAL: many network filesystems, or leases switched off),
+        or only the owner of a file may ask (EACCES). Whoever opens the file for writing while we
+        have the lease waits, and would make the kernel send SIGIO, which ends a process that does
+        not expect it: so it is told to send SIGURG, which nobody minds.
+        """
+        fcntl.fcntl(self.fd, fcntl.F_SETSIG, signal.SIGURG)
+        try:
+            fcntl.fcntl(self.fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        except OSError as error:
+            if error.errno == errno.EAGAIN:
+                return True
+            if error.errno in _NO_LEASES:
+                return None
+            raise
+        fcntl.fcntl(self.fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        return False
 
     def close(self) -> None:
         """Close once."""

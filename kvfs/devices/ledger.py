@@ -78,17 +78,21 @@ class Ledger:
 
     @contextlib.contextmanager
     def resizing(self, key: str, staging: Staging, file: File, nbytes: int) -> Iterator[None]:
-        """Take space for a change of a staging file's size; a failure changes neither."""
+        """Take space for a change of a staging file's size; a failure changes neither.
+
+        But it cuts nothing off while somebody else may write: the bytes could be theirs.
+        """
         self.take(key, nbytes)
         try:
             yield
         except BaseException:
-            with contextlib.suppress(OSError):
-                file.resize(staging.nbytes)
-            self.put(key, staging.nbytes)
+            if not staging.reserved_bytes:
+                with contextlib.suppress(OSError):
+                    file.resize(staging.nbytes)
+            self.put(key, max(staging.nbytes, staging.reserved_bytes))
             raise
         staging.nbytes = nbytes
-        self.put(key, nbytes)
+        self.put(key, max(nbytes, staging.reserved_bytes))
 
     def _reserve(self, key: str, more: int) -> None:
         if self._used_bytes + more > self._capacity_bytes:

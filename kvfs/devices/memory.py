@@ -7,8 +7,9 @@ Layer: L1.
   from `create` to `free`; which slot it was created for does not matter.
 - A frame is recycled within one tag. For another tag it is destroyed and a fresh, zeroed one made,
   so that bytes of a former life cannot reach another tenant through a shared descriptor.
-- File segments and staging files are memfds of their own size. They count against the capacity,
-  and free frames are given up for them: frames and files together never exceed the capacity.
+- File segments, staging and raw files are memfds of their own size (see `memory_files`). They count
+  against the capacity, and free frames are given up for them: frames and files together never
+  exceed the capacity.
 - Nothing survives the process: superblock and sidecars are plain bytes, persisting does nothing.
 
 Concurrency: `_lock` guards frames, ledger and the tables of segments and staging files. A frame is
@@ -17,11 +18,8 @@ made (and populated) outside the lock.
 
 import contextlib
 import errno
-import fcntl
 import os
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -31,25 +29,23 @@ import numpy as np
 from kvfs import _native
 from kvfs.devices.base import (
     AddressArray,
-    Device,
     DeviceInfo,
     DigestArray,
     Segment,
     SegmentName,
-    Staging,
     StatusArray,
     check_payloads,
     padded_bytes,
     slot_count_of,
 )
-from kvfs.devices.filesystem import STAGING, OSFile, check_staging_name, pread_all
+from kvfs.devices.filesystem import OSFile, pread_all
 from kvfs.devices.ledger import Ledger
-from kvfs.errors import ClosedError, NoSpaceError
+from kvfs.devices.memory_files import Frame, MemoryFiles, OpenMemory, key_of, sidecar_key
+from kvfs.errors import NoSpaceError
 from kvfs.units import PAGE, format_bytes
 
 Progress = Callable[[int, int], None]
 
-_SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 _MEMINFO: Final = Path("/proc/meminfo")
 _CGROUP_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
 
@@ -63,33 +59,7 @@ def available_bytes() -> int:
     return available
 
 
-@dataclass(slots=True, eq=False)
-class _Frame:
-    """One memfd of a segment's size. `tag`: whose bytes it holds; None if it is still zero."""
-
-    file: OSFile
-    arena: _native.Arena
-    tag: bytes | None = None
-
-    def close(self) -> None:
-        self.arena.close()
-        self.file.close()
-
-
-@dataclass(slots=True, eq=False)
-class _Open:
-    """What the device knows of a segment or staging file. `key`: its name in the ledger.
-
-    Log segments have a frame, file segments a sidecar.
-    """
-
-    file: OSFile
-    key: str
-    frame: _Frame | None = None
-    sidecar: bytearray | None = None
-
-
-class MemoryDevice(Device):
+class MemoryDevice(MemoryFiles):
     """Volatile memory of this process; the memfds can be handed to others."""
 
     def __init__(
@@ -138,14 +108,8 @@ class MemoryDevice(Device):
                 f"not enough memory: {name}: {format_bytes(capacity_bytes)} asked for, "
                 f"{format_bytes(available)} available; give the device a smaller size"
             )
-        self._ledger = Ledger(name, capacity_bytes)
-        self._lock = threading.Lock()
+        super().__init__(Ledger(name, capacity_bytes))
         self._superblock: bytes | None = None
-        self._segments: dict[tuple[int, int], _Open] = {}
-        self._staging: set[_Open] = set()
-        self._free_frames: list[_Frame] = []
-        self._bytes_written = 0
-        self._is_closed = False
         self._populate(progress)
 
     def _populate(self, progress: Progress | None) -> None:
@@ -159,7 +123,7 @@ class MemoryDevice(Device):
             self.close()
             raise
 
-    def _make_frame(self) -> _Frame:
+    def _make_frame(self) -> Frame:
         """Make a zeroed, populated frame.
 
         Raises:
@@ -169,7 +133,7 @@ class MemoryDevice(Device):
         file = OSFile(-1)
         try:
             file.fd = _native.memfd(f"kvfs-{self.info.name}", nbytes)
-            return _Frame(file, _native.Arena(file.fd, nbytes, populate=True))
+            return Frame(file, _native.Arena(file.fd, nbytes, populate=True))
         except OSError as error:
             file.close()
             if error.errno not in (errno.ENOMEM, errno.ENOSPC, errno.EFAULT):
@@ -204,7 +168,7 @@ class MemoryDevice(Device):
         """Make a log segment in a frame that is zero, or held bytes of the same tag."""
         self._check_open()
         assert 0 <= slot < self.info.slot_count
-        key = _key(slot, generation)
+        key = key_of(slot, generation)
         with self._lock:
             self._ledger.add(key, self.info.segment_bytes)
             frame = self._borrow_frame(tag)
@@ -215,7 +179,7 @@ class MemoryDevice(Device):
                 self._ledger.drop(key)
                 raise
         frame.tag = tag
-        state = _Open(frame.file, key, frame=frame)
+        state = OpenMemory(frame.file, key, frame=frame)
         with self._lock:
             if self._is_closed:
                 frame.close()
@@ -229,7 +193,7 @@ class MemoryDevice(Device):
         with self._lock:
             state = self._segments.get((name.slot, name.generation))
         if state is None:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), _key(*_pair(name)))
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), key_of(*_pair(name)))
         return self._handle(name.slot, name.generation, state)
 
     def write_payloads(
@@ -284,7 +248,7 @@ class MemoryDevice(Device):
             state = self._segments.pop(_pair(segment), None)
             if state is not None:
                 self._ledger.drop(state.key)
-                self._ledger.drop(_sidecar_key(state.key))
+                self._ledger.drop(sidecar_key(state.key))
                 if state.frame is not None:
                     self._free_frames.append(state.frame)
                 else:
@@ -301,83 +265,6 @@ class MemoryDevice(Device):
         self._state(segment)
         del uncached
         return pread_all(segment.fd, offset, nbytes)
-
-    # --- staging
-    def create_staging(self, name: str) -> Staging:
-        """Make an empty staging memfd."""
-        self._check_open()
-        check_staging_name(name)
-        key = f"{STAGING}/{name}"
-        self._ledger.add(key, 0)
-        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-        try:
-            state = _Open(OSFile(os.memfd_create(f"kvfs-{self.info.name}-staging", flags)), key)
-        except BaseException:
-            self._ledger.drop(key)
-            raise
-        with self._lock:
-            self._staging.add(state)
-        return Staging(name=name, fd=state.file.fd, nbytes=0, state=state)
-
-    def write_staging(self, staging: Staging, offset: int, data: bytes | memoryview) -> None:
-        """Write; grows `staging.nbytes`, and gives up free frames for it."""
-        state = self._state(staging)
-        nbytes = memoryview(data).nbytes
-        with self._resizing(staging, state, max(staging.nbytes, offset + nbytes)):
-            state.file.write(offset, data)
-        self._count_written(nbytes)
-
-    def resize_staging(self, staging: Staging, nbytes: int) -> None:
-        """Cut or extend with zeros."""
-        state = self._state(staging)
-        with self._resizing(staging, state, nbytes):
-            state.file.resize(nbytes)
-
-    def persist_staging(self, staging: Staging) -> None:
-        """Do nothing."""
-        self._state(staging)
-
-    def adopt(self, staging: Staging, slot: int, generation: int, sidecar: bytes) -> Segment:
-        """Turn the memfd into a file segment, sealed against every write.
-
-        Raises:
-            OSError: EBUSY if somebody has it mapped for writing; it stays a staging file.
-        """
-        state = self._state(staging)
-        assert 0 <= slot < self.info.slot_count
-        key = _key(slot, generation)
-        self._ledger.add(_sidecar_key(key), len(sidecar))
-        try:
-            with self._lock:
-                self._trim_frames()
-            fcntl.fcntl(state.file.fd, fcntl.F_ADD_SEALS, _SEALS)
-        except BaseException:
-            self._ledger.drop(_sidecar_key(key))
-            raise
-        with self._lock:
-            self._ledger.move(state.key, key)
-            state.key, state.sidecar = key, bytearray(sidecar)
-            self._staging.discard(state)
-            self._segments[slot, generation] = state
-        staging.state, staging.fd = None, -1
-        self._count_written(len(sidecar))
-        return self._handle(slot, generation, state)
-
-    def drop_staging(self, staging: Staging) -> None:
-        """Delete it. Idempotent; nothing after `adopt`."""
-        self._check_open()
-        state: _Open | None = staging.state
-        if state is not None:
-            with self._lock:
-                self._staging.discard(state)
-            state.file.close()
-            self._ledger.drop(state.key)
-            staging.state, staging.fd = None, -1
-
-    def reap_staging(self) -> int:
-        """Return 0: nothing of an earlier owner is left."""
-        self._check_open()
-        return 0
 
     # --- the rest
     @property
@@ -399,7 +286,7 @@ class MemoryDevice(Device):
         """Give all memory back; idempotent. Maps made elsewhere stay valid."""
         with self._lock:
             self._is_closed = True
-            for state in (*self._staging, *self._segments.values()):
+            for state in (*self._staging, *self._raw.values(), *self._segments.values()):
                 if state.frame is not None:
                     state.frame.close()
                 else:
@@ -407,33 +294,11 @@ class MemoryDevice(Device):
             for frame in self._free_frames:
                 frame.close()
             self._free_frames, self._segments, self._staging = [], {}, set()
+            self._raw = {}
             self._superblock = None
 
     # --- inside
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise ClosedError(f"device is closed: {self.info.name}")
-
-    def _state(self, handle: Segment | Staging) -> _Open:
-        self._check_open()
-        state: _Open | None = handle.state
-        if state is None or handle.fd < 0:
-            raise ClosedError(f"handle is closed: {self.info.name}: {handle}")
-        return state
-
-    def _handle(self, slot: int, generation: int, state: _Open) -> Segment:
-        return Segment(
-            device_index=self.info.index,
-            slot=slot,
-            generation=generation,
-            is_file=state.frame is None,
-            nbytes=os.fstat(state.file.fd).st_size,
-            fd=state.file.fd,
-            address=state.frame.arena.address if state.frame is not None else 0,
-            state=state,
-        )
-
-    def _borrow_frame(self, tag: bytes) -> _Frame | None:
+    def _borrow_frame(self, tag: bytes) -> Frame | None:
         """Return a free frame of this tag or a zero one, or None: make one. REQUIRES: `_lock`.
 
         Frames of other tags are destroyed only when there is nothing else, the oldest first.
@@ -446,34 +311,6 @@ class MemoryDevice(Device):
             self._free_frames.pop(0).close()
         return None
 
-    def _trim_frames(self) -> None:
-        """Give up free frames until frames and files fit the capacity. REQUIRES: `_lock`."""
-        segment_bytes = self.info.segment_bytes
-        while self._free_frames:
-            free_bytes = len(self._free_frames) * segment_bytes
-            if self._ledger.used_bytes + free_bytes <= self.info.capacity_bytes:
-                break
-            self._free_frames.pop(0).close()
-
-    @contextlib.contextmanager
-    def _resizing(self, staging: Staging, state: _Open, nbytes: int) -> Iterator[None]:
-        with self._ledger.resizing(state.key, staging, state.file, nbytes):
-            with self._lock:
-                self._trim_frames()
-            yield
-
-    def _count_written(self, nbytes: int) -> None:
-        with self._lock:
-            self._bytes_written += nbytes
-
 
 def _pair(segment: Segment | SegmentName) -> tuple[int, int]:
     return segment.slot, segment.generation
-
-
-def _key(slot: int, generation: int) -> str:
-    return f"{slot:08x}-{generation:08x}"
-
-
-def _sidecar_key(key: str) -> str:
-    return f"{key}.sum"

@@ -24,6 +24,7 @@ from typing import Final
 from kvfs import _native
 from kvfs.devices.filesystem import (
     LOCK,
+    RAW,
     READ_BYTES_MAX,
     SEGMENTS,
     STAGING,
@@ -247,7 +248,7 @@ class OSFileSystem(FileSystem):
 
         The lock goes last, while it is held.
         """
-        for folder in (SEGMENTS, STAGING):
+        for folder in (SEGMENTS, STAGING, RAW):
             try:
                 names = [f"{folder}/{name}" for name, _ in self.list(folder)]
             except FileNotFoundError:

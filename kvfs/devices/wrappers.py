@@ -132,6 +132,20 @@ class WrapperDevice(Device):
         """Forward."""
         self._call("persist_staging", 0, lambda: self.inner.persist_staging(staging))
 
+    def reserve_staging(self, staging: Staging, nbytes: int) -> None:
+        """Forward."""
+        self._call("reserve_staging", 0, lambda: self.inner.reserve_staging(staging, nbytes))
+
+    def settle_staging(self, staging: Staging, reserved_bytes: int = 0) -> None:
+        """Forward."""
+        self._call("settle_staging", 0, lambda: self.inner.settle_staging(staging, reserved_bytes))
+
+    def seal_staging(self, staging: Staging, *, is_shared: bool) -> bool:
+        """Forward."""
+        return self._call(
+            "seal_staging", 0, lambda: self.inner.seal_staging(staging, is_shared=is_shared)
+        )
+
     def adopt(self, staging: Staging, slot: int, generation: int, sidecar: bytes) -> Segment:
         """Forward."""
         return self._call(
@@ -145,6 +159,22 @@ class WrapperDevice(Device):
     def reap_staging(self) -> int:
         """Forward."""
         return self._call("reap_staging", 0, self.inner.reap_staging)
+
+    def keep_raw(self, staging: Staging, number: int) -> None:
+        """Forward."""
+        self._call("keep_raw", 0, lambda: self.inner.keep_raw(staging, number))
+
+    def raw_files(self) -> list[tuple[int, int]]:
+        """Forward."""
+        return self._call("raw_files", 0, self.inner.raw_files)
+
+    def open_raw(self, number: int) -> Staging:
+        """Forward."""
+        return self._call("open_raw", 0, lambda: self.inner.open_raw(number))
+
+    def release_raw(self, staging: Staging) -> None:
+        """Forward."""
+        self._call("release_raw", 0, lambda: self.inner.release_raw(staging))
 
     @property
     def used_bytes(self) -> int:
@@ -188,7 +218,7 @@ class CountingDevice(WrapperDevice):
 class Verb(Enum):
     """The operations that faults speak of."""
 
-    CREATE = ("create", "create_staging", "adopt")
+    CREATE = ("create", "create_staging", "adopt", "keep_raw")
     WRITE = ("write_payloads", "write_tail", "write_staging", "write_superblock")
     PERSIST = ("persist", "persist_names", "persist_staging")
     READ = ("read", "read_tail", "read_superblock")

@@ -6,8 +6,9 @@ Layer: L2.
       CatalogNamespaces  facts, devices, namespaces
         CatalogContexts    keys and tokens
           CatalogTree        rules of the tree
-            CatalogNodes       single nodes
-              CatalogDatabase    transactions, persistence, failure
+            CatalogAttributes  extended attributes
+              CatalogNodes       single nodes
+                CatalogDatabase    transactions, persistence, failure
 
 - Written by one process, through one connection; all methods may be called from any thread.
 - A method has committed when it returns, unless the caller holds a `transaction()`. Commits survive
@@ -154,13 +155,13 @@ class Catalog(CatalogNamespaces):
     def remove_nodes(self, node_ids: Iterable[int], now_ns: int = 0) -> list[tuple[Node, KeyArray]]:
         """Remove contexts in one transaction; return each that was there, with its keys.
 
-        Ids that are no contexts are passed over. Durability: flush.
+        Ids of directories and of what is not there are passed over. Durability: flush.
         """
         removed: list[tuple[Node, KeyArray]] = []
         with self.transaction():
             for node_id in node_ids:
                 rows = self._read(
-                    f"SELECT {NODE_COLUMNS} FROM nodes WHERE node_id = ? AND kind = 2", (node_id,)
+                    f"SELECT {NODE_COLUMNS} FROM nodes WHERE node_id = ? AND kind > 1", (node_id,)
                 )
                 if rows:
                     keys = self.keys(node_id)
@@ -204,6 +205,15 @@ class Catalog(CatalogNamespaces):
             last = rows[-1][1]
             yield decode_keys(last, [row for row in rows if row[0] is not None])
 
+    def raw_nodes(self, namespace_id: int | None = None) -> list[int]:
+        """Return the ids of raw files, of one namespace or all, in ascending order."""
+        rows = self._read(
+            "SELECT node_id FROM nodes WHERE kind = 3 AND (? IS NULL OR namespace_id = ?) "
+            "ORDER BY node_id",
+            (namespace_id, namespace_id),
+        )
+        return [row[0] for row in rows]
+
     def pinned_contexts(self) -> list[Node]:
         """Return the contexts whose blocks must not be dropped."""
         rows = self._read(f"SELECT {NODE_COLUMNS} FROM nodes WHERE is_pinned = 1 ORDER BY node_id")
@@ -215,7 +225,7 @@ class Catalog(CatalogNamespaces):
         """Return counts and sizes. Cost: reads the smallest index once."""
         with self._lock:
             counts = self._read(
-                "SELECT (SELECT count(*) FROM nodes), (SELECT count(*) FROM nodes WHERE kind = 2), "
+                "SELECT (SELECT count(*) FROM nodes), (SELECT count(*) FROM nodes WHERE kind > 1), "
                 "(SELECT count(*) FROM nodes WHERE state = 2), (SELECT count(*) FROM namespaces)"
             )[0]
             pages = self._read("PRAGMA page_count")[0][0]

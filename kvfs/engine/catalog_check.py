@@ -15,6 +15,8 @@ import msgspec
 import zstandard
 
 from kvfs.engine.catalog_schema import (
+    ATTRIBUTE_BYTES_MAX,
+    ATTRIBUTE_NAME_BYTES_MAX,
     DEFAULT_NAMESPACE,
     EPOCH_NODE_BITS,
     EPOCH_VERSION_BITS,
@@ -32,10 +34,14 @@ _ROW_BYTES: Final = ROW_KEYS * KEY_BYTES
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """What is expected, and a query for (where, found) that yields what breaks it."""
+    """What is expected, and a query for (where, found) that yields what breaks it.
+
+    `since`: the schema that has what is asked about.
+    """
 
     expectation: str
     query: str
+    since: int = 1
 
 
 _RULES: Final = (
@@ -58,8 +64,9 @@ _RULES: Final = (
     ),
     _Rule(
         "node enums: expected known kind, origin and state",
-        "SELECT node_id, kind || '/' || origin || '/' || state FROM nodes WHERE kind NOT IN (1, 2) "
-        "OR origin NOT IN (1, 2) OR state NOT IN (1, 2) OR (kind = 1 AND state <> 1)",
+        "SELECT node_id, kind || '/' || origin || '/' || state FROM nodes "
+        "WHERE kind NOT IN (1, 2, 3) OR origin NOT IN (1, 2) OR state NOT IN (1, 2) "
+        "OR (kind <> 2 AND state <> 1)",
     ),
     _Rule(
         "node namespace: expected an existing one",
@@ -78,7 +85,7 @@ _RULES: Final = (
     ),
     _Rule(
         f"file at the root: expected namespace '{DEFAULT_NAMESPACE}'",
-        f"SELECT node_id, namespace_id FROM nodes WHERE parent_id = {ROOT_NODE_ID} AND kind = 2 "
+        f"SELECT node_id, namespace_id FROM nodes WHERE parent_id = {ROOT_NODE_ID} AND kind > 1 "
         f"AND namespace_id NOT IN (SELECT namespace_id FROM nodes WHERE parent_id = {ROOT_NODE_ID} "
         f"AND kind = 1 AND name = x'{DEFAULT_NAMESPACE.encode().hex()}')",
     ),
@@ -92,7 +99,8 @@ _RULES: Final = (
         "context size: expected blocks, bytes and tokens that fit together",
         "SELECT node_id, block_count || ' blocks, ' || size_bytes || ' bytes' FROM nodes WHERE "
         "block_count < 0 OR tail_bytes < 0 OR tail_tokens > token_count "
-        "OR (block_count = 0 AND (size_bytes <> 0 OR tail_bytes <> 0 OR token_count <> 0)) "
+        "OR (block_count = 0 AND (tail_bytes <> 0 OR token_count <> 0)) "
+        "OR (block_count = 0 AND size_bytes <> 0 AND kind <> 3) OR size_bytes < 0 "
         "OR (block_count = 1 AND size_bytes <> tail_bytes) "
         "OR (block_count > 0 AND (tail_bytes = 0 OR size_bytes < tail_bytes)) "
         "OR (block_count > 1 AND (size_bytes - tail_bytes) % (block_count - 1) <> 0) "
@@ -124,6 +132,14 @@ _RULES: Final = (
         "HAVING coalesce(sum(r.token_count), 0) <> n.token_count",
     ),
     _Rule(
+        "attribute: expected one of a node, of a name and size that may be",
+        "SELECT a.node_id, length(a.name) || ' and ' || length(a.value) || ' bytes' "
+        "FROM attributes a LEFT JOIN nodes n ON n.node_id = a.node_id WHERE n.node_id IS NULL "
+        f"OR length(a.name) > {ATTRIBUTE_NAME_BYTES_MAX} "
+        f"OR length(a.value) > {ATTRIBUTE_BYTES_MAX} OR substr(a.name, 1, 5) <> x'757365722e'",
+        since=2,
+    ),
+    _Rule(
         "ids: expected none above those of the epoch",
         "SELECT node_id, version FROM nodes, meta WHERE key = 'epoch' "
         f"AND (node_id >= (CAST(value AS INTEGER) + 1) << {EPOCH_NODE_BITS} "
@@ -143,7 +159,8 @@ def find_problems(connection: sqlite3.Connection) -> list[str]:
         for row in connection.execute(f"PRAGMA quick_check({FINDINGS_MAX})")
         if row[0] != "ok"
     ]
-    for rule in _RULES:
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    for rule in (rule for rule in _RULES if rule.since <= version):
         rows = connection.execute(f"{rule.query} LIMIT {FINDINGS_MAX}")
         found += [f"{rule.expectation}: {where}: found {value}" for where, value in rows]
     for check in (_names, _layouts, _token_frames):

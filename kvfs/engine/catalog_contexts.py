@@ -36,7 +36,9 @@ from kvfs.engine.catalog_schema import (
     EPOCH_VERSION_BITS,
     ROW_KEYS,
     Node,
+    NodeKind,
     NodeState,
+    Origin,
 )
 from kvfs.engine.catalog_tree import CatalogTree
 from kvfs.errors import UsageError
@@ -286,6 +288,29 @@ class CatalogContexts(CatalogTree):
                 with_changes(
                     node, state=NodeState.PENDING, size_bytes=0, block_count=0, token_count=0,
                     tail_bytes=0, tail_tokens=0, ctime_ns=now_ns,
+                )
+            )  # fmt: skip
+
+    def become_raw(self, node_id: int, nbytes: int, *, mtime_ns: int, now_ns: int) -> Node:
+        """Forget what a file holds in blocks: its bytes lie in a raw file now. Durability: flush.
+
+        Of a file that is raw already this notes the size and the time alone.
+
+        Raises:
+            UsageError: It was made through the API.
+        """
+        with self.transaction():
+            node = self._context(node_id)
+            if node.origin is not Origin.FILE:
+                raise UsageError(f"not a file: node {node_id} was made through the API")
+            if node.block_count:
+                self._write("DELETE FROM context_rows WHERE node_id = ?", (node_id,))
+            self._write("UPDATE nodes SET kind = ? WHERE node_id = ?", (int(NodeKind.RAW), node_id))
+            return self._publish(
+                with_changes(
+                    node, kind=NodeKind.RAW, state=NodeState.ACTIVE, size_bytes=nbytes,
+                    block_count=0, token_count=0, tail_bytes=0, tail_tokens=0, mtime_ns=mtime_ns,
+                    ctime_ns=now_ns,
                 )
             )  # fmt: skip
 

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final
 
-from kvfs.engine.catalog_file import CORRUPT_CODES, MEDIUM_CODES, translate
+from kvfs.engine.catalog_file import CORRUPT_CODES, MEDIUM_CODES, translate, upgrade_statements
 from kvfs.engine.catalog_schema import (
     EPOCH_MAX,
     EPOCH_NODE_BITS,
@@ -333,7 +333,7 @@ class CatalogDatabase:
             self._poison = self._poison or f"checkpoint failed: {error}"
 
     def _advance_epoch(self) -> None:
-        """Persist a new epoch before the first write of a session.
+        """Persist a new epoch before the first write of a session; upgrade a former schema with it.
 
         REQUIRES: the write lock, depth 0.
         """
@@ -346,6 +346,8 @@ class CatalogDatabase:
         self._is_epoch_due = False
         try:
             with self.transaction():
+                for statement in upgrade_statements(self._connection):
+                    self._write(statement)
                 self._write("UPDATE meta SET value = ? WHERE key = 'epoch'", (str(epoch),))
             self._sync_wal()
         except BaseException:

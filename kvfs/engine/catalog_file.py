@@ -5,7 +5,8 @@ Layer: L2.
 - The database file is opened by SQLite alone. POSIX locks belong to (process, inode): closing any
   descriptor of that file, even one only read from, would drop SQLite's lock on it. The `-wal` file
   carries no locks, so a descriptor of our own is safe there.
-- Nothing is written to a file before it is known to be a catalog of this version.
+- Nothing is written to a file before it is known to be a catalog, of this version or a former one.
+- A former version is brought up to this one by the first transaction, and read as it is until then.
 """
 
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from kvfs.engine.catalog_schema import APPLICATION_ID, SCHEMA_VERSION, TABLES
+from kvfs.engine.catalog_schema import APPLICATION_ID, SCHEMA_VERSION, TABLES, UPGRADES
 from kvfs.errors import (
     BusyError,
     CorruptionError,
@@ -65,7 +66,7 @@ def connect(path: Path, *, is_new: bool) -> sqlite3.Connection:
         connection.execute("PRAGMA wal_autocheckpoint=0").fetchone()
         # A large transaction, as a dropped namespace is, would leave the log large for ever.
         connection.execute(f"PRAGMA journal_size_limit={WAL_BYTES_KEPT}").fetchone()
-        connection.execute("PRAGMA cache_size=-16384")
+        connection.execute("PRAGMA cache_size=-65536")
         connection.execute("PRAGMA temp_store=MEMORY")
         # Distributions differ in the default; ON would write every freed page once more.
         connection.execute("PRAGMA secure_delete=FAST").fetchone()
@@ -90,11 +91,11 @@ def _require_wal(mode: str, path: Path) -> None:
 
 
 def verify_identity(connection: sqlite3.Connection, where: str) -> None:
-    """Check that a database is a catalog of this version.
+    """Check that a database is a catalog of this version, or of a former one.
 
     Raises:
         CorruptionError: It is none.
-        FormatVersionError: It is one of another version.
+        FormatVersionError: It is one of a later version.
     """
     found = connection.execute("PRAGMA application_id").fetchone()[0]
     if found != APPLICATION_ID:
@@ -103,11 +104,23 @@ def verify_identity(connection: sqlite3.Connection, where: str) -> None:
             f"found {found:#x}; restore the file"
         )
     version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version != SCHEMA_VERSION:
+    if version != SCHEMA_VERSION and version not in UPGRADES:
         raise FormatVersionError(
             f"catalog has another version: {where}: expected {SCHEMA_VERSION}, found {version}; "
             "use the kvfs that made it"
         )
+    if version == SCHEMA_VERSION:
+        _require_tables(connection, where)
+
+
+def upgrade_statements(connection: sqlite3.Connection) -> list[str]:
+    """Return what brings a catalog of a former version up to this one; nothing if it is."""
+    found = connection.execute("PRAGMA user_version").fetchone()[0]
+    statements = [sql for version in range(found, SCHEMA_VERSION) for sql in UPGRADES[version]]
+    return [*statements, f"PRAGMA user_version={SCHEMA_VERSION}"] if statements else []
+
+
+def _require_tables(connection: sqlite3.Connection, where: str) -> None:
     names = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
     missing = [name for name in TABLES if name not in names]
     if missing:

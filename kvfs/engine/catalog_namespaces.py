@@ -166,6 +166,11 @@ class CatalogNamespaces(CatalogContexts):
                     "(SELECT node_id FROM nodes WHERE namespace_id = ?)",
                     (namespace_id,),
                 )
+                self._write(
+                    "DELETE FROM attributes WHERE node_id IN "
+                    "(SELECT node_id FROM nodes WHERE namespace_id = ?)",
+                    (namespace_id,),
+                )
                 self._write("DELETE FROM nodes WHERE namespace_id = ?", (namespace_id,))
                 self._write("DELETE FROM namespaces WHERE namespace_id = ?", (namespace_id,))
             finally:

@@ -132,6 +132,10 @@ class CatalogNodes(CatalogDatabase):
     def reap_pending(self) -> int:
         """Remove the files whose bytes were never adopted; return how many. For open only."""
         with self.transaction():
+            self._write(
+                "DELETE FROM attributes WHERE node_id IN "
+                "(SELECT node_id FROM nodes WHERE state = 2)"
+            )
             return self._write("DELETE FROM nodes WHERE state = 2")
 
     def _directory(self, node_id: int) -> Node:
@@ -171,6 +175,7 @@ class CatalogNodes(CatalogDatabase):
     def _delete(self, node: Node) -> None:
         """Delete one node with what hangs on it. REQUIRES: a transaction, an empty directory."""
         self._write("DELETE FROM nodes WHERE node_id = ?", (node.node_id,))
+        self._write("DELETE FROM attributes WHERE node_id = ?", (node.node_id,))
         if not node.is_directory:
             self._write("DELETE FROM context_rows WHERE node_id = ?", (node.node_id,))
         elif node.parent_id == ROOT_NODE_ID:

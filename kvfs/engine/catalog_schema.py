@@ -15,14 +15,24 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final, Literal
 
-from kvfs.errors import CorruptionError, ExistsError, RefusedError, UsageError
+from kvfs.errors import (
+    CorruptionError,
+    ExistsError,
+    NoSpaceError,
+    NotFoundError,
+    RefusedError,
+    UsageError,
+)
 from kvfs.layout import Layout
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 APPLICATION_ID: Final = 0x6B766673  # 'kvfs', so that file(1) and `open` know the file
 ROOT_NODE_ID: Final = 1
 ROW_KEYS: Final = 512
 NAME_BYTES_MAX: Final = 255
+ATTRIBUTE_NAME_BYTES_MAX: Final = 255
+ATTRIBUTE_BYTES_MAX: Final = 64 << 10  # of one value; and of all of a node, names included
+RAW_ATTRIBUTE: Final = b"user.kvfs.raw"  # of a file, or of the directory files are made in
 DEFAULT_NAMESPACE: Final = "default"  # files at the very root belong to it
 STATUS_NAME: Final = ".kvfs"  # the mount's own directory; no node may take its name
 EPOCH_MAX: Final = (1 << 20) - 1
@@ -32,7 +42,18 @@ EPOCH_VERSION_BITS: Final = 12  # versions of one node per epoch; with the epoch
 Retention = Literal["cache", "durable"]
 Row = tuple[Any, ...]
 
-TABLES: Final = ("meta", "devices", "namespaces", "nodes", "context_rows")
+TABLES: Final = ("meta", "devices", "namespaces", "nodes", "context_rows", "attributes")
+# Extended attributes. Not WITHOUT ROWID, as with the rows of contexts.
+_ATTRIBUTES: Final = """
+CREATE TABLE attributes (
+    node_id INTEGER NOT NULL,
+    name BLOB NOT NULL,    -- with its prefix 'user.', at most 255 bytes. Of 'user.kvfs.*' only
+                           -- 'user.kvfs.raw' is kept here, the others are computed
+    value BLOB NOT NULL,   -- at most 64 KiB, as are all names and values of a node together
+    PRIMARY KEY (node_id, name)
+)"""
+UPGRADES: Final = {1: (_ATTRIBUTES,)}
+"""What turns a catalog of a former version into one of the next; nodes were all of kinds 1, 2."""
 SCHEMA: Final = (
     """
 CREATE TABLE meta (
@@ -77,7 +98,8 @@ CREATE TABLE nodes (
     uid INTEGER NOT NULL,
     gid INTEGER NOT NULL,
     size_bytes INTEGER NOT NULL,      -- (block_count - 1) * stride + tail_bytes; 0 when empty.
-                                      -- Kept because stat(2) must not read the rows
+                                      -- Kept because stat(2) must not read the rows. Of a raw
+                                      -- file: what it was when it was last closed
     block_count INTEGER NOT NULL,     -- keys in context_rows
     token_count INTEGER NOT NULL,     -- tokens of all blocks; 0 without token metadata
     tail_bytes INTEGER NOT NULL,      -- logical bytes of the last block; 0 when empty
@@ -106,6 +128,7 @@ CREATE TABLE context_rows (
     tokens BLOB,                   -- zstd of token_count little-endian u4 ids; NULL: not known
     PRIMARY KEY (node_id, version, row_index)
 )""",
+    _ATTRIBUTES,
 )
 
 
@@ -114,6 +137,8 @@ class NodeKind(IntEnum):
 
     DIRECTORY = 1
     CONTEXT = 2
+    RAW = 3
+    """A raw file: its bytes lie in the file of a device whose number is the node's id."""
 
 
 class Origin(IntEnum):
@@ -141,6 +166,22 @@ class TargetIsDirectoryError(UsageError):
     """Raised if a context is needed where a directory is."""
 
     errno = errno.EISDIR
+
+
+class NoAttributeError(NotFoundError):
+    """Raised if a node has no extended attribute of a name."""
+
+    errno = errno.ENODATA
+
+
+class AttributeTooLargeError(UsageError):
+    """Raised if the value of an extended attribute has more than 64 KiB."""
+
+    errno = errno.E2BIG
+
+
+class AttributesFullError(NoSpaceError):
+    """Raised if the extended attributes of one node would have more than 64 KiB."""
 
 
 class NameTooLongError(UsageError):
@@ -214,6 +255,11 @@ class Node:
     def is_directory(self) -> bool:
         """Whether it may have children."""
         return self.kind is NodeKind.DIRECTORY
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether its bytes lie in a raw file."""
+        return self.kind is NodeKind.RAW
 
 
 @dataclass(frozen=True, slots=True)

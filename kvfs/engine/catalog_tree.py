@@ -10,7 +10,8 @@ Layer: L2.
 
 from typing import Final
 
-from kvfs.engine.catalog_nodes import CatalogNodes, require_directory
+from kvfs.engine.catalog_attributes import CatalogAttributes
+from kvfs.engine.catalog_nodes import require_directory
 from kvfs.engine.catalog_schema import (
     DEFAULT_NAMESPACE,
     ROOT_NODE_ID,
@@ -31,7 +32,7 @@ from kvfs.errors import CorruptionError, ExistsError, RefusedError, UsageError
 PATH_BYTES_MAX: Final = 4096
 
 
-class CatalogTree(CatalogNodes):
+class CatalogTree(CatalogAttributes):
     """Directories and names."""
 
     def resolve(self, start_node_id: int, path: str) -> Node | None:
@@ -84,10 +85,12 @@ class CatalogTree(CatalogNodes):
             parent = self._directory(parent_id)
             if parent_id == ROOT_NODE_ID:
                 raise UsageError(f"directories at the root are namespaces: {name!r}; create one")
-            return self._insert(
+            node = self._insert(
                 parent, name, NodeKind.DIRECTORY, origin, NodeState.ACTIVE,
                 namespace_id=parent.namespace_id, mode=mode, uid=uid, gid=gid, now_ns=now_ns,
             )  # fmt: skip
+            self._inherit_raw(parent_id, node.node_id)
+            return node
 
     def create_context(
         self, parent_id: int, name: str, namespace_id: int, origin: Origin, state: NodeState,
@@ -190,6 +193,13 @@ class CatalogTree(CatalogNodes):
                 self._touch_directory(node.parent_id, now_ns)
             return None if victim is None or victim.is_directory else victim.node_id
 
+    def check_rename(self, node_id: int, new_parent_id: int, new_name: str) -> None:
+        """Raise what `rename` would, but for the name being taken; change nothing."""
+        with self._lock:
+            parent = self._directory(new_parent_id)
+            encode_name(new_name, new_parent_id)
+            self._check_move(self.node(node_id), parent, new_name)
+
     def remove(self, node_id: int, now_ns: int = 0) -> Node:
         """Remove a context or an empty directory; return what it was. Durability: flush.
 
@@ -231,8 +241,8 @@ class CatalogTree(CatalogNodes):
     def _has_root_files(self, namespace_id: int) -> bool:
         return bool(
             self._read(
-                "SELECT 1 FROM nodes WHERE parent_id = ? AND namespace_id = ? AND kind = ? LIMIT 1",
-                (ROOT_NODE_ID, namespace_id, int(NodeKind.CONTEXT)),
+                "SELECT 1 FROM nodes WHERE parent_id = ? AND namespace_id = ? AND kind > 1 LIMIT 1",
+                (ROOT_NODE_ID, namespace_id),
             )
         )
 

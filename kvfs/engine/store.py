@@ -5,10 +5,10 @@ Layer: L3.
 - Blocks go in whole and come out whole or not at all; a miss is never an error.
 - Everything here is synchronous and thread-safe; payload bytes move without the GIL and without
   the engine's lock.
-- Nothing here knows names: contexts and files are the pool's.
+- Nothing here knows names: contexts and files are the pool's. Growing files: `store_files`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,22 +17,20 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfs.buffers import Addresses
-from kvfs.devices.base import Staging
-from kvfs.engine.device_state import DeviceState, NamespaceSpec
+from kvfs.engine.device_state import DeviceState
 from kvfs.engine.evictor import Evictor
-from kvfs.engine.format import ENTRY, EntryFlag, sidecar_bytes
+from kvfs.engine.format import EntryFlag
 from kvfs.engine.index import RecordArray
 from kvfs.engine.log import Batch
 from kvfs.engine.reader import Lease, Mask, Reader
 from kvfs.engine.recovery import RecoveryReport, load_devices
 from kvfs.engine.segment_table import SegmentState, SegmentStatus
 from kvfs.engine.state import EngineState
+from kvfs.engine.store_files import StoreFiles
 from kvfs.engine.writer import Durability, PutResult, Writer
-from kvfs.errors import BusyError, DeviceError, NoSpaceError, UnavailableError, UsageError
+from kvfs.errors import BusyError, DeviceError, NoSpaceError, UsageError
 from kvfs.keys import KEY_BYTES, KeyArray
-from kvfs.units import PAGE, align_up, format_bytes
 
-_ROOM_ATTEMPTS = 16
 _CLOSE_TIMEOUT_S = 30.0
 
 
@@ -57,15 +55,15 @@ class DeviceStatistics:
     failures: int
 
 
-class Store:
+class Store(StoreFiles):
     """The blocks of one pool."""
 
     def __init__(self, state: EngineState) -> None:
-        self.state = state
-        self.reader = Reader(state)
-        self._evictor = Evictor(state, self.reader)
-        self._writer = Writer(state, self._evictor.make_room)
-        self._evictor.bind(self._writer)
+        reader = Reader(state)
+        evictor = Evictor(state, reader)
+        super().__init__(state, evictor, Writer(state, evictor.make_room))
+        evictor.bind(self._writer)
+        self.reader = reader
         self._is_closed = False
 
     def load(self) -> RecoveryReport:
@@ -262,98 +260,6 @@ class Store:
                 for device in self.state.devices
             )
 
-    # --- files
-
-    def file_devices(self, nbytes: int) -> list[int]:
-        """Return the devices in service that could hold a file of this size, fastest tier first.
-
-        Volatile ones only in a pool that has no others.
-
-        Raises:
-            UnavailableError: None is in service.
-        """
-        is_persistent = any(device.info.is_persistent for device in self.state.devices)
-        tiers = self.state.tiers(persistent=is_persistent)
-        if not tiers:
-            raise UnavailableError("no device in service takes files; see 'pool status'")
-        return [tier.info.index for tier in tiers if nbytes <= _file_bytes_max(tier)]
-
-    def create_staging(self, device_index: int, name: str, namespace_id: int) -> Staging:
-        """Make a staging file on one of `file_devices`."""
-        self._namespace(namespace_id)
-        return self.state.device(device_index).device.create_staging(name)
-
-    def write_staging(
-        self, device_index: int, staging: Staging, offset: int, data: bytes | memoryview
-    ) -> None:
-        """Write to a staging file; evicts when the device is full. Durability: flush.
-
-        What fails may leave the file longer, with zeros.
-        """
-        device = self.state.device(device_index)
-        end = max(staging.nbytes, offset + memoryview(data).nbytes)
-
-        def write() -> None:
-            _grow(device, staging, end)
-            device.device.write_staging(staging, offset, data)
-
-        self._with_room(device, staging, end, write)
-
-    def resize_staging(self, device_index: int, staging: Staging, nbytes: int) -> None:
-        """Cut or extend a staging file with zeros; evicts when the device is full."""
-        device = self.state.device(device_index)
-        if nbytes <= staging.nbytes:
-            with self.state.activity.during():
-                device.device.resize_staging(staging, nbytes)
-        else:
-            self._with_room(device, staging, nbytes, lambda: _grow(device, staging, nbytes))
-
-    def staging_device(self, device_index: int) -> DeviceState:
-        """Return the device of a staging file."""
-        return self.state.device(device_index)
-
-    def adopt(
-        self,
-        device_index: int,
-        staging: Staging,
-        namespace_id: int,
-        keys: KeyArray,
-        lengths: Addresses,
-        digests: npt.NDArray[np.uint8],
-    ) -> RecordArray:
-        """Turn a persisted staging file into a file segment of consecutive blocks.
-
-        Evicts when there is no room for what is stored beside it. After a NoSpaceError the staging
-        file is as it was; after another error it is perhaps gone.
-
-        Durability: persist.
-
-        Args:
-            device_index: Where the staging file is.
-            staging: The file; it is gone as staging on return.
-            namespace_id: Where the blocks go.
-            keys: (n, 32) uint8.
-            lengths: Bytes of each block; all but the last equal to the namespace's stride.
-            digests: (n, 16) uint8, XXH3-128 of each block.
-        """
-        namespace = self._namespace(namespace_id)
-        entries = np.zeros(len(keys), ENTRY)
-        entries["key"], entries["payload_xxh3"] = keys, digests
-        entries["offset"] = np.cumsum(lengths) - lengths
-        entries["stored_bytes"] = entries["logical_bytes"] = lengths
-        entries["flags"] = np.where(lengths < namespace.block_bytes, EntryFlag.PARTIAL, 0)
-        device = self.state.device(device_index)
-        made: list[RecordArray] = []
-
-        def adopt() -> None:
-            with device.open_lock:
-                _require_room(device, sidecar_bytes(len(entries)))
-            made.append(self._writer.adopt(device, namespace, staging, entries))
-
-        with self.state.activity.during(namespace_id):
-            self._with_room(device, staging, staging.nbytes, adopt)
-        return made[0]
-
     # --- the rest
 
     def destroy_namespace(self, namespace_id: int) -> None:
@@ -439,52 +345,6 @@ class Store:
             index.close()
         if failure is not None:
             raise failure
-
-    def _with_room(
-        self, device: DeviceState, staging: Staging, end: int, operation: Callable[[], None]
-    ) -> None:
-        """Do what lets a staging file grow to `end`, evicting until it fits or nothing can go."""
-        growth = max(0, end - staging.nbytes)
-        with self.state.activity.during():
-            # What can never fit fails at once: nothing need go for that.
-            attempts = _ROOM_ATTEMPTS if end <= _file_bytes_max(device) else 0
-            for _ in range(attempts):
-                try:
-                    return operation()
-                except NoSpaceError:
-                    # Others may take what a round frees, so one round need not be enough.
-                    if not self._evictor.make_room(device, max(growth, device.info.segment_bytes)):
-                        raise
-            return operation()
-
-    def _namespace(self, namespace_id: int) -> NamespaceSpec:
-        self.state.activity.require()
-        self.state.index(namespace_id)
-        return self.state.namespaces[namespace_id]
-
-
-def _file_bytes_max(device: DeviceState) -> int:
-    """Return how much of a device files may fill: not the segment kept back for relocation."""
-    kept_bytes = device.info.segment_bytes if device.has_reserve else 0
-    return device.info.capacity_bytes - kept_bytes
-
-
-def _require_room(device: DeviceState, nbytes: int) -> None:
-    """Raise NoSpaceError unless a file may take as much. REQUIRES: `open_lock`."""
-    if device.device.used_bytes + nbytes > _file_bytes_max(device):
-        raise NoSpaceError(
-            f"device is full: {device.info.name}: {format_bytes(device.device.used_bytes)} of "
-            f"{format_bytes(device.info.capacity_bytes)} used, {format_bytes(nbytes)} more needed "
-            "and a segment kept back; remove something, or add a device"
-        )
-
-
-def _grow(device: DeviceState, staging: Staging, end: int) -> None:
-    """Extend a staging file with zeros, if it is shorter."""
-    with device.open_lock:  # nobody opens a segment meanwhile
-        if end > staging.nbytes:
-            _require_room(device, align_up(end, PAGE) - align_up(staging.nbytes, PAGE))
-            device.device.resize_staging(staging, end)
 
 
 def _device_statistics(device: DeviceState) -> DeviceStatistics:

@@ -209,11 +209,13 @@ class Writer:
         namespace: NamespaceSpec,
         staging: Staging,
         entries: fmt.EntryArray,
-    ) -> RecordArray:
+        is_vouched: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
         """Turn a staging file into a file segment with these entries. Durability: persist.
 
         The names are persisted too: on return the blocks survive a crash, and are reaped by the
-        next owner unless the catalog names them.
+        next owner unless the catalog names them. Blocks that are not vouched for are verified when
+        they are first read.
         """
         state = self._state
         nbytes = staging.nbytes
@@ -241,7 +243,11 @@ class Writer:
             segment.persisted_count = len(entries)
             with state.lock:
                 device.segments[slot] = segment
-                records = state.publish(segment, np.arange(len(entries)), verified=True)
+                if is_vouched is None:
+                    is_vouched = np.ones(len(entries), np.bool_)
+                for verified in (True, False):
+                    chosen = np.flatnonzero(is_vouched == verified)
+                    state.publish(segment, chosen, verified=verified)
                 state.counters.blocks_put += len(entries)
                 state.counters.bytes_put += nbytes
         except OSError as error:
@@ -249,7 +255,6 @@ class Writer:
             raise DeviceError(f"adoption failed: {device.info.name}: {error}") from error
         finally:
             device.claimed.discard(slot)
-        return records
 
     # --- internals
 

@@ -5,7 +5,7 @@ Layer: L5.
 - Everything here is used by the mount's loop alone, without locks.
 - An inode whose name is gone lives on in its handles: getattr finds it here.
 - Two handles of one inode with different content must not share the kernel's page cache: the later
-  one is opened past it (`must_bypass_cache`).
+  one is opened past it (`must_bypass_cache`). All handles of a raw file share it.
 - While the kernel reads an inode's file itself (passthrough), every handle of the inode must be
   opened so, and on the same file. A handle that must not be gets another inode number: the node's
   id with a small number above it, so that each leads back to its node.
@@ -22,10 +22,18 @@ from kvfs.files import WriteHandle
 Identity = tuple[int, int, int]
 """Version, size and mtime: what tells contents of one inode apart."""
 
+RAW: Final[Identity] = (-1, 0, 0)
+"""Of a raw file: all handles have the same content, which is what it is."""
+
 _VERSION_SHIFT: Final = 48  # handle numbers: the low bits of the content's version above a count
 _ALIAS_SHIFT: Final = 56  # node ids stay below 2**53
 _ALIASES: Final = 31  # virtual inodes begin at 2**62
 _ALIASED_MAX: Final = 1 << 16
+
+
+def identity_of(reader: FileReader, node: Node) -> Identity:
+    """Return what tells apart what a reader of this node has open."""
+    return RAW if reader.raw is not None else (reader.version, reader.size_bytes, node.mtime_ns)
 
 
 def node_of(inode: int) -> int:
@@ -64,6 +72,11 @@ class WritingHandle:
     inode: int
     node: Node
     file: WriteHandle
+
+    @property
+    def identity(self) -> Identity | None:
+        """What the file holds; None: only its writers see it."""
+        return RAW if self.file.writer.is_raw else None
 
 
 @dataclass(slots=True, eq=False)
@@ -183,7 +196,7 @@ class Handles:
     def must_bypass_cache(self, inode: int, identity: Identity | None) -> bool:
         """Say whether a handle with this content (None: a writer's) needs its own view of bytes."""
         return any(
-            not isinstance(other, ReadHandle) or other.identity != identity
+            isinstance(other, FormerHandle) or other.identity is None or other.identity != identity
             for other in self.of_inode(inode)
         )
 

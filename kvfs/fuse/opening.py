@@ -27,6 +27,7 @@ from kvfs.files import WriteHandle
 from kvfs.fuse.attributes import Timeouts, entry_of
 from kvfs.fuse.core import Core
 from kvfs.fuse.handles import (
+    RAW,
     FormerHandle,
     Handle,
     Handles,
@@ -34,6 +35,7 @@ from kvfs.fuse.handles import (
     ReadHandle,
     StaticHandle,
     WritingHandle,
+    identity_of,
     is_version,
     node_of,
 )
@@ -164,13 +166,18 @@ class Opening(pyfuse3.Operations):
         """Return the answer to an open for writing.
 
         Past the page cache if only written: each request then carries the caller's own pages, up to
-        the largest size. A handle that reads too may be mapped shared, which needs the cache.
+        the largest size. A handle that reads too may be mapped shared, which needs the cache; so
+        do all of a raw file, which others may have mapped.
         """
-        is_direct = flags & os.O_ACCMODE == os.O_WRONLY
-        is_direct = is_direct or self._handles.must_bypass_cache(inode, None)
-        self._inodes.drop_cache(inode)
-        number = self._handles.add(WritingHandle(inode, node, file))
-        return FileInfo(fh=FileHandleT(number), direct_io=is_direct, keep_cache=False)
+        handle = WritingHandle(inode, node, file)
+        is_raw = handle.identity is not None
+        is_direct = flags & os.O_ACCMODE == os.O_WRONLY and not is_raw
+        is_direct = is_direct or self._handles.must_bypass_cache(inode, handle.identity)
+        is_kept = is_raw and not is_direct and self._inodes.may_keep_cache(inode, RAW)
+        if not is_raw:
+            self._inodes.drop_cache(inode)
+        number = self._handles.add(handle)
+        return FileInfo(fh=FileHandleT(number), direct_io=is_direct, keep_cache=is_kept)
 
     async def _open_read(self, inode: int, node: Node) -> FileInfo:
         reader = None
@@ -180,7 +187,7 @@ class Opening(pyfuse3.Operations):
             reader = await self._runner.run(
                 self._files.open_read, node, nbytes=node.size_bytes, undo=self._files.close_read
             )
-        identity = (reader.version, reader.size_bytes, node.mtime_ns)
+        identity = identity_of(reader, node)
         handle = ReadHandle(inode, node, reader, identity)
         number, unused = 0, None
         try:
@@ -349,7 +356,7 @@ class Opening(pyfuse3.Operations):
             if self._handles[number] is former:
                 raise LeaseExpiredError(f"content was replaced: {node.name!r}; open it again")
             return await self._own(number)
-        identity = (reader.version, reader.size_bytes, node.mtime_ns)
+        identity = identity_of(reader, node)
         handle = ReadHandle(former.inode, node, reader, identity)
         handle.is_passthrough = former.is_passthrough
         self._handles.put(number, handle)

@@ -28,7 +28,7 @@ from kvfs.fuse.lanes import Lane, Lanes
 from kvfs.fuse.opening import LAZY_BYTES
 from kvfs.fuse.requests import handler
 from kvfs.fuse.status import is_virtual
-from kvfs.fuse.xattrs import LANE, PREFIX, Xattrs
+from kvfs.fuse.xattrs import LANE, USER, Xattrs
 from kvfs.pool import Pool
 from kvfs.tree import PAGE_NODES
 
@@ -210,8 +210,8 @@ class KvfsOperations(FileOperations):
 
     @handler
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: _Context) -> bytes:
-        """Return one of kvfs's own. The kernel asks for others at every write."""
-        if not name.startswith(PREFIX) or is_virtual(inode):
+        """Return one of the file's. The kernel asks for others at every write."""
+        if not name.startswith(USER) or is_virtual(inode):
             raise FUSEError(errno.ENODATA)
         if name == LANE:
             return (await self._lane(inode)).value.encode()
@@ -220,7 +220,7 @@ class KvfsOperations(FileOperations):
 
     @handler
     async def listxattr(self, inode: InodeT, ctx: _Context) -> Sequence[XAttrNameT]:
-        """List kvfs's own."""
+        """List kvfs's own, and those that were set."""
         if is_virtual(inode):
             return []
         node_id = node_of(inode)
@@ -229,21 +229,21 @@ class KvfsOperations(FileOperations):
 
     @handler
     async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: _Context) -> None:
-        """Set a namespace's retention; nothing else can be set."""
+        """Set an attribute of the user's, `user.kvfs.raw`, or a namespace's retention."""
         if is_virtual(inode):
             raise FUSEError(errno.EROFS)
-        if not name.startswith(PREFIX):
+        if not name.startswith(USER):
             raise FUSEError(errno.ENOTSUP)
         node_id = node_of(inode)
         await self._runner.run(lambda: self._xattrs.set(self._tree.node(node_id), name, value))
 
     @handler
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: _Context) -> None:
-        """Refuse."""
+        """Take away what was set."""
         if is_virtual(inode):
             raise FUSEError(errno.EROFS)
         node_id = node_of(inode)
-        await self._look(lambda: self._xattrs.remove(self._pool.catalog.node(node_id), name))
+        await self._runner.run(lambda: self._xattrs.remove(self._pool.catalog.node(node_id), name))
 
     # --- directories
 

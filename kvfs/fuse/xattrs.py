@@ -1,9 +1,10 @@
-"""Extended attributes: `user.kvfs.*`, what kvfs knows of a context or namespace.
+"""Extended attributes: `user.kvfs.*`, what kvfs knows of a context or namespace; others are kept.
 
 Layer: L5.
 
 Of a context: tokens, blocks, resident_blocks, layout, fingerprint, namespace, origin, lane, tiers,
-extents. Of a namespace's directory: id, layout, fingerprint, retention, which can be set. They are
+extents. Of a namespace's directory: id, layout, fingerprint, retention, which can be set. `raw` is
+there, and can be set, where files are or become raw (`kvfs.tree`). All but that are
 computed when asked for, but `lane`, which open handles decide (`KvfsOperations`). `extents` names
 the place of every byte, for readers that go past the mount; places are valid while the file is held
 open.
@@ -24,13 +25,14 @@ from typing import Any, Final
 import numpy as np
 import pyfuse3
 
-from kvfs.engine.catalog_schema import Node, Origin
+from kvfs.engine.catalog_schema import RAW_ATTRIBUTE, Node, Origin
 from kvfs.engine.index import RecordArray
 from kvfs.engine.segment_table import group_by_segment
 from kvfs.pool import Pool
 from kvfs.tree import Tree
 from kvfs.units import PAGE
 
+USER: Final = b"user."
 PREFIX: Final = b"user.kvfs."
 RETENTION: Final = b"user.kvfs.retention"
 LANE: Final = b"user.kvfs.lane"
@@ -67,7 +69,7 @@ class Xattrs:
 
     def names(self, node: Node) -> list[bytes]:
         """Return the names that `get` answers."""
-        names = [PREFIX + name for name in self._known(node)]
+        names = [PREFIX + name for name in self._known(node)] + self._tree.attribute_names(node)
         return names if node.is_directory else [*names, LANE]
 
     def get(self, node: Node, name: bytes) -> bytes:
@@ -76,6 +78,8 @@ class Xattrs:
         Raises:
             FUSEError: ENODATA: no such attribute. E2BIG: longer than the kernel takes.
         """
+        if self._is_kept(name):
+            return self._tree.attribute(node, name)
         known = self._known(node).get(name.removeprefix(PREFIX))
         part = _PART.match(name)
         if part is not None and not node.is_directory:
@@ -88,25 +92,37 @@ class Xattrs:
         return value
 
     def set(self, node: Node, name: bytes, value: bytes) -> None:
-        """Set a namespace's retention.
+        """Set an attribute that is kept, or a namespace's retention.
 
         Raises:
             FUSEError: ENOTSUP: any other attribute.
             UsageError: Not "cache" or "durable".
+            KvfsError: As `Tree.set_attribute`.
         """
+        if self._is_kept(name):
+            self._tree.set_attribute(node, name, value)
+            return
         if name != RETENTION or self._tree.namespace_of(node) is None:
             raise pyfuse3.FUSEError(errno.ENOTSUP)
         self._tree.set_retention(node, os.fsdecode(value))
 
     def remove(self, node: Node, name: bytes) -> None:
-        """Refuse.
+        """Take away an attribute that is kept.
 
         Raises:
             FUSEError: ENOTSUP: kvfs's own. ENODATA: there is none.
+            KvfsError: As `Tree.remove_attribute`.
         """
+        if self._is_kept(name):
+            self._tree.remove_attribute(node, name)
+            return
         raise pyfuse3.FUSEError(errno.ENOTSUP if name in self.names(node) else errno.ENODATA)
 
     # --- internals
+
+    def _is_kept(self, name: bytes) -> bool:
+        """Say whether the catalog has an attribute of this name, not this module."""
+        return name == RAW_ATTRIBUTE or (name.startswith(USER) and not name.startswith(PREFIX))
 
     def _known(self, node: Node) -> dict[bytes, Callable[[Node], str]]:
         if not node.is_directory:
@@ -137,6 +153,8 @@ class Xattrs:
         They stay true while somebody has the file open.
         """
         store = self._pool.store
+        if node.is_raw:
+            return self._raw_extents(node, start)
         with self._pool.files.places(node) as records:
             paths = np.full(len(records), "", object)
             for device, slot, generation, positions in group_by_segment(records):
@@ -144,6 +162,16 @@ class Xattrs:
                 if segment is not None:
                     paths[positions] = _path_of(segment.handle.fd)
             return extents_json(paths.tolist(), records, start)
+
+    def _raw_extents(self, node: Node, start: int) -> str:
+        fd = self._pool.files.open_raw(node)
+        try:
+            path, nbytes = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd).st_size
+        finally:
+            os.close(fd)
+        if start >= nbytes or not os.path.exists(path):
+            return "[]"
+        return json.dumps([{"path": path, "offset": start, "length": nbytes - start}])
 
 
 def extents_json(paths: Sequence[str], records: RecordArray, start: int = 0) -> str:

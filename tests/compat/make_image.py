@@ -1,8 +1,9 @@
 """Write a small pool image of the format that this kvfs writes, and a manifest of what it holds.
 
-    python -m tests.compat.make_image tests/compat/images/v1.tar.zst
+    python -m tests.compat.make_image tests/compat/images/v1-catalog2.tar.zst
 
-An image is written once per format version, and never again: it stands for the pools out there.
+An image is written once per version of format and catalog, and never again: it stands for the pools
+out there. That without a catalog's version in its name has a catalog of version 1.
 The archive holds `pool`, `device` and `manifest.json`. Copies of devices do not open where they are
 (their URL is in the catalog, their place in the superblock); `test_images.py` shows the way.
 """
@@ -28,6 +29,8 @@ from kvfs.units import PAGE
 
 LAYOUT = kvfs.Layout("uint8", (512,), 8, model="compat")  # blocks of 4 KiB
 FILES = {"small.bin": 10_000, "folder/large.bin": (5 << 20) + 123, "empty": 0}
+RAW_FILES = {"slots.bin": 20_000}
+ATTRIBUTES = {"small.bin": {"user.model": "compat"}, "folder": {"user.kind": "folder"}}
 CHAT_TOKENS, LOOSE_BLOCKS = 61, 3
 BULK_BLOCKS = 17  # of 1 MiB: more than a segment, so that one is sealed
 
@@ -54,6 +57,23 @@ def write_file(pool: kvfs.Pool, namespace: kvfs.Namespace, path: str, content: b
     if content:
         pool.files.write(handle, 0, content)
     pool.files.close_write(handle)
+
+
+def write_others(pool: kvfs.Pool, namespace: kvfs.Namespace) -> None:
+    """Make what came with version 2 of the catalog: raw files and attributes."""
+    tree, root = Tree(pool), namespace.info.root_node_id
+    for path, nbytes in RAW_FILES.items():
+        node = pool.catalog.resolve(root, path)
+        if node is None:
+            write_file(pool, namespace, path, content_of(path, nbytes))
+            node = pool.catalog.resolve(root, path)
+        assert node is not None
+        tree.set_attribute(node, b"user.kvfs.raw", b"1")
+    for path, attributes in ATTRIBUTES.items():
+        node = pool.catalog.resolve(root, path)
+        assert node is not None
+        for name, value in attributes.items():
+            tree.set_attribute(node, name.encode(), value.encode())
 
 
 def encoded(keys: KeyArray) -> list[str]:
@@ -89,6 +109,7 @@ def fill(pool: kvfs.Pool) -> dict[str, Any]:
     _, many = put(bulk, np.arange(BULK_BLOCKS), [1 << 20] * BULK_BLOCKS)
     for path, nbytes in FILES.items():
         write_file(pool, space, path, content_of(path, nbytes))
+    write_others(pool, space)
     pool.sync()
     chat = {"keys": keys, "tokens": tokens.tolist(), "pinned": True}
     return {
@@ -101,6 +122,8 @@ def fill(pool: kvfs.Pool) -> dict[str, Any]:
                 "fork": {"keys": fork, "tokens": chat["tokens"][:32], "pinned": False},
             },
             "files": FILES,
+            "raw_files": RAW_FILES,
+            "attributes": ATTRIBUTES,
         },
         "bulk": {
             "retention": "cache",

@@ -17,10 +17,18 @@ import kvfs
 from kvfs import _native
 from kvfs.config import parse_device_url
 from kvfs.engine import format as fmt
+from kvfs.engine.catalog_schema import SCHEMA_VERSION
 from kvfs.engine.checker import check_pool
 from kvfs.errors import FormatVersionError, RefusedError
+from kvfs.tree import Tree
 from kvfs.units import PAGE
-from tests.compat.make_image import content_of, write_image
+from tests.compat.make_image import (
+    ATTRIBUTES,
+    RAW_FILES,
+    content_of,
+    write_image,
+    write_others,
+)
 
 IMAGES = Path(__file__).parent / "images"
 ARCHIVE_BYTES_MAX = 200 << 10
@@ -72,7 +80,7 @@ class Unpacked:
         return kvfs.open_pool(self.root / "pool", allow_moved=True)
 
 
-@pytest.fixture(params=["v1"])
+@pytest.fixture(params=["v1", "v1-catalog2"])
 def image(request: pytest.FixtureRequest, tmp_path: Path) -> Unpacked:
     return Unpacked(IMAGES / f"{request.param}.tar.zst", tmp_path)
 
@@ -115,6 +123,22 @@ def assert_files(pool: kvfs.Pool, space: kvfs.Namespace, files: dict[str, int]) 
             pool.files.close_read(reader)
 
 
+def assert_others(
+    pool: kvfs.Pool, space: kvfs.Namespace, raw_files: dict[str, int], attributes: dict[str, Any]
+) -> None:
+    assert_files(pool, space, raw_files)
+    for path in raw_files:
+        node = pool.catalog.resolve(space.info.root_node_id, path)
+        assert node is not None
+        assert node.is_raw
+    for path, expected in attributes.items():
+        node = pool.catalog.resolve(space.info.root_node_id, path)
+        assert node is not None
+        tree = Tree(pool)
+        found = {name: tree.attribute(node, name) for name in tree.attribute_names(node)}
+        assert found == {name.encode(): value.encode() for name, value in expected.items()}
+
+
 def assert_image(pool: kvfs.Pool, manifest: dict[str, Any]) -> None:
     assert not pool.recovery.problems
     assert pool.name == "compat"
@@ -126,6 +150,7 @@ def assert_image(pool: kvfs.Pool, manifest: dict[str, Any]) -> None:
         assert_blocks(space, expected["blocks"])
         assert_contexts(space, expected["contexts"], expected["blocks"])
         assert_files(pool, space, expected["files"])
+        assert_others(pool, space, expected.get("raw_files", {}), expected.get("attributes", {}))
         total += len(expected["blocks"])
     assert pool.recovery.blocks >= total
 
@@ -173,6 +198,16 @@ def test_maker_still_works(tmp_path: Path) -> None:
         assert_image(pool, image.manifest)
 
 
+def test_a_former_catalog_is_brought_up_by_its_owner(image: Unpacked) -> None:
+    with image.open() as pool:
+        write_others(pool, pool.namespace("compat"))
+    with image.catalog() as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+    with kvfs.open_pool(image.root / "pool") as pool:
+        assert_others(pool, pool.namespace("compat"), RAW_FILES, ATTRIBUTES)
+    assert check_pool(image.root / "pool", data=True).is_clean
+
+
 # --- formats to come
 
 
@@ -201,8 +236,8 @@ def test_superblock_of_a_later_format(image: Unpacked) -> None:
 
 def test_catalog_of_a_later_format(image: Unpacked) -> None:
     with image.catalog() as connection:
-        connection.execute("PRAGMA user_version = 2")
-    assert_refused(image, "catalog has another version: .*: expected 1, found 2")
+        connection.execute("PRAGMA user_version = 3")
+    assert_refused(image, "catalog has another version: .*: expected 2, found 3")
 
 
 def test_segment_of_a_later_format(image: Unpacked) -> None:

@@ -18,6 +18,7 @@ from kvfs.devices.base import Device, SegmentName, slot_count_of
 from kvfs.errors import ClosedError, NoSpaceError
 from kvfs.units import KIB, PAGE
 from tests.conformance.file_suite import FileSuite
+from tests.conformance.growth_suite import GrowthSuite
 from tests.conformance.helpers import (
     CAPACITY_BYTES,
     DEVICE_UUID,
@@ -32,7 +33,7 @@ from tests.conformance.helpers import (
 )
 
 
-class DeviceSuite(FileSuite):
+class DeviceSuite(FileSuite, GrowthSuite):
     """Subclasses give `opener`: a fixture that returns a function (capacity_bytes=...) -> Device.
 
     For a persistent device a second call, after close, opens the same medium.

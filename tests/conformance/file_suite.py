@@ -67,6 +67,7 @@ class FileSuite:
     def test_adopt_consumes_the_staging_handle(self, device: Device) -> None:
         staging = device.create_staging("once")
         device.write_staging(staging, 0, b"data")
+        assert device.seal_staging(staging, is_shared=False)
         fd = staging.fd
         segment = device.adopt(staging, 0, 1, b"sidecar")
         assert segment.fd == fd

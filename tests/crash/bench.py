@@ -342,6 +342,45 @@ class Bench:
             for i, key in enumerate(files.resident(node)[0]):
                 self.oracle.offer(key.tobytes(), content[i * stride : (i + 1) * stride], begin)
 
+    def make_raw(self, space: Namespace, name: str, nbytes: int | None = None) -> None:
+        """Make a raw file of so many bytes, the first half of them written; None: of one there."""
+        tree, files = Tree(self.pool), self.pool.files
+        root, path = space.info.root_node_id, (space.info.name, name)
+        with self.operation(may_drop=True) as begin:
+            if nbytes is None:
+                self._publish(begin)
+                node = self.pool.catalog.resolve(root, name)
+                tree.set_attribute(node, b"user.kvfs.raw", b"1")
+                return
+            content = self.random.randbytes(nbytes // 2)
+            self.oracle.assign(path, FileValue(content.ljust(nbytes, b"\0")), begin)
+            node = tree.create_file(root, name, 0o644, 0, 0)
+            handle = files.open_write(node, truncate=True)
+            tree.set_attribute(node, b"user.kvfs.raw", b"1")
+            files.write(handle, 0, content)
+            files.truncate(handle, nbytes)
+            files.close_write(handle)
+            assert node.node_id in files.raws
+
+    def write_raw(self, space: Namespace, name: str, offset: int, nbytes: int = 48) -> None:
+        """Write into a raw file in place, less than is ever torn, and sync it."""
+        assert offset % 64 + nbytes <= 64
+        files, path = self.pool.files, (space.info.name, name)
+        data = self.random.randbytes(nbytes)
+        with self.operation() as begin:
+            before = self.oracle.value(path)
+            assert isinstance(before, FileValue)
+            content = bytearray(before.content)
+            assert offset + nbytes <= len(content), "a size may survive without its bytes"
+            content[offset : offset + nbytes] = data
+            self.oracle.assign(path, FileValue(bytes(content)), begin)
+            node = self.pool.catalog.resolve(space.info.root_node_id, name)
+            handle = files.open_write(node, truncate=False)
+            files.write(handle, offset, data)
+            files.fsync(handle)
+            files.close_write(handle)
+        self.oracle.settle_names(self.now)
+
     def remove_file(self, space: Namespace, name: str) -> None:
         """Remove a file's name and blocks."""
         path = (space.info.name, name)

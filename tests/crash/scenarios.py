@@ -298,6 +298,7 @@ def small_files(bench: Bench) -> None:
     bench.write_file(space, "one", 5000)
     bench.write_file(space, "two", 100)
     bench.write_file(space, "empty", 0)
+    bench.write_file(space, "synced", 4500, fsync=True)
     bench.sync()
     bench.write_file(space, "one", 9000)
     bench.flush()
@@ -324,6 +325,19 @@ def large_files(bench: Bench) -> None:
     bench.remove_file(space, "two")
     bench.write_file(space, "two", 18000)
     bench.write_file(space, "three", 500)
+    bench.sync()
+
+
+@scenario()
+def copied_files(bench: Bench) -> None:
+    """Files that somebody could still write: a copy becomes the segment."""
+    space = bench.space()
+    bench.write_file(space, "one", 20000)
+    bench.sync()
+    for name, nbytes in (("one", 30001), ("two", 17000)):
+        bench.world.disks[0].refused_seals = 1
+        bench.write_file(space, name, nbytes, parts=3)
+        bench.put(space, 1)
     bench.sync()
 
 
@@ -356,3 +370,47 @@ def evicted_files(bench: Bench) -> None:
         bench.write_file(space, f"small{i}", 9000)
         bench.put(space, 5, "async")
         bench.sync()
+
+
+@scenario()
+def raw_files(bench: Bench) -> None:
+    """Files outside the log: made, written in place, made of others, renamed over, removed."""
+    space = bench.space()
+    bench.write_file(space, "large", 20000)
+    bench.write_file(space, "small", 3000)
+    bench.sync()
+    bench.make_raw(space, "one", 9000)
+    bench.put(space, 1)
+    bench.write_raw(space, "one", 4096)
+    bench.make_raw(space, "large")
+    bench.make_raw(space, "small")
+    bench.write_raw(space, "large", 64)
+    bench.make_raw(space, "two", 5000)
+    bench.rename(space, "two", "one")
+    bench.sync()
+    bench.write_file(space, "plain", 18000)
+    bench.rename(space, "plain", "small")
+    bench.make_raw(space, "three", 200)
+    bench.remove_file(space, "three")
+    bench.reopen()
+    space = bench.space()
+    bench.write_raw(space, "one", 4864)
+    bench.remove_file(space, "large")
+    bench.make_raw(space, "four", 3000)
+    bench.drop_space(space)
+    bench.put(bench.space("other"), 1)
+
+
+@scenario(6)
+def raw_file_on_a_full_disk(bench: Bench) -> None:
+    """Eviction around a raw file, which stays."""
+    space = bench.space()
+    bench.may_evict = True
+    bench.make_raw(space, "raw", 70_000)
+    bench.sync()
+    for i in range(4):
+        bench.put(space, 8, "async")
+        bench.write_file(space, f"large{i}", 30000)
+        bench.write_raw(space, "raw", 64 * i)
+        bench.sync()
+        assert bench.oracle.value(("s", "raw")) is not None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvfs import _native
-from kvfs.devices.filesystem import SEGMENTS, STAGING, File, FileSystem, is_own_name
+from kvfs.devices.filesystem import RAW, SEGMENTS, STAGING, File, FileSystem, is_own_name
 from kvfs.units import PAGE, align_up
 
 LOCATION = 0x10CA7104
@@ -181,6 +181,10 @@ class SimFile(File):
     def sync(self) -> None:
         self._files.sync_inode(self._inode)
 
+    def has_writers(self) -> bool | None:
+        self._files.refused_seals -= 1
+        return self._files.refused_seals >= 0
+
     def close(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
@@ -198,6 +202,7 @@ class SimFileSystem(FileSystem):
         self.place = LOCATION
         self.failing_syncs = 0
         self.failing_writes = 0
+        self.refused_seals = 0  # how often `File.has_writers` will say yes
         self.random = random.Random(0)
         self._names: dict[str, _Inode] = {}
         self._next = 1
@@ -308,7 +313,7 @@ class SimFileSystem(FileSystem):
     def remove_tree(self) -> None:
         for path in [path for path in self._names if is_own_name(path)]:
             self.unlink(path)
-        for folder in (SEGMENTS, STAGING, "."):  # a directory that is gone takes its names along
+        for folder in (SEGMENTS, STAGING, RAW, "."):  # a directory that is gone takes names along
             self.sync_directory(folder)
 
     def location(self) -> int:

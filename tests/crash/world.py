@@ -185,7 +185,8 @@ def names_of(pool: Pool) -> dict[Name, Value]:
             path = pool.catalog.path_of(node.node_id).partition("/")[2]
             if node.origin is Origin.FILE:
                 reader = pool.files.open_read(node)
-                content = bytes(pool.files.read(reader, 0, node.size_bytes))
+                nbytes = pool.files.current(node).size_bytes
+                content = bytes(pool.files.read(reader, 0, nbytes))
                 pool.files.close_read(reader)
                 found[info.name, path] = FileValue(content)
             else:

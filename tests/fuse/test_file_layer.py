@@ -60,7 +60,7 @@ def test_failed_write_leaves_former_content(
 
     for former, name in ((old, "f"), (None, "new")):
         with monkeypatch.context() as patch:
-            patch.setattr(pool.store, "write_staging", fail)
+            patch.setattr(pool.files.staging, "write", fail)
             with pytest.raises(DeviceError, match="write failed"):
                 write(pool, name, b"x" * size)
         assert read(pool, name) == former

@@ -132,6 +132,30 @@ def test_retention_can_be_set(mounted: MountedPool) -> None:
     assert xattr(path, "retention") == "durable"
 
 
+def test_attributes_of_users_are_kept(mounted: MountedPool) -> None:
+    """They follow the file, and outlive its owner."""
+    path = mounted.path / "ns"
+    path.mkdir()
+    write_file(path / "f", b"x")
+    for target in (path, path / "f"):
+        os.setxattr(target, "user.engine", b"one")
+        os.setxattr(target, "user.engine", b"two", os.XATTR_REPLACE)
+        os.setxattr(target, "user.none", b"")
+        assert {"user.engine", "user.none"} < set(os.listxattr(target))
+        with pytest.raises(FileExistsError):
+            os.setxattr(target, "user.engine", b"three", os.XATTR_CREATE)
+        with pytest.raises(OSError, match=r"[Nn]o data"):
+            os.setxattr(target, "user.missing", b"", os.XATTR_REPLACE)
+        os.removexattr(target, "user.none")
+    (path / "f").rename(path / "g")
+    os.sync()
+    mounted.stop()
+    mounted.start()
+    for target in (path, path / "g"):
+        assert os.getxattr(target, "user.engine") == b"two"
+        assert "user.none" not in os.listxattr(target)
+
+
 def test_status_is_json_and_metrics_are_text(shared: MountedPool) -> None:
     assert sorted(os.listdir(shared.path / ".kvfs")) == ["blocks", "metrics", "status.json"]
     assert os.listdir(shared.path / ".kvfs/blocks") == []

@@ -97,8 +97,8 @@ class TestFiles:
     def test_open_refuses_another_version(self, path: Path) -> None:
         Catalog.create(path, POOL).close()
         with contextlib.closing(sqlite3.connect(path)) as raw:
-            raw.execute("PRAGMA user_version=2")
-        with pytest.raises(FormatVersionError, match=r"expected 1, found 2"):
+            raw.execute("PRAGMA user_version=3")
+        with pytest.raises(FormatVersionError, match=r"expected 2, found 3"):
             Catalog.open(path)
 
     @pytest.mark.parametrize("content", [b"", b"x", b"no database at all" * 500])

@@ -1,6 +1,7 @@
 """DirectoryDevice: the order of what it does to its medium, and what failures leave."""
 
 import errno
+import fcntl
 import mmap
 import os
 from collections.abc import Iterator
@@ -432,3 +433,35 @@ def test_one_owner_at_a_time(device: DirectoryDevice, files: SpyFileSystem) -> N
         OSFileSystem(files.root)
     device.close()
     OSFileSystem(files.root).close()
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES, errno.EOPNOTSUPP])
+def test_where_leases_are_refused_only_what_was_never_shared_is_sealed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    device = open_directory(OSFileSystem(str(tmp_path)))
+    ask = fcntl.fcntl
+
+    def refuse(fd: int, operation: int, argument: int = 0) -> int:
+        if operation == fcntl.F_SETLEASE:
+            raise OSError(code, os.strerror(code))
+        return ask(fd, operation, argument)
+
+    for is_shared in (True, False):
+        staging = device.create_staging(f"s{is_shared}")
+        device.write_staging(staging, 0, b"data")
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "fcntl", refuse)
+            assert device.seal_staging(staging, is_shared=is_shared) is not is_shared
+        assert device.read(device.adopt(staging, int(is_shared), 1, b"s"), 0, 9) == b"data"
+    device.close()
+
+
+def test_a_descriptor_that_can_write_keeps_the_seal_off(tmp_path: Path) -> None:
+    device = open_directory(OSFileSystem(str(tmp_path)))
+    staging = device.create_staging("s")
+    foreign = os.dup(staging.fd)
+    assert not device.seal_staging(staging, is_shared=False)
+    os.close(foreign)
+    assert device.seal_staging(staging, is_shared=False)
+    device.close()

@@ -49,7 +49,7 @@ def test_any_failed_write_keeps_the_file_from_appearing(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(pool.store, "write_staging", fail)
+        patch.setattr(pool.files.staging, "write", fail)
         with pytest.raises((type(error), DeviceError)):
             pool.files.write(handle, 2 * MIB, b"b")
     with pytest.raises(KvfsError, match="write failed"):

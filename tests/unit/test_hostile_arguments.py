@@ -164,5 +164,5 @@ def test_closing_a_file_of_a_dropped_namespace(pool: Pool, tmp_path: Path) -> No
     pool.drop_namespace("gone")
     pool.files.flush(handle)
     pool.files.close_write(handle)
-    assert handle.writer.staging is None
+    assert handle.writer.staged is None
     assert [name for _, _, names in os.walk(tmp_path) for name in names if "staging" in name] == []

@@ -17,7 +17,14 @@ import numpy as np
 from kvfs.config import VOLATILE_SCHEMES
 from kvfs.devices.base import Device, Segment, SegmentName
 from kvfs.devices.directory import DirectoryDevice
-from kvfs.devices.filesystem import SEGMENT_FILE, SEGMENTS, STAGING, FileSystem, is_own_name
+from kvfs.devices.filesystem import (
+    RAW,
+    SEGMENT_FILE,
+    SEGMENTS,
+    STAGING,
+    FileSystem,
+    is_own_name,
+)
 from kvfs.devices.open import location_of
 from kvfs.engine import format as fmt
 from kvfs.engine.catalog import Catalog
@@ -54,6 +61,7 @@ class _Session:
     bytes_total: int = 0
     bytes_done: int = 0
     segments: list[tuple[CheckedSegment, Expected]] = field(default_factory=list)
+    raw: dict[int, Device] = field(default_factory=dict)  # raw files by number
 
     def advance(self, nbytes: int) -> None:
         """Count payload bytes read."""
@@ -227,6 +235,7 @@ def _check_device(device: Device, expected: Expected, session: _Session) -> None
                 f"the older one is freed by the next open; or {_REPAIR}",
                 older.action(ActionKind.FREE_SEGMENT),
             )  # fmt: skip
+    session.raw.update((number, device) for number, _ in device.raw_files())
     used, capacity = device.used_bytes, device.info.capacity_bytes
     if used > capacity:
         # A crash may bring back segments freed just before it, beside those made in their place.
@@ -300,8 +309,14 @@ def _check_tree(device: Device, report: CheckReport) -> None:
 
 
 def _unknown(files: FileSystem) -> Iterator[str]:
-    for folder in (".", SEGMENTS, STAGING):
-        for name, _ in files.list(folder):
+    for folder in (".", SEGMENTS, STAGING, RAW):
+        try:
+            names = files.list(folder)
+        except FileNotFoundError:
+            if folder != RAW:
+                raise
+            continue  # made before there were raw files
+        for name, _ in names:
             path = name if folder == "." else f"{folder}/{name}"
             if not is_own_name(path) and name not in _IGNORED:
                 yield path
@@ -322,7 +337,6 @@ def _check_names(catalog: Catalog, session: _Session) -> None:
     report = session.report
     stored = _file_blocks(segment for segment, _ in session.segments)
     versions: dict[int, int] = {}
-    broken: list[int] = []
     for node, keys in catalog.iter_file_contexts():
         if node.state is not NodeState.ACTIVE:
             continue
@@ -331,19 +345,38 @@ def _check_names(catalog: Catalog, session: _Session) -> None:
         if problem is None:
             versions[node.node_id] = node.version
             continue
-        broken.append(node.node_id)
-        # A block may have been evicted but for a copy in memory, which ended with the last owner.
-        is_expected = session.has_memory or not report.was_closed
-        report.add(
-            Severity.NOTE if is_expected else Severity.WARNING, "file-not-whole",
-            f"file {catalog.path_of(node.node_id)}", problem,
-            "the next open removes its name",
-            Action(ActionKind.REMOVE_NAMES, f"file {catalog.path_of(node.node_id)}",
-                   node_ids=(node.node_id,)),
-        )  # fmt: skip
+        _report_broken(catalog, node.node_id, problem, session)
+    _check_raw(catalog, session)
     for segment, _ in session.segments:
         if segment.name.is_file and not segment.is_doomed:
             _check_named(segment, versions, report)
+
+
+def _report_broken(catalog: Catalog, node_id: int, problem: str, session: _Session) -> None:
+    report, where = session.report, f"file {catalog.path_of(node_id)}"
+    # A block may have been evicted but for a copy in memory, which ended with the last owner.
+    is_expected = session.has_memory or not report.was_closed
+    report.add(
+        Severity.NOTE if is_expected else Severity.WARNING, "file-not-whole", where, problem,
+        "the next open removes its name",
+        Action(ActionKind.REMOVE_NAMES, where, node_ids=(node_id,)),
+    )  # fmt: skip
+
+
+def _check_raw(catalog: Catalog, session: _Session) -> None:
+    """Raw files and their names belong together; what is in them nobody can judge."""
+    named = set(catalog.raw_nodes())
+    session.report.counts.files += len(named)
+    for node_id in sorted(named - session.raw.keys()):
+        _report_broken(catalog, node_id, "its raw file is not on any device", session)
+    for number in sorted(session.raw.keys() - named):
+        info = session.raw[number].info
+        where = f"{info.name} raw file {number:016x}"
+        session.report.add(
+            Severity.NOTE, "raw-file-unnamed", where, "no name reaches it",
+            "the next open deletes it",
+            Action(ActionKind.FREE_RAW, where, info.index, node_ids=(number,)),
+        )  # fmt: skip
 
 
 def _file_blocks(segments: Iterable[CheckedSegment]) -> dict[bytes, int]:

@@ -23,8 +23,9 @@ from kvfs.errors import CorruptionError
 _GENERATIONS_SKIPPED: Final = 1 << 20  # generations that may have been used and left no trace
 _ORDER: Final = (
     ActionKind.REMOVE_NAMES, ActionKind.REBUILD_SUPERBLOCK, ActionKind.FREE_SEGMENT,
-    ActionKind.FORGET_SEAL, ActionKind.DROP_BLOCKS, ActionKind.REAP_STAGING,
+    ActionKind.FORGET_SEAL, ActionKind.DROP_BLOCKS, ActionKind.REAP_STAGING, ActionKind.FREE_RAW,
 )  # fmt: skip
+_PLACELESS: Final = (ActionKind.REAP_STAGING, ActionKind.FREE_RAW)
 
 
 def apply_plan(report: CheckReport, devices: Sequence[Device], catalog: Catalog) -> None:
@@ -43,7 +44,7 @@ def apply_plan(report: CheckReport, devices: Sequence[Device], catalog: Catalog)
             place = (action.device_index, action.slot, action.generation)
             if action.kind is ActionKind.REMOVE_NAMES:
                 catalog.remove_nodes(list(action.node_ids))
-            elif kind is not ActionKind.REAP_STAGING and place in freed:
+            elif kind not in _PLACELESS and place in freed:
                 continue
             else:
                 _apply(by_index[action.device_index], catalog, action)
@@ -63,6 +64,10 @@ def _apply(device: Device, catalog: Catalog, action: Action) -> None:
         return
     if action.kind is ActionKind.REAP_STAGING:
         device.reap_staging()
+        return
+    if action.kind is ActionKind.FREE_RAW:
+        for number in action.node_ids:
+            device.drop_staging(device.open_raw(number))
         return
     name = _find(device, action)
     if name is None:

@@ -52,6 +52,7 @@ class ActionKind(Enum):
     FORGET_SEAL = "forget seal"
     REMOVE_NAMES = "remove names"
     REAP_STAGING = "reap staging"
+    FREE_RAW = "free raw file"
     REBUILD_SUPERBLOCK = "rebuild superblock"
     REPLACE_CATALOG = "replace catalog"
 
@@ -64,7 +65,7 @@ class Action:
         device_index: Device; -1 for the catalog.
         slot: Segment, with `generation`.
         entries: DROP_BLOCKS: entries of the segment, ascending.
-        node_ids: REMOVE_NAMES: files of the catalog.
+        node_ids: REMOVE_NAMES: files of the catalog. FREE_RAW: numbers of raw files.
     """
 
     kind: ActionKind
