@@ -34,6 +34,9 @@ class TestSimulatedDisk(DeviceSuite):
         yield opened
         files.discard()
 
+    def test_a_map_that_can_write_keeps_the_seal_off(self) -> None:
+        """Nothing tells of maps here: a scenario says how often a seal is refused."""
+
     def test_space_is_reserved(self) -> None:
         """Files are sparse here, so that a state costs no more than its contents."""
 
