@@ -279,6 +279,8 @@ class Chaos:
         self.tree = Tree(pool)
         self.is_over = threading.Event()
         self.failures: list[BaseException] = []
+        # Who writes one file at once gets what they wrote mixed, as on any file system.
+        self._writing = {name: threading.Lock() for name in self.NAMES}
         self._threads = [
             threading.Thread(target=self._run, args=(kinds, random.Random(seed + i)))
             for i, kinds in enumerate(self.JOBS)
@@ -321,7 +323,9 @@ class Chaos:
         temporary = f"tmp-{threading.get_ident()}"
         match kind:
             case "write":
-                write(self.pool, name, self.content(rng.randrange(1000)))
+                content = self.content(rng.randrange(1000))
+                with self._writing[name]:
+                    write(self.pool, name, content)
             case "read":
                 self.check(self.pool, name)
             case "move":
