@@ -23,7 +23,7 @@ from kvfs.devices.open import (
     open_device,
     raise_descriptor_limit,
 )
-from kvfs.errors import NoSpaceError, NotFoundError, UsageError
+from kvfs.errors import CorruptionError, NoSpaceError, NotFoundError, UsageError
 from kvfs.units import GIB, MIB, PAGE, align_up
 
 
@@ -50,6 +50,9 @@ def test_a_directory_is_opened(tmp_path: Path) -> None:
     assert (info.capacity_bytes, info.segment_bytes) == (32 * MIB, 16 * MIB)
     assert location_of(device) == device.location() != 0
     device.close()
+    with pytest.raises(CorruptionError, match="never formatted"):
+        opened(url, create=False)
+    (tmp_path / "kv/kvfs.superblock").write_bytes(b"anything")
     opened(url, create=False).close()
 
 
