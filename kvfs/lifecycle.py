@@ -204,7 +204,7 @@ def open_pool(
     catalog: Catalog | None = None
     try:
         catalog = Catalog.open(root / CATALOG_NAME)
-        pool_uuid = _pool_uuid(catalog)
+        pool_uuid = catalog.pool_uuid
         for row in catalog.devices():
             # One by one: those opened so far are closed if the next one fails.
             device = _open_row(row, pool_uuid, clock, allow_moved=allow_moved)
@@ -327,16 +327,6 @@ def _remove_pool_files(root: Path) -> None:
         path.unlink(missing_ok=True)
     if not any(root.iterdir()):
         root.rmdir()
-
-
-def _pool_uuid(catalog: Catalog) -> uuid.UUID:
-    text = catalog.meta("pool_uuid") or ""
-    try:
-        return uuid.UUID(text)
-    except ValueError:
-        raise CorruptionError(
-            f"catalog is damaged: no pool's uuid: {text!r}; run 'kvfs-admin check'"
-        ) from None
 
 
 def _make_root(root: Path) -> None:
