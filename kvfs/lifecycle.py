@@ -204,7 +204,7 @@ def open_pool(
     catalog: Catalog | None = None
     try:
         catalog = Catalog.open(root / CATALOG_NAME)
-        pool_uuid = uuid.UUID(catalog.meta("pool_uuid") or "")
+        pool_uuid = catalog.pool_uuid
         for row in catalog.devices():
             # One by one: those opened so far are closed if the next one fails.
             device = _open_row(row, pool_uuid, clock, allow_moved=allow_moved)

@@ -12,7 +12,6 @@ Directory of a pool: `catalog.sqlite` (and its -wal, -shm), `lock`, `control.soc
 
 import logging
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +135,7 @@ class Pool:
         """Put an opened catalog and claimed devices together; see create_pool and open_pool."""
         self.path = path
         self.name = catalog.meta("name") or path.name
-        self.uuid = uuid.UUID(catalog.meta("pool_uuid") or "")
+        self.uuid = catalog.pool_uuid
         self.options = options
         self.clock = clock
         self.catalog = catalog

@@ -7,6 +7,7 @@ Layer: L2.
 """
 
 import sqlite3
+import uuid
 from typing import Final
 
 import msgspec
@@ -39,6 +40,21 @@ class CatalogNamespaces(CatalogContexts):
         """Return a fact about the pool, such as 'pool_uuid'."""
         rows = self._read("SELECT value FROM meta WHERE key = ?", (key,))
         return str(rows[0][0]) if rows else None
+
+    @property
+    def pool_uuid(self) -> uuid.UUID:
+        """Identity of the pool.
+
+        Raises:
+            CorruptionError: What is recorded is no uuid.
+        """
+        text = self.meta("pool_uuid") or ""
+        try:
+            return uuid.UUID(text)
+        except ValueError:
+            raise CorruptionError(
+                f"catalog is damaged: no pool's uuid: {text!r}; run 'kvfs-admin check'"
+            ) from None
 
     def set_meta(self, key: str, value: str) -> None:
         """Record a fact about the pool. Durability: flush."""

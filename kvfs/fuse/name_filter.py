@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from kvfs import _native
 from kvfs.engine.catalog import Catalog
-from kvfs.errors import KvfsError
+from kvfs.errors import KvfsError, UnavailableError
 
 MAGIC: Final = b"KVFSNAM1"
 TIMEOUT_MS: Final = 0
@@ -159,6 +159,8 @@ class NameFilter:
                 return
             try:
                 self._fill()
+            except UnavailableError as error:  # the mount ends; who watches the core says more
+                _log.info("names are not known to kvfs-core: %s", error)
             except (KvfsError, OSError) as error:
                 _log.warning("names are not known to kvfs-core, lookups are slower: %s", error)
 

@@ -1,13 +1,15 @@
 """The checker on whole pools: sound ones, leftovers, reports, and a pool by its path."""
 
+import contextlib
 import os
+import sqlite3
 
 import pytest
 
 import kvfs
 from kvfs.engine.catalog import Catalog
 from kvfs.engine.checker import ActionKind, Severity, apply_plan, check_devices, check_pool
-from kvfs.errors import BusyError, NotFoundError
+from kvfs.errors import BusyError, CorruptionError, NotFoundError
 from tests.unit.checker_bench import (
     BLOCKS,
     LARGE_FILE,
@@ -168,6 +170,15 @@ def test_check_pool_without_its_device(pool_path, tmp_path):
         assert [f.code for f in report.findings] == ["device-missing", "names-not-checked"]
         assert report.exit_code == 14
     assert not (tmp_path / "device").exists()
+
+
+def test_catalog_whose_uuid_is_none(pool_path):
+    with contextlib.closing(sqlite3.connect(pool_path / "catalog.sqlite")) as raw, raw:
+        raw.execute("UPDATE meta SET value = 'junk' WHERE key = 'pool_uuid'")
+    with pytest.raises(CorruptionError, match=r"no pool's uuid: 'junk'; run 'kvfs-admin check'"):
+        kvfs.open_pool(pool_path)
+    report = check_pool(pool_path)
+    assert [f.code for f in report.findings] == ["catalog-damaged"]
 
 
 def test_check_pool_with_a_damaged_catalog(pool_path):

@@ -7,7 +7,6 @@ Layer: L3.
   own check.
 """
 
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -105,7 +104,7 @@ def _check(
     rows = catalog.devices()
     session = _Session(
         CheckReport(),
-        uuid.UUID(catalog.meta("pool_uuid") or "").bytes,
+        catalog.pool_uuid.bytes,
         {
             info.namespace_id: KnownNamespace(info.name, info.fingerprint, info.layout.stride)
             for info in catalog.namespaces()

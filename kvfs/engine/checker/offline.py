@@ -199,7 +199,6 @@ def _open_catalog(
 
     Raises:
         CorruptionError: It is damaged; with `is_strict` also if it only contradicts itself.
-        ValueError: It is so damaged that it holds no pool's uuid.
     """
     source = root / _CATALOG
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvfs-check-")))
@@ -209,7 +208,7 @@ def _open_catalog(
     catalog = Catalog.open(folder / _CATALOG)
     stack.callback(catalog.close)
     # The first queries fail on pages that opening does not read.
-    uuid.UUID(catalog.meta("pool_uuid") or "")
+    _ = catalog.pool_uuid
     problems = catalog.check()
     catalog.namespaces()
     catalog.devices()

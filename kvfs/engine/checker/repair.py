@@ -8,7 +8,6 @@ Layer: L3.
   leaves an unsealed segment, whose payloads are verified before they are served.
 """
 
-import uuid
 from collections.abc import Sequence
 from typing import Final
 
@@ -119,7 +118,7 @@ def _rebuild_superblock(device: Device, catalog: Catalog) -> None:
     limit = max(known.generation_limit if known else 0, highest + _GENERATIONS_SKIPPED)
     rows = {row.index: row for row in catalog.devices()}
     made = Superblock(
-        pool_uuid=uuid.UUID(catalog.meta("pool_uuid") or ""),
+        pool_uuid=catalog.pool_uuid,
         device_uuid=info.uuid,
         device_index=info.index,
         tier=rows[info.index].tier if info.index in rows else info.tier,
