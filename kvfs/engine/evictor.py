@@ -28,7 +28,7 @@ import numpy.typing as npt
 from kvfs import _native
 from kvfs.engine.ancestry import Standing, survey
 from kvfs.engine.device_state import DeviceState
-from kvfs.engine.held import HeldKeys
+from kvfs.engine.held import HeldKeys, among
 from kvfs.engine.log import Batch
 from kvfs.engine.policy import Candidate, choose_victims, spare, weighted_median
 from kvfs.engine.reader import Reader
@@ -309,7 +309,7 @@ class Evictor:
             for victim in victims:
                 segment = victim.segment
                 keys = segment.keys(victim.indices)
-                keep = victim.survives & ~_among(keys, lost)
+                keep = victim.survives & ~among(keys, lost)
                 if self._relocate(device, segment, victim.indices[keep]):
                     evicted += self._give_up(device, segment, held)
                 leased.remove(segment)
@@ -347,7 +347,7 @@ class Evictor:
         if not len(dropped):
             return dropped
         keys, parents = self._all_live(namespace_id)
-        marks = _among(keys, dropped).astype(np.uint8)
+        marks = among(keys, dropped).astype(np.uint8)
         _native.closure(keys, parents, marks)
         closed = np.ascontiguousarray(keys[marks.astype(np.bool_)])
         return np.ascontiguousarray(closed[~held.mask(namespace_id, closed)])
@@ -441,13 +441,6 @@ class Evictor:
             ]
             for segment in empty:
                 device.discard(segment)
-
-
-def _among(keys: KeyArray, others: KeyArray) -> Mask:
-    """Return which keys are among the others."""
-    positions = np.empty(len(keys), np.int64)
-    _native.find_keys(keys, np.ascontiguousarray(others), positions)
-    return positions >= 0
 
 
 def _unfreed(device: DeviceState) -> DeviceError:

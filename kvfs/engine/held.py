@@ -12,17 +12,19 @@ Layer: L3.
 import numpy as np
 import numpy.typing as npt
 
+from kvfs import _native
 from kvfs.devices.base import DeviceInfo
 from kvfs.engine.state import EngineState
 from kvfs.keys import KEY_BYTES, KeyArray
 
-Items = npt.NDArray[np.void]
 Mask = npt.NDArray[np.bool_]
 
 
-def as_items(keys: KeyArray) -> Items:
-    """Return keys (n, 32) as n items that compare as a whole."""
-    return np.ascontiguousarray(keys).view("V32").ravel()
+def among(keys: KeyArray, others: KeyArray) -> Mask:
+    """Return which keys are among the others."""
+    positions = np.empty(len(keys), np.int64)
+    _native.find_keys(np.ascontiguousarray(keys), np.ascontiguousarray(others), positions)
+    return positions >= 0
 
 
 class HeldKeys:
@@ -30,7 +32,7 @@ class HeldKeys:
 
     def __init__(self, state: EngineState) -> None:
         self._state = state
-        self._named: dict[int, Items] = {}
+        self._named: dict[int, KeyArray] = {}
         self._unpinned: list[KeyArray] = []
         with state.lock:
             state.unpinned = self._unpinned
@@ -47,7 +49,7 @@ class HeldKeys:
             if namespace is not None and namespace.is_durable:
                 parts = [np.zeros((0, KEY_BYTES), np.uint8)]
                 parts.extend(self._state.names.reachable_keys(namespace_id))
-                self._named[namespace_id] = np.sort(as_items(np.concatenate(parts)))
+                self._named[namespace_id] = np.concatenate(parts)
 
     def mask(self, namespace_id: int, keys: KeyArray, device: DeviceInfo | None = None) -> Mask:
         """Return which keys must not be dropped: on this device, or on all. REQUIRES: the lock."""
@@ -61,12 +63,9 @@ class HeldKeys:
         if namespace is not None and namespace.is_durable:
             named = self._named.get(namespace_id)
             if named is None:
-                held[:] = (
-                    True  # it had nothing here when the round began: it is none of its victims
-                )
+                held[:] = True  # it had nothing here when the round began: it is no victim
             else:
-                unpinned = [as_items(part) for part in self._unpinned]
-                held |= np.isin(as_items(keys), np.concatenate([named, *unpinned]))
+                held |= among(keys, np.concatenate([named, *self._unpinned]))
         if device is not None and not device.is_persistent and held.any():
             held &= ~self._has_persistent_copy(namespace_id, keys)
         return held
