@@ -18,6 +18,7 @@ from kvfs.cli.runner import Parser, exit_codes, set_up_logging
 from kvfs.config import PoolOptions
 from kvfs.control_client import owners
 from kvfs.errors import UsageError
+from kvfs.units import parse_bytes
 
 _DEFAULTS: Final = PoolOptions()
 
@@ -60,6 +61,11 @@ def add_mount(parser: Parser) -> None:
         help="do not let the kernel read whole files itself",
     )  # fmt: skip
     parser.add_argument(
+        "--page-cache", metavar="SIZE",
+        help="what the kernel may keep of files that kvfs-core reads; dropped at their last close "
+        "in any case (default: a quarter of the memory)",
+    )  # fmt: skip
+    parser.add_argument(
         "--no-core", action="store_true",
         help="answer every request in Python, without kvfs-core in front",
     )  # fmt: skip
@@ -85,6 +91,9 @@ def run_mount(arguments: argparse.Namespace, console: Console) -> int:
         allow_other=arguments.allow_other,
         core=not arguments.no_core,
         passthrough=not arguments.no_passthrough,
+        page_cache_bytes=None
+        if arguments.page_cache is None
+        else parse_bytes(arguments.page_cache),
     )
 
     def serve(ready: Ready) -> int:

@@ -47,6 +47,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     allow_other: bool
     core: bool
     passthrough: bool
+    page_cache_bytes: int | None
 
     def mount_options(
         self, *, allow_nonempty: bool = False, is_daemon: bool = True
@@ -57,7 +58,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         command = (sys.executable, "-m", __spec__.name, msgspec.json.encode(self).decode())
         return MountOptions(
             allow_other=self.allow_other, allow_nonempty=allow_nonempty, core=self.core,
-            passthrough=self.passthrough, respawn=command if is_daemon else (),
+            passthrough=self.passthrough, page_cache_bytes=self.page_cache_bytes,
+            respawn=command if is_daemon else (),
         )  # fmt: skip
 
 

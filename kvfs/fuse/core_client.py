@@ -41,8 +41,10 @@ SHORT_READS: Final = 2  # answer reads across the end too, with fewer bytes
 COUNTERS: Final = (
     "requests_native_read", "bytes_native_read", "requests_native_write", "bytes_native_write",
     "lookups_answered", "forwarded", "deadline_hits", "interrupts", "verify_failures", "faults",
-    "respawns", "pending", "open_files", "threads",
+    "respawns", "pending", "open_files", "threads", "page_cache_bytes",
 )  # fmt: skip
+GAUGES: Final = ("pending", "open_files", "threads", "page_cache_bytes")
+"""Counters that go down, too."""
 
 _HEADER: Final = struct.Struct("<IIQ")
 _ANSWER: Final = struct.Struct("<IIq")

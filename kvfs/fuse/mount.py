@@ -34,6 +34,7 @@ from kvfs.fuse.mountpoint import unmount
 from kvfs.fuse.name_filter import TIMEOUT_MS, NameFilter
 from kvfs.fuse.operations import KvfsOperations
 from kvfs.pool import Pool
+from kvfs.units import MIB
 
 __all__ = [
     "Mount", "MountOptions", "mount", "mount_in_background", "serve_inherited", "unmount",
@@ -58,6 +59,9 @@ class MountOptions:
             moves.
         timeouts: How long the kernel may keep attributes.
         read_ahead_kb: How far the kernel reads ahead, where it lets us say; 0 leaves it.
+        page_cache_bytes: What the kernel may keep cached of files that the core reads, in all; the
+            oldest is dropped then, and all of a file with its last close. A quarter of the
+            machine's memory if None.
         threads: Requests that may wait for blocks at the same time.
         requests: Requests taken from the kernel at the same time.
         core: Put kvfs-core in front, which answers most reads itself. Without it, or where it
@@ -72,6 +76,7 @@ class MountOptions:
     deadline_s: float = 5.0
     timeouts: Timeouts = field(default_factory=Timeouts)
     read_ahead_kb: int = 8192
+    page_cache_bytes: int | None = None
     threads: int = 32
     requests: int = 64
     core: bool = True
@@ -81,6 +86,8 @@ class MountOptions:
     def __post_init__(self) -> None:
         if not 0.01 <= self.deadline_s <= 3600:
             raise UsageError(f"deadline_s must be 0.01 to 3600, found {self.deadline_s}")
+        if self.page_cache_bytes is not None and self.page_cache_bytes < 0:
+            raise UsageError(f"page_cache_bytes must not be negative: {self.page_cache_bytes}")
         if self.threads < 1 or self.requests < 1:
             raise UsageError("a mount needs at least one thread and one request")
 
@@ -273,6 +280,8 @@ class _Session:
         flags = [*_flags(options), f"deadline_ms={int(options.deadline_s * 1000)}"]
         if not options.passthrough:
             flags.append("no_passthrough")
+        if options.page_cache_bytes is not None:
+            flags.append(f"page_cache_mb={options.page_cache_bytes // MIB}")
         try:
             find()
         except UnavailableError as error:

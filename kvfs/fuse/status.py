@@ -18,6 +18,7 @@ import pyfuse3
 
 from kvfs.engine.catalog_schema import STATUS_NAME
 from kvfs.errors import NotFoundError
+from kvfs.fuse.core_client import GAUGES
 from kvfs.keys import KEY_BYTES, KeyArray
 from kvfs.pool import Pool
 
@@ -183,7 +184,7 @@ def render_metrics(status: dict[str, Any]) -> str:
         metric(f"fuse_{name}_total", "counter", [("", mount[name])])
     metric("fuse_open_handles", "gauge", [("", mount["open_handles"])])
     for name, value in mount["core"].items():
-        kind = "gauge" if name in ("pending", "open_files", "threads") else "counter"
+        kind = "gauge" if name in GAUGES else "counter"
         suffix = "" if kind == "gauge" else "_total"
         metric(f"core_{name}{suffix}", kind, [("", value)])
     return "\n".join(lines) + "\n"

@@ -76,6 +76,7 @@ static int64_t status(struct core *core, struct message *message, struct answer 
         atomic_load(&core->pending.waiting),
         files_open_count(&core->files),
         atomic_load(&core->reader_count),
+        page_cache_bytes(&core->page_cache),
     };
     memcpy(answer->payload, values, sizeof values);
     answer->nbytes = sizeof values;

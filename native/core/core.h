@@ -20,6 +20,7 @@
 #include "mount.h"
 #include "notify.h"
 #include "options.h"
+#include "page_cache.h"
 #include "pending.h"
 #include "protocol.h"
 #include "segments.h"
@@ -87,6 +88,7 @@ struct core {
     struct files files;
     struct filter filter;
     struct notify notify;
+    struct page_cache page_cache;
     struct init init;
     struct counters counters;
     struct reader readers[READERS_MAX];

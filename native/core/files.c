@@ -192,6 +192,17 @@ void files_opened(struct files *files, const struct handle *handle, bool is_dire
     pthread_rwlock_unlock(&files->lock);
 }
 
+bool files_is_open(struct files *files, uint64_t nodeid)
+{
+    bool is_open = false;
+    pthread_rwlock_rdlock(&files->lock);
+    for (size_t i = 0; i < FILE_BUCKETS && !is_open; i++)
+        for (struct file *file = files->buckets[i]; file != NULL && !is_open; file = file->next)
+            is_open = file->nodeid == nodeid && file->open_count > 0;
+    pthread_rwlock_unlock(&files->lock);
+    return is_open;
+}
+
 /* Take from a released file what its owner need not close: all but what it writes itself. */
 static struct lane *take_released(struct files *files, struct file *file,
                                   struct backing **backing)

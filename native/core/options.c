@@ -9,7 +9,8 @@
 #include <sys/mount.h>
 #include <unistd.h>
 
-enum { THREADS_MAX = 16, DEADLINE_MS_MAX = 3600000, READ_AHEAD_KB_MAX = 1 << 20 };
+enum { THREADS_MAX = 16, DEADLINE_MS_MAX = 3600000, READ_AHEAD_KB_MAX = 1 << 20,
+       PAGE_CACHE_MB_MAX = 1 << 30, MEMORY_PARTS = 4 };
 
 static const struct {
     const char *name;
@@ -65,6 +66,7 @@ static bool take_own(struct options *options, const char *item, bool *is_own)
         {"threads=", offsetof(struct options, threads), 1, THREADS_MAX},
         {"deadline_ms=", offsetof(struct options, deadline_ms), 10, DEADLINE_MS_MAX},
         {"read_ahead_kb=", offsetof(struct options, read_ahead_kb), 0, READ_AHEAD_KB_MAX},
+        {"page_cache_mb=", offsetof(struct options, page_cache_mb), 0, PAGE_CACHE_MB_MAX},
     };
     *is_own = true;
     if (strcmp(item, "no_passthrough") == 0) {
@@ -124,6 +126,14 @@ static bool take_list(struct options *options, const char *list)
     return true;
 }
 
+/* A part of the machine's memory. */
+static unsigned page_cache_default(void)
+{
+    long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
+    uint64_t nbytes = pages < 0 || page < 0 ? 0 : (uint64_t)pages * (uint64_t)page / MEMORY_PARTS;
+    return (unsigned)(nbytes >> 20);
+}
+
 static void set_defaults(struct options *options)
 {
     static char *no_command[] = {NULL};
@@ -138,6 +148,7 @@ static void set_defaults(struct options *options)
         .threads = cpus < 2 ? 2 : cpus > 4 ? 4 : (unsigned)cpus,
         .deadline_ms = 5000,
         .read_ahead_kb = 8192,
+        .page_cache_mb = page_cache_default(),
     };
 }
 

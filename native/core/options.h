@@ -3,7 +3,7 @@
  *   kvfs-core --requests FD --control FD [--respawn-max N] MOUNTPOINT OPTIONS [-- COMMAND...]
  *
  * OPTIONS is a comma list: what mount(2) takes (fsname=, subtype=, allow_other, ro, ...) and the
- * core's own threads=, deadline_ms=, read_ahead_kb=, no_passthrough. */
+ * core's own threads=, deadline_ms=, read_ahead_kb=, page_cache_mb=, no_passthrough. */
 #ifndef CORE_OPTIONS_H
 #define CORE_OPTIONS_H
 
@@ -27,6 +27,7 @@ struct options {
     unsigned threads;             /* reader threads at the start */
     unsigned deadline_ms;
     unsigned read_ahead_kb; /* 0: left as it is */
+    unsigned page_cache_mb; /* what may be cached of files that the core reads */
     bool no_passthrough;
 };
 

@@ -129,8 +129,12 @@ static bool serve_broken(struct core *core, const struct reader *reader,
 static void note_release(struct core *core, const struct request *request)
 {
     struct fuse_release_in release;
-    if (BODY_GET(request, &release))
-        files_released(&core->files, release.fh);
+    if (!BODY_GET(request, &release))
+        return;
+    files_released(&core->files, release.fh);
+    uint64_t nodeid = request->header.nodeid;
+    if (page_cache_has(&core->page_cache, nodeid) && !files_is_open(&core->files, nodeid))
+        page_cache_drop(&core->page_cache, nodeid);
 }
 
 /* Answer a request here if the core can. */

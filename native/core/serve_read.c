@@ -6,6 +6,7 @@
 #include "write_lane.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -243,6 +244,8 @@ static bool serve_segments(struct core *core, struct reader *reader, struct read
     /* Counted first: whoever waits for the bytes may look. */
     count(&core->counters.requests_native_read, 1);
     count(&core->counters.bytes_native_read, job.body.nbytes);
+    if (!(lane->flags & READ_SHORT) && !(in->flags & O_DIRECT))
+        page_cache_note(&core->page_cache, header->nodeid, in->offset, job.body.nbytes);
     if (device_reply_parts(reader->device, header->unique, &job.body) == -EFAULT)
         count(&core->counters.faults, 1);
     return true;

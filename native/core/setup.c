@@ -125,6 +125,9 @@ int setup_create(struct core *core)
     if (status == 0)
         status = notify_create(&core->notify);
     if (status == 0)
+        status = page_cache_create(&core->page_cache, &core->notify,
+                                   (uint64_t)core->options.page_cache_mb << 20);
+    if (status == 0)
         status = init_create(&core->init);
     return status;
 }
@@ -136,6 +139,7 @@ void setup_destroy(struct core *core)
     files_destroy(&core->files);
     segments_destroy(&core->segments);
     filter_destroy(&core->filter);
+    page_cache_destroy(&core->page_cache);
     notify_destroy(&core->notify);
     link_destroy(&core->link);
     pending_destroy(&core->pending);

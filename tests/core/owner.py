@@ -34,7 +34,7 @@ ALLOW, DIGESTS = 15, 16
 COUNTERS = (
     "native_reads", "native_read_bytes", "native_writes", "native_write_bytes", "lookups",
     "forwarded", "deadline_hits", "interrupts", "verify_failures", "faults", "respawns",
-    "pending", "open_files", "threads",
+    "pending", "open_files", "threads", "page_cache_bytes",
 )  # fmt: skip
 DEFAULT_OPTIONS = "fsname=kvfs,subtype=kvfs,default_permissions,nosuid,nodev"
 KEEP_CACHE = 2
@@ -178,7 +178,7 @@ class FakeOwner:
         return result, reply[16:]
 
     def status(self) -> dict[str, int]:
-        return dict(zip(COUNTERS, struct.unpack("<14Q", self.call(STATUS)[1]), strict=True))
+        return dict(zip(COUNTERS, struct.unpack("<15Q", self.call(STATUS)[1]), strict=True))
 
     def add_segment(self, ref: int, path: Path) -> None:
         nbytes = path.stat().st_size
