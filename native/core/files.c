@@ -192,6 +192,16 @@ void files_opened(struct files *files, const struct handle *handle, bool is_dire
     pthread_rwlock_unlock(&files->lock);
 }
 
+bool files_only_reads(struct files *files, uint64_t fh)
+{
+    pthread_rwlock_rdlock(&files->lock);
+    const struct file *file = *find_link(files, fh);
+    bool only_reads = file != NULL && (file->backing != NULL ||
+                                       (file->lane != NULL && file->lane->kind == LANE_READ));
+    pthread_rwlock_unlock(&files->lock);
+    return only_reads;
+}
+
 bool files_is_open(struct files *files, uint64_t nodeid)
 {
     bool is_open = false;

@@ -67,6 +67,9 @@ uint32_t files_backing_id(struct files *files, uint64_t fh);
 /* The kernel has a handle open. */
 void files_opened(struct files *files, const struct handle *handle, bool is_directory);
 
+/* Whether a handle has a lane that only reads. */
+bool files_only_reads(struct files *files, uint64_t fh);
+
 /* Whether the kernel has a file of this inode open. */
 bool files_is_open(struct files *files, uint64_t nodeid);
 

@@ -125,6 +125,17 @@ static bool serve_broken(struct core *core, const struct reader *reader,
     return is_broken;
 }
 
+/* A descriptor was closed: there is nothing to tell of one that reads. */
+static bool serve_flush(struct core *core, const struct reader *reader,
+                        const struct request *request)
+{
+    struct fuse_flush_in flush;
+    if (!BODY_GET(request, &flush) || !files_only_reads(&core->files, flush.fh))
+        return serve_broken(core, reader, request);
+    (void)device_reply(reader->device, request->header.unique, NULL, 0);
+    return true;
+}
+
 /* The owner must hear of a RELEASE even if the handle is another's. */
 static void note_release(struct core *core, const struct request *request)
 {
@@ -150,6 +161,7 @@ static bool serve(struct core *core, struct reader *reader, const struct request
     case FUSE_LOOKUP:
         return serve_lookup(core, reader, request);
     case FUSE_FLUSH:
+        return serve_flush(core, reader, request);
     case FUSE_FSYNC:
         return serve_broken(core, reader, request);
     case FUSE_LSEEK:

@@ -88,6 +88,14 @@ def test_reads_equal_the_blocks(scattered: Scattered, owner: FakeOwner) -> None:
     assert owner.status()["native_reads"] > 0
 
 
+def test_close_of_a_reader_asks_nobody(scattered: Scattered, owner: FakeOwner) -> None:
+    (owner.path / "f").read_bytes()
+    assert owner.count(FLUSH) == 0
+    owner.on_open = lambda node, fh: None  # without a lane
+    (owner.path / "f").read_bytes()
+    wait_until(lambda: owner.count(FLUSH) == 1, "FLUSH of a handle without a lane")
+
+
 def test_any_range_reads_the_same(
     scattered: Scattered, owner: FakeOwner, rng: random.Random
 ) -> None:
