@@ -195,13 +195,12 @@ class KvfsOperations(FileOperations):
         capacity = sum(tier.info.capacity_bytes for tier in tiers)
         used = sum(tier.device.used_bytes for tier in tiers)
         kept = sum(tier.info.segment_bytes for tier in tiers if tier.has_reserve)
-        counts = self._pool.catalog.statistics()
         data = pyfuse3.StatvfsData()
         data.f_bsize = data.f_frsize = 4096
         data.f_blocks = capacity // 4096
         data.f_bfree = max(0, capacity - used) // 4096
         data.f_bavail = max(0, capacity - used - kept) // 4096
-        data.f_files = counts.node_count + (1 << 32)
+        data.f_files = self._pool.catalog.node_count + (1 << 32)
         data.f_ffree = data.f_favail = 1 << 32
         data.f_namemax = 255
         return data

@@ -93,20 +93,25 @@ def area(shared: MountedPool, request: pytest.FixtureRequest) -> Path:
     return path
 
 
-@pytest.fixture
-def mounted_many(make_mount: Callable[..., MountedPool]) -> MountedPool:
-    """A mounted pool with a directory of 100,000 files, made in bulk."""
+@pytest.fixture(
+    params=[100_000, pytest.param(1_000_000, marks=pytest.mark.slow)], ids=["100k", "1m"]
+)
+def mounted_many(
+    make_mount: Callable[..., MountedPool], request: pytest.FixtureRequest
+) -> MountedPool:
+    """A mounted pool with a directory of very many files, made in bulk; `name_count` of them."""
     mounted = make_mount()
+    mounted.name_count = request.param
     (mounted.path / "many").mkdir()
     write_file(mounted.path / "many/file", b"")
     mounted.stop()
     with closing(sqlite3.connect(mounted.pool_path / CATALOG_NAME)) as connection, connection:
         columns = NODE_COLUMNS.replace("node_id, ", "", 1)
         connection.execute(
-            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 99999) "
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?) "
             f"INSERT INTO nodes (node_id, {columns}) "
             f"SELECT node_id + i, {columns.replace(' name,', ' CAST(printf(?, i) AS BLOB),')} "
             "FROM nodes, n WHERE name = CAST(? AS BLOB)",
-            ("file-%06d", "file"),
+            (request.param - 1, "file-%06d", "file"),
         )
     return mounted.start()
