@@ -77,7 +77,7 @@ class Places:
         self.require_no_passthrough(inode)
         is_raw = node.is_raw or self._handles.where(node.node_id, RAW) is not None
         identity = RAW if is_raw else WRITTEN
-        was_told = self._detours.pop((caller, node.node_id), None) is not None
+        was_told = self._has_come_back(caller, node.node_id)
         taken = self._handles.where(node.node_id, identity)
         if taken is not None and taken != inode:  # what writers see is cached there alone
             self._inodes.point(node.node_id, taken)
@@ -102,7 +102,7 @@ class Places:
             FUSEError: ESTALE.
         """
         node, identity = handle.node, handle.identity
-        was_told = self._detours.pop((caller, node.node_id), None) is not None
+        was_told = self._has_come_back(caller, node.node_id)
         if was_told or not self._handles.must_bypass_cache(handle.inode, identity):
             return
         if node.origin is not Origin.FILE or handle.size_bytes <= LOCK_FILE_BYTES:
@@ -124,6 +124,11 @@ class Places:
         return detour.inode, detour.node
 
     # --- internals
+
+    def _has_come_back(self, caller: int, node_id: int) -> bool:
+        """Say whether a caller was told to come by another number, and note that it has come."""
+        detour = self._detours.pop((caller, node_id), None)
+        return detour is not None and detour.end_ns > self._clock.monotonic_ns()
 
     def _tell(self, caller: int, detour: _Detour, node_id: int) -> NoReturn:
         now_ns = self._clock.monotonic_ns()
