@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from kvfs.engine.reader import Lease
 
 _OPEN_ATTEMPTS = 4
+_WHOLE_MAX = 1 << 12  # contexts, a few hundred bytes each
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +79,7 @@ class FileContents(FileReading):
         self._versions: dict[int, int] = {}  # adopted while somebody had the file open
         self._places: dict[int, Lease] = {}
         self._orphans: dict[int, tuple[int, list[KeyArray]]] = {}
+        self._whole: dict[int, tuple[Node, int]] = {}  # contexts found whole; removals before that
         self.on_gone: Callable[[int], None] = lambda _: None  # told of nodes that went
 
     # --- looking
@@ -110,9 +112,26 @@ class FileContents(FileReading):
         if not self.must_look(node):
             return node
         try:
-            return with_changes(node, size_bytes=self.resident(node)[1])
+            return with_changes(node, size_bytes=self._resident_bytes(node))
         except NotFoundError:
             return node  # gone since its row was read
+
+    def _resident_bytes(self, node: Node) -> int:
+        """Return what the leading resident blocks of an API's context cover.
+
+        Cost: reads all keys, unless the row is as it was when all blocks were found, and no block
+        of the namespace was removed since.
+        """
+        removals = self._store.removals(node.namespace_id)
+        if self._whole.get(node.node_id) == (node, removals):
+            return node.size_bytes
+        size = self.resident(node)[1]
+        if size == node.size_bytes:
+            with self._lock:
+                if len(self._whole) >= _WHOLE_MAX:
+                    del self._whole[next(iter(self._whole))]
+                self._whole[node.node_id] = (node, removals)
+        return size
 
     # --- reading
 

@@ -115,6 +115,8 @@ class WriteHandle:
     """Wrote since its last flush: more may come."""
     grant: Grant | None = None
     """Somebody else may write through it: counts as active."""
+    is_reader: bool = False
+    """Only reads what the writers see."""
 
 
 @dataclass(slots=True, eq=False)
@@ -161,6 +163,16 @@ class FileWriter:
     def is_granted(self) -> bool:
         """Whether somebody else may write."""
         return any(handle.grant is not None for handle in self.handles)
+
+    @property
+    def has_writers(self) -> bool:
+        """Whether anybody may write still; else those who only read are left, if anybody."""
+        return any(not handle.is_reader for handle in self.handles)
+
+    @property
+    def has_readers(self) -> bool:
+        """Whether anybody only reads what the writers see."""
+        return any(handle.is_reader for handle in self.handles)
 
     @property
     def is_raw(self) -> bool:

@@ -9,6 +9,7 @@ Layer: L4.
 Locks: a writer's `lock`, then those of `FileContents`. A revocation is called with the lock held.
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -18,7 +19,14 @@ from typing import Final
 from kvfs.clock import Clock
 from kvfs.engine.catalog import Catalog
 from kvfs.engine.store import Store
-from kvfs.errors import DeviceError, KvfsError, MediaError, NoSpaceError, UsageError
+from kvfs.errors import (
+    BusyError,
+    DeviceError,
+    KvfsError,
+    MediaError,
+    NoSpaceError,
+    UsageError,
+)
 from kvfs.file_contents import FileContents
 from kvfs.file_reading import FileReader
 from kvfs.file_writer import FileWriter, Grant, HandedIn, Revoke, WriteHandle
@@ -150,11 +158,14 @@ class FileWriting(FileContents):
 
         Raises:
             NoSpaceError: Not even `upto_bytes` can be had. Nothing has failed yet; a write will.
+            BusyError: Somebody reads what is being written, through kvfs.
         """
         writer = handle.writer
         with writer.lock:
             if writer.failure is not None:
                 raise writer.failure
+            if writer.has_readers:
+                raise BusyError(f"others read what is written: {writer.node.name!r}; use write")
             self._staged(writer, writer.size_bytes)
             if any(other.grant is not None for other in writer.handles if other is not handle):
                 writer.digests.is_contested = True
@@ -371,6 +382,12 @@ class FileWriting(FileContents):
                 )
             writer.base = base
         return writer.base
+
+    def _hold_base(self, writer: FileWriter) -> None:
+        """Keep the content so far for those who only read, if nothing is staged."""
+        if writer.staged is None and writer.kept_bytes and not writer.is_removed:
+            with contextlib.suppress(KvfsError):  # it is gone; who reads it will be told
+                self._opened_base(writer)
 
     def _close_base(self, writer: FileWriter) -> None:
         if writer.base is not None:

@@ -221,18 +221,28 @@ class Catalog(CatalogNamespaces):
 
     # -- looking at the whole
 
+    @property
+    def node_count(self) -> int:
+        """How many directories and contexts there are. Cost: counted once, then kept."""
+        count = self._node_count
+        if count is None:
+            with self._lock:
+                count = self._node_count = int(self._read("SELECT count(*) FROM nodes")[0][0])
+        return count
+
     def statistics(self) -> CatalogStatistics:
         """Return counts and sizes. Cost: reads the smallest index once."""
         with self._lock:
             counts = self._read(
-                "SELECT (SELECT count(*) FROM nodes), (SELECT count(*) FROM nodes WHERE kind > 1), "
+                "SELECT (SELECT count(*) FROM nodes WHERE kind > 1), "
                 "(SELECT count(*) FROM nodes WHERE state = 2), (SELECT count(*) FROM namespaces)"
             )[0]
+            nodes = self.node_count
             pages = self._read("PRAGMA page_count")[0][0]
             page_bytes = self._read("PRAGMA page_size")[0][0]
             epoch = int(self.meta("epoch") or 0)
             wal_bytes = os.fstat(self._wal_fd).st_size if self._wal_fd >= 0 else 0
-        nodes, contexts, pending, namespaces = counts
+        contexts, pending, namespaces = counts
         return CatalogStatistics(
             nodes, contexts, pending, namespaces, pages * page_bytes, wal_bytes, epoch,
             self.is_poisoned,

@@ -91,6 +91,7 @@ class CatalogDatabase:
         self._next_node_id = 0
         self._reserved: dict[int, int] = {}  # node: last version given out and not yet published
         self._published: list[tuple[int, int]] = []  # node, version: in this transaction
+        self._node_count: int | None = None  # None: to be counted
 
     @property
     def is_poisoned(self) -> bool:
@@ -204,6 +205,13 @@ class CatalogDatabase:
             self._failure = self._note_failure(error)
             raise self._failure from error
 
+    def _write_nodes(self, sql: str, parameters: Sequence[Any] = ()) -> int:
+        """Insert or delete nodes as `_write` does, and keep count of them."""
+        changed = self._write(sql, parameters)
+        if self._node_count is not None:
+            self._node_count += changed if sql.startswith("INSERT") else -changed
+        return changed
+
     def _new_node_id(self) -> int:
         """Return an id that was never used. REQUIRES: a transaction."""
         self._next_node_id += 1
@@ -291,6 +299,7 @@ class CatalogDatabase:
 
     def _roll_back(self) -> None:
         self._published.clear()
+        self._node_count = None
         # SQLite has rolled back by itself after some failures.
         if self._connection.in_transaction:
             self._execute("ROLLBACK")

@@ -187,7 +187,7 @@ class CatalogNamespaces(CatalogContexts):
                     "(SELECT node_id FROM nodes WHERE namespace_id = ?)",
                     (namespace_id,),
                 )
-                self._write("DELETE FROM nodes WHERE namespace_id = ?", (namespace_id,))
+                self._write_nodes("DELETE FROM nodes WHERE namespace_id = ?", (namespace_id,))
                 self._write("DELETE FROM namespaces WHERE namespace_id = ?", (namespace_id,))
             finally:
                 self._connection.execute("PRAGMA secure_delete=FAST").fetchone()

@@ -136,7 +136,7 @@ class CatalogNodes(CatalogDatabase):
                 "DELETE FROM attributes WHERE node_id IN "
                 "(SELECT node_id FROM nodes WHERE state = 2)"
             )
-            return self._write("DELETE FROM nodes WHERE state = 2")
+            return self._write_nodes("DELETE FROM nodes WHERE state = 2")
 
     def _directory(self, node_id: int) -> Node:
         """Return a directory, or raise."""
@@ -166,7 +166,7 @@ class CatalogNodes(CatalogDatabase):
             is_pinned=False, mtime_ns=now_ns, ctime_ns=now_ns,
         )  # fmt: skip
         try:
-            self._write(INSERT_NODE, node_to_row(node))
+            self._write_nodes(INSERT_NODE, node_to_row(node))
         except sqlite3.IntegrityError as error:
             raise ExistsError(f"name is taken: {name!r} in node {parent.node_id}") from error
         self._touch_directory(parent.node_id, now_ns)
@@ -174,7 +174,7 @@ class CatalogNodes(CatalogDatabase):
 
     def _delete(self, node: Node) -> None:
         """Delete one node with what hangs on it. REQUIRES: a transaction, an empty directory."""
-        self._write("DELETE FROM nodes WHERE node_id = ?", (node.node_id,))
+        self._write_nodes("DELETE FROM nodes WHERE node_id = ?", (node.node_id,))
         self._write("DELETE FROM attributes WHERE node_id = ?", (node.node_id,))
         if not node.is_directory:
             self._write("DELETE FROM context_rows WHERE node_id = ?", (node.node_id,))

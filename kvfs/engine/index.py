@@ -41,6 +41,8 @@ class BlockIndex:
         self._ranks = bytes(ranks)
         self._table = _native.Index(max(capacity, _CAPACITY_MIN))
         self._table.set_ranks(self._ranks)
+        self.removals = 0
+        """Grows after copies were removed; while it stays, what was resident is."""
 
     def __len__(self) -> int:
         return self._table.count
@@ -81,7 +83,9 @@ class BlockIndex:
 
     def remove(self, records: RecordArray) -> int:
         """Remove exactly these copies; one that has been replaced since stays."""
-        return self._table.remove(np.ascontiguousarray(records))
+        removed = self._table.remove(np.ascontiguousarray(records))
+        self.removals += 1
+        return removed
 
     def mark_verified(self, records: RecordArray) -> None:
         """Note that these copies were verified."""

@@ -130,6 +130,11 @@ class Store(StoreFiles):
         with self.state.activity.during(namespace_id):
             return self.state.index(namespace_id).match_prefix(keys)
 
+    def removals(self, namespace_id: int) -> int:
+        """Return a number; while it stays the same, what was resident before still is."""
+        with self.state.activity.during(namespace_id):
+            return self.state.index(namespace_id).removals
+
     def read_into(
         self, namespace_id: int, keys: KeyArray, addresses: Addresses, lengths: Addresses
     ) -> Mask:

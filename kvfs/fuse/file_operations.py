@@ -9,6 +9,7 @@ Layer: L5.
 - The loop holds the catalog for a row at a time, and looks for no blocks.
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -38,6 +39,7 @@ from kvfs.fuse.status import is_virtual
 from kvfs.units import PAGE, align_up
 
 IDLE_LEASE_NS: Final = 1_000_000_000
+DROP_S: Final = 1.0
 _log = logging.getLogger("kvfs.fuse")
 _Context = pyfuse3.RequestContext
 
@@ -119,7 +121,8 @@ class FileOperations(Opening):
             found = await self._find(parent_inode, text_of(name))
             if flags & os.O_EXCL or found is None:
                 raise
-            info = await self._open_node(self._inodes.current(found.node_id), found, flags)
+            inode = self._inodes.current(found.node_id)
+            info = await self._open_node(inode, found, flags, ctx.pid)
             if flags & os.O_TRUNC:
                 found = with_changes(found, size_bytes=0)
             return info, self._entry(found)
@@ -134,7 +137,7 @@ class FileOperations(Opening):
             node = await self._look(self._pool.catalog.node, node_of(inode))
             if not self._files.must_look(node):
                 node = self._files.current(node)
-            return await self._open_node(inode, node, flags)
+            return await self._open_node(inode, node, flags, ctx.pid)
         except NotFoundError as error:
             raise FUSEError(errno.ESTALE) from error
 
@@ -162,9 +165,11 @@ class FileOperations(Opening):
         handle = self._handles[fh]
         if isinstance(handle, FormerHandle):
             raise FUSEError(errno.EIO)
-        if not isinstance(handle, WritingHandle):
+        if not isinstance(handle, WritingHandle) or handle.is_reader:
             raise FUSEError(errno.EBADF)
         count = await self._runner.run(self._files.write, handle.file, off, buf, nbytes=len(buf))
+        if handle.is_direct and self._handles.has_cached_writing(handle.inode, but=handle):
+            await self._drop_pages(handle.inode)
         self.counters.bytes_written += count
         return count
 
@@ -174,7 +179,7 @@ class FileOperations(Opening):
         handle = self._handles[fh]
         if isinstance(handle, FormerHandle) and handle.is_writing:
             raise FUSEError(errno.EIO)
-        if isinstance(handle, WritingHandle):
+        if isinstance(handle, WritingHandle) and not handle.is_reader:
             nbytes = handle.file.writer.size_bytes
             await self._runner.run(self._files.flush, handle.file, nbytes=nbytes)
             self._pool.note_written()
@@ -195,10 +200,10 @@ class FileOperations(Opening):
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         """Persist the bytes written; through a handle that only reads, all that is published."""
         handle = self._handles[fh]
-        if isinstance(handle, WritingHandle):
+        if isinstance(handle, WritingHandle) and not handle.is_reader:
             nbytes = handle.file.writer.size_bytes
             await self._runner.run(self._files.fsync, handle.file, nbytes=nbytes)
-        elif isinstance(handle, ReadHandle):
+        elif isinstance(handle, ReadHandle | WritingHandle):
             await self._runner.run(self._pool.sync)
 
     async def release_idle(self) -> None:
@@ -243,9 +248,11 @@ class FileOperations(Opening):
         It keeps one size and one set of pages for all who have the file open. A short answer would
         move the size under a writer that appends, and leave zeros in pages that others read.
         """
-        reader = handle.reader
+        reader, inode = handle.reader, handle.inode
         if handle.is_direct or end <= reader.size_bytes:
             return False
+        if self._inodes.current(reader.node_id) != inode and not self._handles.is_written(inode):
+            return False  # a number of its own: the kernel believes what it was told of this reader
         if self._files.is_outdated(reader):
             raise LeaseExpiredError(f"file is being replaced: {reader.name!r}; open it again")
         return end > align_up(reader.size_bytes, PAGE)
@@ -255,15 +262,27 @@ class FileOperations(Opening):
         self._files.catch_up(reader)
         return self._files.read_into(reader, offset, target)
 
-    async def _truncate(self, inode: int, nbytes: int, fh: int | None) -> None:
+    async def _drop_pages(self, inode: int) -> None:
+        """Let the kernel forget pages that it has read while a write went past them.
+
+        Before the write is answered, so that nobody who knows of it reads what was before. The
+        kernel may have to write and to read for it, by tasks and threads other than this; where
+        they are slow the pages go later.
+        """
+        with trio.move_on_after(DROP_S), contextlib.suppress(OSError):
+            await trio.to_thread.run_sync(
+                pyfuse3.invalidate_inode, InodeT(inode), abandon_on_cancel=True
+            )
+
+    async def _truncate(self, inode: int, nbytes: int, fh: int | None, caller: int) -> None:
         handle: Handle | None = None if fh is None else self._handles[fh]
         if isinstance(handle, WritingHandle):
             await self._runner.run(
                 self._files.truncate, handle.file, nbytes, nbytes=handle.file.writer.size_bytes
             )
             return
-        self._require_no_passthrough(inode)
         node = await self._node(node_of(inode))
+        self._places.for_writing(inode, node, caller)
         await self._runner.run(self._files.truncate_node, node, nbytes, nbytes=2 * node.size_bytes)
         await self._revoke(inode)  # the answer moves the end of the file in the kernel
         self._inodes.drop_cache(inode)

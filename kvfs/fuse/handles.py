@@ -5,16 +5,18 @@ Layer: L5.
 - Everything here is used by the mount's loop alone, without locks.
 - An inode whose name is gone lives on in its handles: getattr finds it here.
 - Two handles of one inode with different content must not share the kernel's page cache: the later
-  one is opened past it (`must_bypass_cache`). All handles of a raw file share it.
+  one gets another inode number (`fuse.places`), or is opened past it (`must_bypass_cache`). All
+  handles of a raw file share it, and so do all writers of a file, and who follows them.
 - While the kernel reads an inode's file itself (passthrough), every handle of the inode must be
-  opened so, and on the same file. A handle that must not be gets another inode number: the node's
-  id with a small number above it, so that each leads back to its node.
+  opened so, and on the same file; else it gets another inode number.
+- Another number is the node's id with a small number above it, so that each leads back to its node.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from kvfs.engine.catalog_schema import Node
+from kvfs.engine.catalog_schema import Node, Origin
 from kvfs.errors import BusyError, UnavailableError
 from kvfs.file_reading import FileReader
 from kvfs.files import WriteHandle
@@ -25,6 +27,9 @@ Identity = tuple[int, int, int]
 RAW: Final[Identity] = (-1, 0, 0)
 """Of a raw file: all handles have the same content, which is what it is."""
 
+WRITTEN: Final[Identity] = (-2, 0, 0)
+"""Of a file that is being written: what its writers see."""
+
 _VERSION_SHIFT: Final = 48  # handle numbers: the low bits of the content's version above a count
 _ALIAS_SHIFT: Final = 56  # node ids stay below 2**53
 _ALIASES: Final = 31  # virtual inodes begin at 2**62
@@ -32,13 +37,24 @@ _ALIASED_MAX: Final = 1 << 16
 
 
 def identity_of(reader: FileReader, node: Node) -> Identity:
-    """Return what tells apart what a reader of this node has open."""
-    return RAW if reader.raw is not None else (reader.version, reader.size_bytes, node.mtime_ns)
+    """Return what tells apart what a reader of this node has open.
+
+    A version of a file is for ever the same bytes; a context's tail may be replaced.
+    """
+    if reader.raw is not None:
+        return RAW
+    mtime_ns = 0 if node.origin is Origin.FILE else node.mtime_ns
+    return reader.version, reader.size_bytes, mtime_ns
 
 
 def node_of(inode: int) -> int:
     """Return the node that an inode number means."""
     return inode & ((1 << _ALIAS_SHIFT) - 1)
+
+
+def numbers_of(node_id: int) -> list[int]:
+    """Return all inode numbers of a node, the first of which is its id."""
+    return [number << _ALIAS_SHIFT | node_id for number in range(_ALIASES + 1)]
 
 
 def is_version(number: int, version: int) -> bool:
@@ -64,19 +80,42 @@ class ReadHandle:
     is_passthrough: bool = False
     read_count: int = 0
 
+    @property
+    def size_bytes(self) -> int:
+        """How long the file is for its reader."""
+        return self.reader.size_bytes
+
 
 @dataclass(slots=True, eq=False)
 class WritingHandle:
-    """A file open for writing."""
+    """A file open for writing, or for reading what its writers see.
+
+    Attributes:
+        is_direct: Opened past the kernel's page cache.
+    """
 
     inode: int
     node: Node
     file: WriteHandle
+    is_direct: bool = False
 
     @property
-    def identity(self) -> Identity | None:
-        """What the file holds; None: only its writers see it."""
-        return RAW if self.file.writer.is_raw else None
+    def is_reader(self) -> bool:
+        """Whether it only reads."""
+        return self.file.is_reader
+
+    @property
+    def identity(self) -> Identity:
+        """What the file holds. When its writers have gone, it is what they adopted last."""
+        writer = self.file.writer
+        if writer.is_raw:
+            return RAW
+        return WRITTEN if writer.has_writers else (writer.kept_version, writer.size_bytes, 0)
+
+    @property
+    def size_bytes(self) -> int:
+        """How long the file is for its writers."""
+        return self.file.writer.size_bytes
 
 
 @dataclass(slots=True, eq=False)
@@ -108,6 +147,11 @@ class FormerHandle:
     inode: int
     is_writing: bool
     is_passthrough: bool
+
+    @property
+    def size_bytes(self) -> int:
+        """How long it may be."""
+        return 1 << 63
 
 
 Handle = ReadHandle | WritingHandle | StaticHandle | DirectoryHandle | FormerHandle
@@ -193,10 +237,40 @@ class Handles:
         self._by_inode.clear()
         return handles
 
-    def must_bypass_cache(self, inode: int, identity: Identity | None) -> bool:
-        """Say whether a handle with this content (None: a writer's) needs its own view of bytes."""
+    def of_other_content(self, inode: int, identity: Identity) -> list[_OfInode]:
+        """Return the handles of an inode that have, or may have, other content than this."""
+        return [
+            other
+            for other in self.of_inode(inode)
+            if isinstance(other, FormerHandle) or other.identity != identity
+        ]
+
+    def must_bypass_cache(self, inode: int, identity: Identity) -> bool:
+        """Say whether a handle with this content needs its own view of bytes."""
+        return bool(self.of_other_content(inode, identity))
+
+    def where(self, node_id: int, identity: Identity) -> int | None:
+        """Return the inode number by which handles of a node have this content open, if any do."""
+        for inode in numbers_of(node_id):
+            if any(handle.identity == identity for handle in self.opened(inode)):
+                return inode
+        return None
+
+    def has_cached_writing(self, inode: int, but: WritingHandle | None = None) -> bool:
+        """Say whether the page cache holds what the writers of an inode see, for another handle."""
         return any(
-            isinstance(other, FormerHandle) or other.identity is None or other.identity != identity
+            isinstance(other, WritingHandle) and other is not but and not other.is_direct
+            for other in self.of_inode(inode)
+        )
+
+    def is_written(self, inode: int) -> bool:
+        """Say whether an inode is open for writing."""
+        return any(isinstance(h, WritingHandle) and not h.is_reader for h in self.of_inode(inode))
+
+    def has_direct_writer(self, inode: int) -> bool:
+        """Say whether somebody writes an inode past the page cache."""
+        return any(
+            isinstance(other, WritingHandle) and other.is_direct and not other.is_reader
             for other in self.of_inode(inode)
         )
 
@@ -243,15 +317,31 @@ class Inodes:
             BusyError: It knows them all, or has been asked for them all.
         """
         first = self.current(node_id) >> _ALIAS_SHIFT
-        for number in range(first + 1, _ALIASES + 1):
-            inode = (number << _ALIAS_SHIFT) | node_id
+        for inode in numbers_of(node_id)[first + 1 :]:
             if inode not in self._counts:
-                self._aliases.pop(node_id, None)
-                if len(self._aliases) >= _ALIASED_MAX:
-                    del self._aliases[next(iter(self._aliases))]
-                self._aliases[node_id] = inode
+                self.point(node_id, inode)
                 return
         self._aliases.pop(node_id, None)  # perhaps the first are free again
+        raise BusyError(f"file was rewritten {_ALIASES} times while open; close it: {node_id}")
+
+    def point(self, node_id: int, inode: int) -> None:
+        """Let a node be found by this number of its."""
+        self._aliases.pop(node_id, None)
+        if inode == node_id:
+            return
+        if len(self._aliases) >= _ALIASED_MAX:
+            del self._aliases[next(iter(self._aliases))]
+        self._aliases[node_id] = inode
+
+    def fresh(self, node_id: int, is_free: Callable[[int], bool]) -> int:
+        """Return a number of a node that the kernel does not know, and that is free.
+
+        Raises:
+            BusyError: There is none.
+        """
+        for inode in numbers_of(node_id):
+            if inode not in self._counts and inode != self.current(node_id) and is_free(inode):
+                return inode
         raise BusyError(f"file was rewritten {_ALIASES} times while open; close it: {node_id}")
 
     def add(self, inode: int) -> None:

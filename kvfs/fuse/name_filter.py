@@ -166,7 +166,7 @@ class NameFilter:
 
     def _fill(self) -> None:
         """Make a table of all names and install it in place of the former."""
-        table = NameTable(self._catalog.statistics().node_count, self._seed)
+        table = NameTable(self._catalog.node_count, self._seed)
         with self._lock:
             self._tables.append(table)
         try:

@@ -5,7 +5,7 @@ Layer: L5.
 - The kernel demands one way of reading for all handles of an inode while it reads the inode's file
   itself. A handle takes its place among them before anything is waited for, so that two opens never
   choose what does not go together. One that cannot join is told ESTALE: the kernel looks the name
-  up anew and finds the node under another inode number.
+  up anew and finds the node under another inode number (`fuse.places`).
 - While a file is written, or has other content than a handle has open, no table is installed for
   the handle: where the content ends is then for the request handler to say.
 """
@@ -40,6 +40,7 @@ from kvfs.fuse.handles import (
     node_of,
 )
 from kvfs.fuse.lanes import Lane, Lanes, Plan
+from kvfs.fuse.places import Places
 from kvfs.fuse.requests import RequestCounters, Runner
 from kvfs.fuse.status import StatusTree
 from kvfs.pool import Pool
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 SMALL_BLOCKS: Final = 64
 LAZY_BYTES: Final = 1 << 20  # what a few reads fetch does not pay for a table
 LAZY_READS: Final = 4
-YIELD_NS: Final = 1_000_000_000
 _NS_PER_S: Final = 1_000_000_000
 _T = TypeVar("_T")
 
@@ -79,7 +79,7 @@ class Opening(pyfuse3.Operations):
         # Numbers of a later owner of the same mount are above those of an earlier one.
         self._handles = Handles((pool.clock.wall_ns() // _NS_PER_S & 0xFFFFFF) << 24)
         self._inodes = Inodes()
-        self._yields: dict[int, int] = {}
+        self._places = Places(self._handles, self._inodes, self.clock)
         self._buffers: WeakKeyDictionary[trio.lowlevel.Task, memoryview] = WeakKeyDictionary()
         self._runner = Runner(deadline_s, threads, self.counters)
         if core is not None:
@@ -132,9 +132,13 @@ class Opening(pyfuse3.Operations):
         node = await self._look(self._pool.catalog.lookup, parent_inode, name)
         return None if node is None else (await self._shown([node]))[0]
 
-    def _entry(self, node: Node) -> pyfuse3.EntryAttributes:
-        """Return the entry of a node as the tree shows it, and count the lookup."""
+    def _entry(self, node: Node, caller: int = 0) -> pyfuse3.EntryAttributes:
+        """Return the entry of a node as the tree shows it to a caller, and count the lookup."""
         entry = self._entry_of(node)
+        detour = self._places.detour(caller, node.node_id)
+        if detour is not None:
+            entry = self._entry_of(detour[1])
+            entry.st_ino = pyfuse3.InodeT(detour[0])
         self._inodes.add(entry.st_ino)
         return entry
 
@@ -144,10 +148,10 @@ class Opening(pyfuse3.Operations):
         entry.st_ino = pyfuse3.InodeT(self._inodes.current(node.node_id))
         return entry
 
-    async def _open_node(self, inode: int, node: Node, flags: int) -> FileInfo:
+    async def _open_node(self, inode: int, node: Node, flags: int, caller: int) -> FileInfo:
         if flags & os.O_ACCMODE == os.O_RDONLY:
-            return await self._open_read(inode, node)
-        self._require_no_passthrough(inode)
+            return await self._open_read(inode, node, caller)
+        self._places.for_writing(inode, node, caller)
         is_cut = bool(flags & os.O_TRUNC)
         file = await self._runner.run(
             lambda: self._files.open_write(node, truncate=is_cut),
@@ -155,7 +159,7 @@ class Opening(pyfuse3.Operations):
         )
         try:
             await self._revoke(inode)
-            self._require_no_passthrough(inode)
+            self._places.require_no_passthrough(inode)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._files.close_write, file)
@@ -163,24 +167,32 @@ class Opening(pyfuse3.Operations):
         return self._writing(inode, node, file, flags)
 
     def _writing(self, inode: int, node: Node, file: WriteHandle, flags: int) -> FileInfo:
-        """Return the answer to an open for writing.
+        """Return the answer to an open for writing, or for following those who write.
 
         Past the page cache if only written: each request then carries the caller's own pages, up to
         the largest size. A handle that reads too may be mapped shared, which needs the cache; so
-        do all of a raw file, which others may have mapped.
+        do all of a raw file, which others may have mapped, and all beside one that uses the cache.
         """
         handle = WritingHandle(inode, node, file)
-        is_raw = handle.identity is not None
-        is_direct = flags & os.O_ACCMODE == os.O_WRONLY and not is_raw
-        is_direct = is_direct or self._handles.must_bypass_cache(inode, handle.identity)
-        is_kept = is_raw and not is_direct and self._inodes.may_keep_cache(inode, RAW)
+        is_raw = handle.identity == RAW
+        if flags & os.O_ACCMODE == os.O_WRONLY and not is_raw:
+            handle.is_direct = not self._handles.has_cached_writing(inode)
+        elif handle.is_reader:  # pages could hold what was before a write went past them
+            handle.is_direct = self._handles.has_direct_writer(inode)
+        if self._handles.must_bypass_cache(inode, handle.identity):
+            handle.is_direct = True
+        is_kept = is_raw and not handle.is_direct and self._inodes.may_keep_cache(inode, RAW)
         if not is_raw:
             self._inodes.drop_cache(inode)
         number = self._handles.add(handle)
-        return FileInfo(fh=FileHandleT(number), direct_io=is_direct, keep_cache=is_kept)
+        return FileInfo(fh=FileHandleT(number), direct_io=handle.is_direct, keep_cache=is_kept)
 
-    async def _open_read(self, inode: int, node: Node) -> FileInfo:
+    async def _open_read(self, inode: int, node: Node, caller: int) -> FileInfo:
         reader = None
+        if self._files.writer_of(node.node_id) is not None:
+            file = await self._runner.run(self._files.follow, node, undo=self._leave)
+            if file is not None:
+                return self._writing(inode, node, file, os.O_RDONLY)
         if node.block_count <= SMALL_BLOCKS:  # no bytes move; a thread would take longer
             reader = self._files.open_read_at_once(node)
         if reader is None:
@@ -192,7 +204,7 @@ class Opening(pyfuse3.Operations):
         number, unused = 0, None
         try:
             plan = unused = None if reader.size_bytes <= LAZY_BYTES else await self._plan(handle)
-            number = self._take_place(handle, plan)
+            number = self._take_place(handle, plan, caller)
             unused = None
             if plan is not None:
                 await self._install(number, handle, plan)
@@ -206,23 +218,29 @@ class Opening(pyfuse3.Operations):
         )
         return FileInfo(fh=FileHandleT(number), direct_io=handle.is_direct, keep_cache=is_kept)
 
-    def _take_place(self, handle: ReadHandle, plan: Plan | None) -> int:
+    def _take_place(self, handle: ReadHandle, plan: Plan | None, caller: int) -> int:
         """Register a handle among those of its inode, with the way of reading that goes with them.
 
         Raises:
             FUSEError: ESTALE: none does.
         """
-        if self._must_yield(handle.inode) or not self._handles.may_pass_through(
+        self._places.for_reading(handle, caller)
+        if self._places.must_yield(handle.inode) or not self._handles.may_pass_through(
             handle.inode, handle.identity
         ):
-            self._require_no_passthrough(handle.inode)
+            self._places.require_no_passthrough(handle.inode)
             if plan is not None:
                 plan.lane = Lane.NATIVE
         elif plan is None or plan.lane is not Lane.PASSTHROUGH:
-            self._require_no_passthrough(handle.inode)
+            self._places.require_no_passthrough(handle.inode)
         handle.is_passthrough = plan is not None and plan.lane is Lane.PASSTHROUGH
         handle.is_direct = self._handles.must_bypass_cache(handle.inode, handle.identity)
         return self._handles.add(handle)
+
+    def _leave(self, file: WriteHandle | None) -> None:
+        """Stop following the writers of a file."""
+        if file is not None:
+            self._files.close_write(file)
 
     def _close_reader(self, number: int, handle: ReadHandle, plan: Plan | None = None) -> None:
         """Let go of what a handle for reading holds, here and in the core, and of its plan.
@@ -274,7 +292,7 @@ class Opening(pyfuse3.Operations):
                     await trio.to_thread.run_sync(lanes.release, waiting.pop())
         if handle.is_passthrough and lane is not Lane.PASSTHROUGH:
             handle.is_passthrough = False
-            self._require_no_passthrough(inode)
+            self._places.require_no_passthrough(inode)
         if lane is Lane.NATIVE and self._is_contested(handle):
             await self._runner.run(lanes.close, number)
 
@@ -316,23 +334,6 @@ class Opening(pyfuse3.Operations):
                 await self._runner.run(self._close_former, number)
             if isinstance(other, ReadHandle) and other.inode == inode and not other.is_passthrough:
                 await self._runner.run(self.lanes.close, number)
-
-    def _require_no_passthrough(self, inode: int) -> None:
-        """Raise ESTALE, and give the node another number, if the kernel reads this one's file."""
-        if not self._handles.is_passthrough(inode):
-            return
-        node_id = node_of(inode)
-        while self._handles.is_passthrough(self._inodes.current(node_id)):
-            self._inodes.renumber(node_id)
-        # The kernel comes back once only: nobody is to take that number for passthrough before.
-        now_ns = self.clock.monotonic_ns()
-        self._yields = {number: end for number, end in self._yields.items() if end > now_ns}
-        self._yields[self._inodes.current(node_id)] = now_ns + YIELD_NS
-        raise FUSEError(errno.ESTALE)
-
-    def _must_yield(self, inode: int) -> bool:
-        """Say whether somebody is about to open an inode who could not if it was passed through."""
-        return self._yields.get(inode, 0) > self.clock.monotonic_ns()
 
     # --- handles of a former owner
 

@@ -23,7 +23,7 @@ from kvfs.fuse import status
 from kvfs.fuse.attributes import Timeouts
 from kvfs.fuse.core import Core
 from kvfs.fuse.file_operations import FileOperations, bytes_of, require_mutable, text_of
-from kvfs.fuse.handles import DirectoryHandle, ReadHandle, WritingHandle, node_of
+from kvfs.fuse.handles import DirectoryHandle, ReadHandle, node_of
 from kvfs.fuse.lanes import Lane, Lanes
 from kvfs.fuse.opening import LAZY_BYTES
 from kvfs.fuse.requests import handler
@@ -63,7 +63,7 @@ class KvfsOperations(FileOperations):
         node = await self._find(parent_inode, text_of(name))
         if node is None:
             raise FUSEError(errno.ENOENT)
-        return self._entry(node)
+        return self._entry(node, ctx.pid)
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         """Take back lookups. No answer, no errors."""
@@ -165,7 +165,7 @@ class KvfsOperations(FileOperations):
         """Change size, mode, owner and times."""
         require_mutable(inode)
         if fields.update_size:
-            await self._truncate(inode, attr.st_size, fh)
+            await self._truncate(inode, attr.st_size, fh, ctx.pid)
         if fields.update_mode or fields.update_uid or fields.update_gid or fields.update_mtime:
             changes = {
                 "mode": stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
@@ -195,13 +195,12 @@ class KvfsOperations(FileOperations):
         capacity = sum(tier.info.capacity_bytes for tier in tiers)
         used = sum(tier.device.used_bytes for tier in tiers)
         kept = sum(tier.info.segment_bytes for tier in tiers if tier.has_reserve)
-        counts = self._pool.catalog.statistics()
         data = pyfuse3.StatvfsData()
         data.f_bsize = data.f_frsize = 4096
         data.f_blocks = capacity // 4096
         data.f_bfree = max(0, capacity - used) // 4096
         data.f_bavail = max(0, capacity - used - kept) // 4096
-        data.f_files = counts.node_count + (1 << 32)
+        data.f_files = self._pool.catalog.node_count + (1 << 32)
         data.f_ffree = data.f_favail = 1 << 32
         data.f_namemax = 255
         return data
@@ -304,23 +303,18 @@ class KvfsOperations(FileOperations):
 
     async def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
         handles = self._handles.opened(inode)
-        node_id = node_of(inode)
-        if not handles or self._inodes.current(node_id) == inode:
-            try:
-                entry = self._entry_of(await self._node(node_id))
-            except NotFoundError:
-                if not handles:
-                    raise
-            else:
-                entry.st_ino = inode
-                return entry
-        newest = handles[-1]
-        entry = self._entry_of(newest.node, link_count=0)
+        node_id, link_count = node_of(inode), 1
+        try:
+            node = await self._node(node_id)
+        except NotFoundError:
+            if not handles:
+                raise
+            node, link_count = handles[-1].node, 0
+        if handles and (not link_count or self._inodes.current(node_id) != inode):
+            owner = next((handle for handle in handles if not handle.is_direct), handles[-1])
+            node = with_changes(node, size_bytes=owner.size_bytes)
+        entry = self._entry_of(node, link_count=link_count)
         entry.st_ino = inode
-        if isinstance(newest, WritingHandle):
-            entry.st_size = newest.file.writer.size_bytes
-        else:
-            entry.st_size = newest.reader.size_bytes
         return entry
 
     async def _lane(self, inode: int) -> Lane:

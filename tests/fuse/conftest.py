@@ -94,19 +94,22 @@ def area(shared: MountedPool, request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
-def mounted_many(make_mount: Callable[..., MountedPool]) -> MountedPool:
-    """A mounted pool with a directory of 100,000 files, made in bulk."""
+def mounted_many(
+    make_mount: Callable[..., MountedPool], request: pytest.FixtureRequest
+) -> MountedPool:
+    """A mounted pool with a directory of very many files, made in bulk: 100,000 unless asked."""
     mounted = make_mount()
+    mounted.name_count = getattr(request, "param", 100_000)
     (mounted.path / "many").mkdir()
     write_file(mounted.path / "many/file", b"")
     mounted.stop()
     with closing(sqlite3.connect(mounted.pool_path / CATALOG_NAME)) as connection, connection:
         columns = NODE_COLUMNS.replace("node_id, ", "", 1)
         connection.execute(
-            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 99999) "
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?) "
             f"INSERT INTO nodes (node_id, {columns}) "
             f"SELECT node_id + i, {columns.replace(' name,', ' CAST(printf(?, i) AS BLOB),')} "
             "FROM nodes, n WHERE name = CAST(? AS BLOB)",
-            ("file-%06d", "file"),
+            (mounted.name_count - 1, "file-%06d", "file"),
         )
     return mounted.start()

@@ -73,6 +73,7 @@ class MountedPool:
         self.device_path.mkdir()
         self.path.mkdir()
         self.expected_log: list[str] = []
+        self.name_count = 0
         self.expected_findings: set[str] = set()
         self._log_path = base / "mount.log"
         self._config: dict[str, Any] = {

@@ -62,6 +62,42 @@ def test_appended_blocks_appear(space: Namespace, mount: Mount) -> None:
     wait_until(lambda: path.read_bytes() == as_file(rows), "all blocks", API_ATTRIBUTE_TIMEOUT_S)
 
 
+def test_stat_of_a_whole_context_reads_no_keys(
+    pool: Pool, space: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes as long for a million blocks as for one, until one is removed."""
+    context = space.context("c")
+    rows = append(context, space, 0, 5)
+    node_id = context.node.node_id
+    reads: list[int] = []
+    keys = pool.catalog.keys
+
+    def read(*arguments: int) -> np.ndarray:
+        reads.append(1)
+        return keys(*arguments)
+
+    monkeypatch.setattr(pool.catalog, "keys", read)
+
+    def shown() -> tuple[int, int]:
+        reads.clear()
+        size = pool.files.current(pool.catalog.node(node_id)).size_bytes
+        return size, len(reads)
+
+    assert shown() == (len(as_file(rows)), 1)
+    assert shown() == (len(as_file(rows)), 0)
+    rows = np.concatenate([rows, append(context, space, 5, 2)])
+    assert shown() == (len(as_file(rows)), 1)
+    assert shown() == (len(as_file(rows)), 0)
+    namespace_id = space.info.namespace_id
+    dropped = keys(node_id)[3:4]
+    pool.store.drop(namespace_id, dropped)
+    assert shown() == (3 * 12288, 1)
+    assert shown() == (3 * 12288, 1), "what is not whole is looked at each time"
+    space.put(dropped, rows[3:4])
+    assert shown()[0] == len(as_file(rows))
+    assert shown() == (len(as_file(rows)), 0)
+
+
 def test_replaced_tail_is_never_mixed(space: Namespace, mount: Mount) -> None:
     context = space.context("c")
     keys, _ = space.keys(range(40))

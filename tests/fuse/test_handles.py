@@ -55,6 +55,27 @@ def test_aliases_lead_back_to_their_node() -> None:
     assert inodes.current(node_id) == (2 << 56) | node_id
 
 
+def test_numbers_for_contents() -> None:
+    handles, inodes = Handles(), Inodes()
+    node_id = NODE.node_id
+    first = handles.add(reading(node_id, 1))
+    assert handles.where(node_id, (1, 0, 0)) == node_id
+    assert handles.where(node_id, (2, 0, 0)) is None
+    assert not handles.must_bypass_cache(node_id, (1, 0, 0))
+    assert handles.must_bypass_cache(node_id, (2, 0, 0))
+    inodes.add((1 << 56) | node_id)
+    inode = inodes.fresh(node_id, lambda inode: not handles.of_inode(inode))
+    assert inode == (2 << 56) | node_id
+    inodes.point(node_id, inode)
+    assert inodes.current(node_id) == inode
+    handles.pop(first)
+    assert inodes.fresh(node_id, lambda inode: not handles.of_inode(inode)) == node_id
+    inodes.point(node_id, node_id)
+    assert inodes.current(node_id) == node_id
+    with pytest.raises(BusyError, match="close it"):
+        inodes.fresh(node_id, lambda _: False)
+
+
 def test_handles_of_a_former_owner() -> None:
     handles = Handles(first_number=1 << 24)
     number = handles.add(reading(NODE.node_id, 0x12345))

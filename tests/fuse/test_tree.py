@@ -202,11 +202,24 @@ def test_df_and_statfs_tell_the_truth(mounted: MountedPool) -> None:
 
 
 def test_listing_of_many(mounted_many: MountedPool) -> None:
-    path = mounted_many.path / "many"
-    names = sh("ls -U | wc -l", path)
-    assert int(names) == 100_000
+    path, count = mounted_many.path / "many", mounted_many.name_count
+    assert int(sh("ls -U | wc -l", path)) == count
     found = os.listdir(path)
-    assert len(found) == len(set(found)) == 100_000
+    assert len(found) == len(set(found)) == count
+    used = os.statvfs(path)
+    assert used.f_files - used.f_ffree == count + 3  # the root, and two namespaces
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("mounted_many", [1_000_000], indirect=True)
+def test_scandir_of_a_million(mounted_many: MountedPool) -> None:
+    """MLPerf's benchmark and SGLang's evictor list what they have written."""
+    path, count = mounted_many.path / "many", mounted_many.name_count
+    with os.scandir(path) as entries:
+        assert sum(entry.is_file(follow_symlinks=False) for entry in entries) == count
+    used = os.statvfs(path)
+    assert used.f_files - used.f_ffree == count + 3
 
 
 def test_removal_while_listing_skips_nothing(area: Path) -> None:

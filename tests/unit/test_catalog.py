@@ -211,6 +211,32 @@ def test_pins_and_pending(catalog: Catalog) -> None:
     assert [found.name for found in catalog.children(ROOT_NODE_ID)] == ["a", "default"]
 
 
+def test_nodes_are_counted_once(catalog: Catalog) -> None:
+    def counted() -> int:
+        return int(catalog._read("SELECT count(*) FROM nodes")[0][0])
+
+    assert catalog.node_count == counted()
+    nodes = [add(catalog, name, 2) for name in "abc"]
+    assert catalog.node_count == counted() == 5
+    statements: list[str] = []
+    catalog._connection.set_trace_callback(statements.append)
+    assert catalog.node_count == 5
+    assert not statements
+    catalog._connection.set_trace_callback(None)
+    with catalog.transaction():
+        catalog.remove(nodes[0].node_id, 3)
+    assert catalog.node_count == counted() == 4
+
+    def fail() -> None:
+        with catalog.transaction():
+            catalog.remove(nodes[1].node_id, 3)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert catalog.node_count == counted() == 4
+
+
 def test_statistics(catalog: Catalog) -> None:
     add(catalog, "a", 2)
     found = catalog.statistics()
