@@ -28,6 +28,7 @@ from kvfs.namespace import Namespace
 from kvfs.pool import Pool
 from kvfs.units import KIB, MIB, PAGE
 
+BLOCKS: Final = 1_000_000
 BLOCK_SIZES: Final = (64 * KIB, MIB, 16 * MIB)
 _BATCH_BYTES_MAX: Final = 64 * MIB
 _WINDOWS: Final = 4
@@ -67,6 +68,10 @@ class Scale:
     def batch_bytes(self) -> int:
         """Bytes that one call moves, at least one block of 1 MiB."""
         return max(MIB, min(_BATCH_BYTES_MAX, self.size_bytes // _WINDOWS))
+
+    def share_of(self, count: int) -> int:
+        """Return how many operations to do where 1,000,000 small blocks would mean `count`."""
+        return max(1, min(count, count * self.block_count // BLOCKS))
 
     def block_sizes(self) -> list[int]:
         """Return the block sizes that fit segments and batches."""
@@ -145,6 +150,7 @@ class Session:
     def __init__(self, scale: Scale, progress: Progress) -> None:
         self.scale = scale
         self.progress = progress
+        self.left_out: list[tuple[str, str]] = []
         self._memory: Memory | None = None
         self._generator = np.random.default_rng(2)
 
@@ -154,6 +160,10 @@ class Session:
     def __exit__(self, *failure: object) -> None:
         if self._memory is not None:
             self._memory.close()
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Note a figure that cannot be measured here, where the others of its bench can."""
+        self.left_out.append((name, reason))
 
     @property
     def memory(self) -> Memory:
