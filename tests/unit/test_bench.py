@@ -169,7 +169,7 @@ def test_error_beside_a_mount_takes_it_away(tmp_path: Path) -> None:
 @pytest.mark.fuse
 def test_mount_that_fails_is_a_reason_to_skip(tmp_path: Path) -> None:
     tmp_path.joinpath("a").mkdir()
-    with pytest.raises(SkipError, match="kvfs mount failed: .*no pool"), mounted(tmp_path / "a"):
+    with pytest.raises(SkipError, match=r"kvfs mount failed: .*no pool"), mounted(tmp_path / "a"):
         pass
 
 
