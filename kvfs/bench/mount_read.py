@@ -4,17 +4,18 @@ Layer: L5.
 
 - `measure_file`: one contiguous file, which the kernel reads itself (passthrough), against the file
   of the device that holds its bytes. Both have their pages in the page cache, except for O_DIRECT.
-- `measure_context`: a context of scattered blocks on tmpfs, which kvfs-core reads (native), against
-  a mount of the same content that is served by plain pyfuse3 handlers, and against reading the
-  segments' files at the places of the blocks. The pages of the mounts are dropped before each pass,
-  so that every byte comes from who answers; those of the segments are memory.
+- `measure_context`: a context of scattered blocks, which kvfs-core reads (native), against a mount
+  of the same content that is served by plain pyfuse3 handlers, and against reading the segments'
+  files at the places of the blocks. The pages of the mounts are dropped before each pass, so that
+  every byte comes from who answers; those of the segments are memory. On tmpfs, and for information
+  on XFS over a loop device, where content may be passed through although it is scattered.
 - `measure_cache`: how much of the page cache such reads take, while the file is open and after.
 """
 
 import ctypes
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -85,31 +86,47 @@ def measure_file(session: Session) -> Iterator[Figure]:
 
 
 def measure_context(session: Session) -> Iterator[Figure]:
-    """Measure a context of scattered blocks on tmpfs."""
+    """Measure a context of scattered blocks on tmpfs, and on XFS, which can share extents."""
     nbytes = file_bytes(session)
-    with session.tmpfs(5 * nbytes) as root, pair(session, root) as (usual, plain):
-        for what, goal in _CONTEXT_GOALS.items():
+    with session.tmpfs(3 * nbytes) as root:
+        yield from _context(session, root, "tmpfs", _CONTEXT_GOALS)
+    try:
+        with session.loop_xfs(4 * nbytes) as root:
+            yield from _context(session, root, "XFS", dict.fromkeys(_CONTEXT_GOALS))
+    except SkipError as reason:
+        session.leave_out("mount-context on XFS", str(reason))
+
+
+def _context(
+    session: Session, root: Path, medium: str, goals: Mapping[str, float | None]
+) -> Iterator[Figure]:
+    """Measure on one medium, in the lane that the context gets there. Goals are for native."""
+    nbytes = file_bytes(session)
+    with pair(session, root, files=()) as (usual, plain):
+        for what, goal in goals.items():
+            title = f"mount-context {medium} {what}"
             flags = os.O_RDONLY | (os.O_DIRECT if what == _DIRECT else 0)
-            race = Race(session, f"mount-context {what}", Unit.BYTES_PER_S, nbytes, {
-                _NATIVE: usual.processes, PLAIN: plain.processes, BACKING: {},
-            })  # fmt: skip
+            processes = {"mount": usual.processes, PLAIN: plain.processes, BACKING: {}}
+            race = Race(session, title, Unit.BYTES_PER_S, nbytes, processes)
             with ExitStack() as stack:
-                fds = {
-                    _NATIVE: stack.enter_context(opened(usual.path / CONTEXT, flags)),
-                    PLAIN: stack.enter_context(opened(plain.path / CONTEXT, flags)),
-                }
-                if (lane := lane_of(fds[_NATIVE])) != _NATIVE:
+                paths = {"mount": usual.path / CONTEXT, PLAIN: plain.path / CONTEXT}
+                extents = usual.extents(CONTEXT)
+                try:
+                    fds = {way: stack.enter_context(opened(path, flags))
+                           for way, path in paths.items()}  # fmt: skip
+                    segments = {path: stack.enter_context(opened(path, flags))
+                                for path in {path for path, _, _ in extents}}  # fmt: skip
+                except OSError as error:
+                    session.leave_out(title, f"{root}: {error.strerror}")
+                    continue
+                lane = lane_of(fds["mount"])
+                if goal is not None and lane != _NATIVE:
                     raise SkipError(f"the context is in the {lane} lane, not in the native one")
-                segments: dict[Path, int] = {}
-                pieces = []
-                for path, offset, length in usual.extents(CONTEXT):
-                    if path not in segments:
-                        segments[path] = stack.enter_context(opened(path))
-                    pieces.append((segments[path], offset, length))
+                pieces = [(segments[path], offset, length) for path, offset, length in extents]
                 ways = {way: _reader(what, [(fd, 0, nbytes)]) for way, fd in fds.items()}
-                ways[BACKING] = _reader(_READ if what == _DIRECT else what, pieces)
+                ways[BACKING] = _reader(what, pieces)
                 race.run(ways, partial(_drop, fds))
-            yield from race.figures(f"mount {what}", "scattered, native lane", _NATIVE,
+            yield from race.figures(f"mount {what}", f"scattered, {lane} lane, {medium}", "mount",
                                     {PLAIN: goal, BACKING: None})  # fmt: skip
 
 

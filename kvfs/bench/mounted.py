@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -156,10 +156,13 @@ def mounted(root: Path, *flags: str) -> Iterator[Mounted]:
 
 
 @contextlib.contextmanager
-def pair(session: Session, root: Path, name_count: int = 0) -> Iterator[tuple[Mounted, Mounted]]:
+def pair(
+    session: Session, root: Path, name_count: int = 0, files: Sequence[str] = (FILE, SMALL)
+) -> Iterator[tuple[Mounted, Mounted]]:
     """Mount two pools of the same content: as usual, and served by plain pyfuse3 handlers.
 
-    `name_count`: how many names the directory `bench/many` of each has.
+    Each has the context; `files` says what it has beside, `name_count` how many names lie in the
+    directory `bench/many`.
     """
     nbytes = file_bytes(session)
     with contextlib.ExitStack() as stack:
@@ -172,8 +175,8 @@ def pair(session: Session, root: Path, name_count: int = 0) -> Iterator[tuple[Mo
                 for number in range(name_count):
                     pool.make_context(namespace.info, f"many/{number:06}")
             mount = stack.enter_context(mounted(root / name, *flags))
-            write_file(session, mount.path / FILE, nbytes)
-            write_file(session, mount.path / SMALL, SMALL_BYTES)
+            for file in files:
+                write_file(session, mount.path / file, nbytes if file == FILE else SMALL_BYTES)
             read_once(mount.path / CONTEXT)
             found.append(mount)
         usual, plain = found
