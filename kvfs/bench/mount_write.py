@@ -25,7 +25,7 @@ from kvfs.units import KIB, MIB
 _LARGE_BYTES: Final = 4 * MIB
 _TINY_BYTES: Final = 4 * KIB
 _TINY_FILES: Final = 200
-_LARGE_MAX: Final = 32
+_LARGE_MAX: Final = 16
 _BACKING: Final = "backing file system"
 _GOAL: Final = 0.6
 _WRITTEN_MAX: Final = 1.05
@@ -40,14 +40,14 @@ _CASES: Final = (
 
 def measure(session: Session) -> Iterator[Figure]:
     """Measure files of 4 MiB and of 4 KiB on disk and on tmpfs; what is written for them."""
-    count = max(2, min(_LARGE_MAX, session.scale.size_bytes // _LARGE_BYTES // 8))
+    count = max(2, min(_LARGE_MAX, session.scale.size_bytes // _LARGE_BYTES // 16))
     passes = PASSES * (session.scale.repeats + 1)
     nbytes = 2 * count * passes * _LARGE_BYTES
     with session.directory() as root:
         yield from _race(session, root, count, nbytes, "disk")
     with session.directory() as root:
         yield from _amounts(session, root, count)
-    with session.tmpfs(4 * nbytes) as root:
+    with session.tmpfs(3 * nbytes) as root:
         yield from _race(session, root, count, nbytes, "tmpfs")
 
 
