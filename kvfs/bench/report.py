@@ -161,6 +161,8 @@ def _value(value: float, unit: Unit) -> str:
     if unit in (Unit.COUNT, Unit.FACTOR):
         return f"{value:.0f}" if unit is Unit.COUNT else f"{value:.3f}"
     word = {Unit.KEYS_PER_S: "keys", Unit.READS_PER_S: "reads", Unit.OPS_PER_S: "ops"}[unit]
+    if value < 1e3:
+        return f"{value:.0f} {word}/s"
     return f"{value / 1e6:.2f} M {word}/s" if value >= 1e6 else f"{value / 1e3:.1f} k {word}/s"
 
 

@@ -17,7 +17,17 @@ from typing import Any
 import pytest
 
 from kvfs.bench import run
-from kvfs.bench.figure import Baseline, Figure, Goal, GoalKind, Samples, Unit, ratio_at_least
+from kvfs.bench.figure import (
+    Baseline,
+    Cost,
+    Figure,
+    Goal,
+    GoalKind,
+    Samples,
+    Unit,
+    at_most,
+    ratio_at_least,
+)
 from kvfs.bench.mounted import mounted, new_pool, opened
 from kvfs.bench.race import Race, cpu_ns
 from kvfs.bench.report import Machine, Report
@@ -297,6 +307,24 @@ def test_text_says_what_was_measured_missed_and_skipped() -> None:
     )
     assert words[5].endswith(">= 10.00 M keys/s yes")
     assert text.endswith("1 of 2 goals met\n\nskipped  mount: /dev/fuse is missing\n")
+
+
+def test_text_shows_processor_time_where_there_is_some() -> None:
+    report = Report(Machine("CPU", 2, 8 * GIB, "6.1", 0.5, "2026-01-01T00:00:00Z"), scale())
+    mount, plain = Cost("GiB", 0.25, 1.5, 0.125), Cost("GiB", 0.5)
+    report.figures = [
+        Figure("read", "native", Unit.BYTES_PER_S, Samples((GIB,)),
+               Baseline("file", Samples((2 * GIB,)), plain), cost=mount),
+        Figure("stored", "", Unit.FACTOR, Samples((1.01,)), goal=at_most(1.05)),
+        Figure("open", "", Unit.OPS_PER_S, Samples((250.0,)), cost=Cost("1000 ops", 1.0, 2.0)),
+    ]  # fmt: skip
+    lines = report.to_text().splitlines()
+    assert lines[3].endswith("met  CPU s: core owner reader; against")
+    assert lines[4].endswith("0.125 1.500 0.250; \u2013 \u2013 0.500 per GiB")
+    assert "1.010" in lines[5]
+    assert lines[5].endswith("<= 1.050  yes")
+    assert "250 ops/s" in lines[6]
+    assert lines[6].endswith("\u2013 2.000 1.000 per 1000 ops")
 
 
 def test_progress_on_a_pipe_is_one_line_each() -> None:
