@@ -70,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Run the benches named, all if none is; print the report on stdout, progress on stderr.
 
-    Returns 0, goals met or not: figures of a busy machine are no verdict.
+    Returns 0, goals met or not: figures of a busy machine are no verdict. KeyboardInterrupt is
+    raised again once what was measured until then is printed.
 
     Raises:
         UsageError: A name or a number is wrong.
@@ -90,15 +91,22 @@ def main(arguments: argparse.Namespace) -> int:
     scale = Scale(size_bytes, blocks, repeats, directory)
     report = Report(this_machine(), scale)
     progress = Progress(sys.stderr, is_json=arguments.json)
+    is_interrupted = False
     with _ended_by_sigterm(), Session(scale, progress) as session:
         for name in names:
             try:
                 report.figures.extend(benches[name](session))
             except SkipError as reason:
                 report.skipped.append((name, str(reason)))
+            except KeyboardInterrupt:
+                report.skipped.append((name, "interrupted"))
+                is_interrupted = True
+                break
         report.skipped.extend(session.left_out)
     progress.clear()
     print(json.dumps(report.to_json(), indent=1) if arguments.json else report.to_text())
+    if is_interrupted:
+        raise KeyboardInterrupt
     return 0
 
 

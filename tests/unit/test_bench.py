@@ -139,8 +139,9 @@ def test_interrupted_bench_leaves_no_mount(number: signal.Signals, tmp_path: Pat
     with process:
         wait_until(lambda: mounts_below(tmp_path) or process.poll() is not None, "a mount")
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        printed, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
+    assert "skipped  mount-write: interrupted" in printed, "what was measured is told"
     assert mounts_below(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
     assert [path for path in Path("/proc").glob("[0-9]*") if is_about(path, tmp_path)] == []
