@@ -9,6 +9,7 @@
 #                of wheels as file:///path (tools/install_torch.sh)
 #   PEER         which peers `make interop` runs, with commas; all without it
 #   INTEROP_ARGS more for it, e.g. --json FILE
+#   BENCH        which benches `make bench` runs, e.g. mount; all without it
 #   SEED         seed of `make test-crash`
 #   WERROR       ON: warnings of the C compiler are errors, as in CI
 
@@ -26,6 +27,7 @@ WERROR ?= OFF
 PYTEST_ARGS ?=
 PEER ?=
 INTEROP_ARGS ?=
+BENCH ?=
 
 NATIVE := native/CMakeLists.txt \
 	$(wildcard native/*.c native/*.h native/core/*.[ch] native/vendor/*/*.h)
@@ -108,7 +110,7 @@ ci: test test-fuse wheel ## all that a release needs
 
 .PHONY: bench demo interop wheel
 bench: setup ## measure the hot paths
-	$(BIN)/kvfs bench
+	$(BIN)/kvfs bench $(BENCH)
 
 demo: setup $(VENV)/.demo ## a real model's context as a file: cold, restored, shared, killed
 	$(BIN)/kvfs demo

@@ -14,17 +14,21 @@ from typing import Any
 
 
 class Unit(Enum):
-    """What samples count; by its name in JSON. A rate is better when higher, a time when lower."""
+    """What samples count; by its name in JSON. A rate is better when higher, others when lower."""
 
     BYTES_PER_S = "bytes_per_s"
     KEYS_PER_S = "keys_per_s"
     READS_PER_S = "reads_per_s"
+    OPS_PER_S = "ops_per_s"
+    COUNT = "count"
+    FACTOR = "factor"
+    BYTES = "bytes"
     NANOSECONDS = "ns"
 
     @property
     def is_rate(self) -> bool:
         """Whether more is better."""
-        return self is not Unit.NANOSECONDS
+        return self.value.endswith("_per_s")
 
 
 class GoalKind(Enum):
@@ -75,11 +79,29 @@ class Samples:
 
 
 @dataclass(frozen=True, slots=True)
+class Cost:
+    """Processor time of work on a mount, in seconds `per` so much of it, by process.
+
+    `reader`: who calls the mount. Of a file that is on no mount, the reader is all there is.
+    """
+
+    per: str
+    reader: float
+    owner: float | None = None
+    core: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the seconds by process."""
+        return {"per": self.per, "core": self.core, "owner": self.owner, "reader": self.reader}
+
+
+@dataclass(frozen=True, slots=True)
 class Baseline:
     """What the same work costs without kvfs, in the unit of the figure."""
 
     name: str
     samples: Samples
+    cost: Cost | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +112,7 @@ class Figure:
         name: What was measured, e.g. 'put'.
         case: Under which circumstances, e.g. '64 KiB'.
         baseline: Measured in turns with it, repeat by repeat.
+        cost: Processor time, where processes of a mount share the work.
     """
 
     name: str
@@ -98,6 +121,7 @@ class Figure:
     samples: Samples
     baseline: Baseline | None = None
     goal: Goal | None = None
+    cost: Cost | None = None
 
     def __post_init__(self) -> None:
         assert self.samples.values, "a figure needs a sample"
@@ -136,18 +160,32 @@ class Figure:
             **self.samples.to_json(),
             "baseline": None
             if self.baseline is None
-            else {"name": self.baseline.name, **self.baseline.samples.to_json()},
+            else {
+                "name": self.baseline.name,
+                **self.baseline.samples.to_json(),
+                "cost": _cost_json(self.baseline.cost),
+            },
             "ratio": None if ratio is None else ratio.to_json(),
             "goal": None
             if self.goal is None
             else {"kind": self.goal.kind.value, "value": self.goal.value},
             "is_met": self.is_met,
+            "cost": _cost_json(self.cost),
         }
+
+
+def _cost_json(cost: Cost | None) -> dict[str, Any] | None:
+    return None if cost is None else cost.to_json()
 
 
 def rates(amount: float, times_ns: Sequence[int]) -> Samples:
     """Return amount per second for each time."""
     return Samples(tuple(amount * 1e9 / max(1, time) for time in times_ns))
+
+
+def at_most(value: float) -> Goal:
+    """Return the goal of being no more than this."""
+    return Goal(GoalKind.VALUE_AT_MOST, value)
 
 
 def ratio_at_least(value: float) -> Goal:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvfs import __version__
-from kvfs.bench.figure import Figure, GoalKind, Samples, Unit
+from kvfs.bench.figure import Cost, Figure, GoalKind, Samples, Unit
 from kvfs.bench.session import Scale
 from kvfs.clock import SystemClock
 from kvfs.units import GIB, format_bytes, format_duration
@@ -18,8 +18,10 @@ from kvfs.units import GIB, format_bytes, format_duration
 SCHEMA: Final = {"command": "bench", "version": 1}
 NONE: Final = "\u2013"
 _HEADINGS: Final = ("figure", "case", "median", "low .. high", "against", "median", "ratio",
-                    "low .. high", "goal", "met")  # fmt: skip
-_LEFT: Final = {"figure", "case", "against", "met"}
+                    "low .. high", "goal", "met",
+                    "CPU s: core owner reader; against")  # fmt: skip
+_COST: Final = 10
+_LEFT: Final = {"figure", "case", "against", "met", _HEADINGS[_COST]}
 _CPUINFO: Final = Path("/proc/cpuinfo")
 _LOADAVG: Final = Path("/proc/loadavg")
 
@@ -120,8 +122,24 @@ def _row(figure: Figure) -> dict[int, str]:
         f"{ratio.low:.2f} .. {ratio.high:.2f}" if ratio else NONE,
         _goal(figure),
         NONE if figure.is_met is None else "yes" if figure.is_met else "NO",
+        _costs(figure),
     ]
     return dict(enumerate(cells))
+
+
+def _costs(figure: Figure) -> str:
+    """Say what processor time the work took, and that of the baseline."""
+    if figure.cost is None:
+        return ""
+    parts = [_cost(figure.cost)]
+    if figure.baseline is not None and figure.baseline.cost is not None:
+        parts.append(_cost(figure.baseline.cost))
+    return f"{'; '.join(parts)} per {figure.cost.per}"
+
+
+def _cost(cost: Cost) -> str:
+    seconds = (cost.core, cost.owner, cost.reader)
+    return " ".join(NONE if value is None else f"{value:.3f}" for value in seconds)
 
 
 def _goal(figure: Figure) -> str:
@@ -138,7 +156,13 @@ def _value(value: float, unit: Unit) -> str:
         return f"{value / GIB:.2f} GiB/s"
     if unit is Unit.NANOSECONDS:
         return format_duration(round(value))
-    word = "keys" if unit is Unit.KEYS_PER_S else "reads"
+    if unit is Unit.BYTES:
+        return format_bytes(round(value))
+    if unit in (Unit.COUNT, Unit.FACTOR):
+        return f"{value:.0f}" if unit is Unit.COUNT else f"{value:.3f}"
+    word = {Unit.KEYS_PER_S: "keys", Unit.READS_PER_S: "reads", Unit.OPS_PER_S: "ops"}[unit]
+    if value < 1e3:
+        return f"{value:.0f} {word}/s"
     return f"{value / 1e6:.2f} M {word}/s" if value >= 1e6 else f"{value / 1e3:.1f} k {word}/s"
 
 
@@ -151,14 +175,15 @@ def _spread(samples: Samples, unit: Unit) -> str:
 
 def _table(rows: Sequence[dict[int, str]]) -> str:
     """Set rows under their headings: text to the left, numbers to the right."""
+    headings = _HEADINGS if any(row[_COST] for row in rows) else _HEADINGS[:_COST]
     widths = [
-        max(len(heading), *(len(row[i]) for row in rows)) for i, heading in enumerate(_HEADINGS)
+        max(len(heading), *(len(row[i]) for row in rows)) for i, heading in enumerate(headings)
     ]
     lines = []
-    for row in [dict(enumerate(_HEADINGS)), *rows]:
+    for row in [dict(enumerate(headings)), *rows]:
         cells = (
             row[i].ljust(widths[i]) if heading in _LEFT else row[i].rjust(widths[i])
-            for i, heading in enumerate(_HEADINGS)
+            for i, heading in enumerate(headings)
         )
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines) + "\n"

@@ -4,7 +4,9 @@ Layer: L5.
 """
 
 import argparse
+import contextlib
 import json
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -34,14 +36,25 @@ NAMES: Final = {
     "view": "opening a view, and a sum through it against an ordinary mmap",
     "lookup": "lookup and match_prefix in batches of 1,000 keys",
     "reopen": "opening a pool of small blocks whose owner was killed",
-    "mount": "reading a file of the mount against reading the file behind it",
+    "mount-file": "reading one whole file of the mount against the file behind it",
+    "mount-context": "reading scattered blocks of the mount against plain pyfuse3",
+    "mount-random": "reading 4 KiB at random in every lane against plain pyfuse3",
+    "mount-write": "writing files of the mount against the file system behind it",
+    "mount-names": "missing names, opens and listings of the mount",
+    "mount-cache": "page cache that reading through the mount takes",
 }
+GROUPS: Final = {"mount": tuple(name for name in NAMES if name.startswith("mount-"))}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `kvfs bench`."""
     known = "; ".join(f"{name}: {text}" for name, text in NAMES.items())
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to measure (all). {known}")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"what to measure (all). {known}; mount: all of the mount",
+    )
     parser.add_argument("--repeats", type=int, metavar="N", help=f"samples per figure ({REPEATS})")
     parser.add_argument("--size", metavar="SIZE", help="bytes that a repeat moves (1GiB)")
     parser.add_argument(
@@ -57,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Run the benches named, all if none is; print the report on stdout, progress on stderr.
 
-    Returns 0, goals met or not: figures of a busy machine are no verdict.
+    Returns 0, goals met or not: figures of a busy machine are no verdict. KeyboardInterrupt is
+    raised again once what was measured until then is printed.
 
     Raises:
         UsageError: A name or a number is wrong.
@@ -66,24 +80,44 @@ def main(arguments: argparse.Namespace) -> int:
     from kvfs.bench.session import Progress, Scale, Session, SkipError
 
     benches = _benches()
-    names = arguments.names or list(benches)
-    for name in names:
-        if name not in benches:
-            raise UsageError(f"unknown bench {name!r}: expected one of {', '.join(benches)}")
+    names: list[str] = []
+    for name in arguments.names or benches:
+        if name not in benches and name not in GROUPS:
+            known = ", ".join([*benches, *GROUPS])
+            raise UsageError(f"unknown bench {name!r}: expected one of {known}")
+        names += GROUPS.get(name, (name,))
     size_bytes, blocks, repeats = _amounts(arguments)
     directory = arguments.directory or Path(tempfile.gettempdir())
     scale = Scale(size_bytes, blocks, repeats, directory)
     report = Report(this_machine(), scale)
     progress = Progress(sys.stderr, is_json=arguments.json)
-    with Session(scale, progress) as session:
+    is_interrupted = False
+    with _ended_by_sigterm(), Session(scale, progress) as session:
         for name in names:
             try:
                 report.figures.extend(benches[name](session))
             except SkipError as reason:
                 report.skipped.append((name, str(reason)))
+            except KeyboardInterrupt:
+                report.skipped.append((name, "interrupted"))
+                is_interrupted = True
+                break
+        report.skipped.extend(session.left_out)
     progress.clear()
     print(json.dumps(report.to_json(), indent=1) if arguments.json else report.to_text())
+    if is_interrupted:
+        raise KeyboardInterrupt
     return 0
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> "Iterator[None]":
+    """Let SIGTERM end the bench as Ctrl-C does: it unmounts and removes what it made."""
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def _amounts(arguments: argparse.Namespace) -> tuple[int, int, int]:
@@ -101,7 +135,18 @@ def _amounts(arguments: argparse.Namespace) -> tuple[int, int, int]:
 
 def _benches() -> "dict[str, Callable[[Session], Iterator[Figure]]]":
     """Import what measures; `--help` must not wait for it."""
-    from kvfs.bench import directory, lookup, mount, put, read, reopen, view
+    from kvfs.bench import (
+        directory,
+        lookup,
+        mount_names,
+        mount_random,
+        mount_read,
+        mount_write,
+        put,
+        read,
+        reopen,
+        view,
+    )
 
     return {
         "put": put.measure,
@@ -110,5 +155,10 @@ def _benches() -> "dict[str, Callable[[Session], Iterator[Figure]]]":
         "view": view.measure,
         "lookup": lookup.measure,
         "reopen": reopen.measure,
-        "mount": mount.measure,
+        "mount-file": mount_read.measure_file,
+        "mount-context": mount_read.measure_context,
+        "mount-random": mount_random.measure,
+        "mount-write": mount_write.measure,
+        "mount-names": mount_names.measure,
+        "mount-cache": mount_read.measure_cache,
     }

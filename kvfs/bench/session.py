@@ -28,12 +28,14 @@ from kvfs.namespace import Namespace
 from kvfs.pool import Pool
 from kvfs.units import KIB, MIB, PAGE
 
+BLOCKS: Final = 1_000_000
 BLOCK_SIZES: Final = (64 * KIB, MIB, 16 * MIB)
 _BATCH_BYTES_MAX: Final = 64 * MIB
 _WINDOWS: Final = 4
 _SEGMENT_BYTES_MAX: Final = 256 * MIB
 _SUMMARY_SHARE: Final = 28  # of a segment of 4 KiB blocks, 1/33 is summary; leave some more
 _SPARE_SEGMENTS: Final = 4  # open, being sealed, and what eviction keeps back
+_XFS_BYTES_MIN: Final = 512 * MIB
 _SHM: Final = Path("/dev/shm")
 
 
@@ -67,6 +69,10 @@ class Scale:
     def batch_bytes(self) -> int:
         """Bytes that one call moves, at least one block of 1 MiB."""
         return max(MIB, min(_BATCH_BYTES_MAX, self.size_bytes // _WINDOWS))
+
+    def share_of(self, count: int) -> int:
+        """Return how many operations to do where 1,000,000 small blocks would mean `count`."""
+        return max(1, min(count, count * self.block_count // BLOCKS))
 
     def block_sizes(self) -> list[int]:
         """Return the block sizes that fit segments and batches."""
@@ -145,6 +151,7 @@ class Session:
     def __init__(self, scale: Scale, progress: Progress) -> None:
         self.scale = scale
         self.progress = progress
+        self.left_out: list[tuple[str, str]] = []
         self._memory: Memory | None = None
         self._generator = np.random.default_rng(2)
 
@@ -154,6 +161,10 @@ class Session:
     def __exit__(self, *failure: object) -> None:
         if self._memory is not None:
             self._memory.close()
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Note a figure that cannot be measured here, where the others of its bench can."""
+        self.left_out.append((name, reason))
 
     @property
     def memory(self) -> Memory:
@@ -218,10 +229,38 @@ class Session:
             finally:
                 subprocess.run(["umount", root], check=True)
 
+    @contextlib.contextmanager
+    def loop_xfs(self, nbytes: int) -> Iterator[Path]:
+        """Make an XFS with reflinks over a loop device, with room for `nbytes`; remove it.
+
+        Raises:
+            SkipError: This process may not mount one, or there is no mkfs.xfs.
+        """
+        if os.geteuid() != 0 or shutil.which("mkfs.xfs") is None:
+            raise SkipError("XFS over a loop device needs root and mkfs.xfs")
+        with self.directory() as root:
+            image, mount_point = root / "image", root / "xfs"
+            mount_point.mkdir()
+            with image.open("xb") as file:
+                file.truncate(max(_XFS_BYTES_MIN, nbytes + nbytes // 8))
+            try:
+                _run("mkfs.xfs", "-q", "-m", "reflink=1", str(image))
+                _run("mount", "-o", "loop", str(image), str(mount_point))
+            except subprocess.CalledProcessError as error:
+                raise SkipError(f"no XFS over a loop device: {error.stderr.strip()}") from error
+            try:
+                yield mount_point
+            finally:
+                _run("umount", str(mount_point))
+
     def run_child(self, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a module of kvfs in a fresh process of the same interpreter."""
         command = [sys.executable, "-m", module, *arguments]
         return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 def stream_copy(target: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8]) -> None:

@@ -9,6 +9,7 @@ from interop import report
 from interop.__main__ import PEERS, run_case
 from interop.cases import Case, CaseError, Figures, Place, Result, Row, UnavailableError
 from interop.driver import pattern
+from interop.ratios import compare
 
 ROOT = Path(__file__).resolve().parents[2]
 LISTS = ROOT / "tools" / "interop" / "requirements"
@@ -49,6 +50,23 @@ def test_the_table_has_every_row_and_reason():
     assert lines[-1] == "1 ok, 1 failed, 0 not available"
     document = json.loads(json.dumps(report.to_json(rows, "0.1.0")))
     assert [row["result"] for row in document["rows"]] == ["ok", "failed"]
+
+
+def test_ratios_are_taken_turn_by_turn():
+    rates = {Place.MOUNT: [100.0, 10.0, 50.0], Place.PLAIN: [100.0, 40.0, 100.0]}
+    order = []
+
+    def run(place: Place, turn: int) -> Figures:
+        order.append(f"{place} {turn}")
+        return {"store MB/s": rates[place][turn], "lookups/s": 5}
+
+    figures = compare(run, {"store MB/s": 0.6})
+    assert order == ["kvfs 0", "plain 0", "plain 1", "kvfs 1", "kvfs 2", "plain 2"]
+    assert figures == {
+        "store MB/s": 50, "plain store MB/s": 100,
+        "store ratio": "0.50 (0.25 .. 1.00; goal 0.60 missed)",
+    }  # fmt: skip
+    assert "goal 0.50 met" in str(compare(run, {"store MB/s": 0.5})["store ratio"])
 
 
 def test_peers_have_names_of_their_own_and_a_list():

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from interop.cases import Case, CaseError, Figures, Peer, Place
 from interop.driver import rate_mib_s, require, tell
+from interop.ratios import compare
 from interop.site import Site
 
 _VERSION: Final = "0.5.6"
@@ -25,6 +26,7 @@ _KEY_BYTES: Final = 4 << 20
 _ARENA_BYTES: Final = 256 << 20
 _ENV: Final = {"LMCACHE_DISABLE_BANNER": "1", "LMCACHE_TRACK_USAGE": "false",
                "NO_COLOR": "1"}  # fmt: skip
+_GOALS: Final = {"store MB/s": 0.6, "load MB/s": 0.9}
 _VERIFIED: Final = "data verified OK"
 # (what the table says, adapter, its options)
 _ADAPTERS: Final[tuple[tuple[str, str, dict[str, object]], ...]] = (
@@ -41,6 +43,9 @@ def _cases(site: Site) -> Iterator[Case]:
             path = site.directory(place, "lmcache") / f"l2-{number}"
             config = {"type": adapter, "base_path": str(path), **options}
             yield Case(what, place, partial(_bench, site, config))
+    for number, (what, adapter, options) in enumerate(_ADAPTERS):
+        yield Case(f"{what}, against the plain directory", Place.MOUNT,
+                   partial(_compared, site, number, adapter, options))  # fmt: skip
     for adapter in ("fs", "fs_native"):
         for place in Place:
             yield Case(f"bench l2, {adapter}, loaded by a second process after a remount", place,
@@ -74,6 +79,16 @@ def _bench(site: Site, config: dict[str, object], *extra: str) -> Figures:
         else:
             figures[f"{operation} MB/s"] = round(values["throughput_avg_mbps"])
     return figures
+
+
+def _compared(site: Site, number: int, adapter: str, options: dict[str, object]) -> Figures:
+    """Let the bench store and load on both places in turns, in a new directory each time."""
+
+    def run(place: Place, turn: int) -> Figures:
+        path = site.directory(place, "lmcache") / f"turn-{number}-{turn}"
+        return _bench(site, {"type": adapter, "base_path": str(path), **options})
+
+    return compare(run, _GOALS)
 
 
 def _second(site: Site, place: Place, adapter: str) -> Figures:
