@@ -18,9 +18,7 @@ from kvfs.fuse.core_client import Kind
 from kvfs.fuse.lanes import Lane, Lanes
 from kvfs.fuse.reflink_views import LINGER_NS, RETRY_NS, extents_of
 from kvfs.namespace import Namespace
-from kvfs.pool import Pool
 from tests.fuse.fake_core import FakeCore
-from tests.fuse.mounting import MIB
 
 BLOCK = 512 << 10
 LAYOUT = kvfs.Layout("uint8", (BLOCK,), 1)
@@ -53,7 +51,6 @@ class Bench:
         if dram_mib:
             self.devices.append(f"dram:?size={dram_mib}MiB&segment=16MiB")
         self.core: FakeCore
-        self.pool: Pool
         self.lanes: Lanes
         self._handles = 0
         self.start()
@@ -273,8 +270,8 @@ def test_eviction_under_a_view(make_bench: Callable[..., Bench]) -> None:
     bench.lanes.close(other)
     held = [s for d in bench.pool.store.state.devices for s in d.segments.values() if s.leases]
     assert len(held) >= 3
-    for number in range(40):
-        bench.scatter(f"x{number}", 10)
+    for number in range(12):
+        bench.scatter(f"x{number}", 16)
     assert bench.pool.statistics().counters["segments_evicted"] > 5
     assert bench.lanes.views.snapshot()["views"] == 1
     assert content(fd) == data
@@ -292,8 +289,8 @@ def test_relocation_under_a_view(bench: Bench) -> None:
     assert lane is Lane.PASSTHROUGH
     fd = bench.core.backings[fh]
     # The reader pins: whatever is evicted around it is copied.
-    for number in range(60):
-        bench.scatter(f"x{number}", 9)
+    for number in range(20):
+        bench.scatter(f"x{number}", 16)
     assert content(fd) == data
     assert bytes(bench.pool.files.read(reader, 0, len(data))) == data
     bench.pool.files.close_read(reader)
