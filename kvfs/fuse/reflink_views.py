@@ -162,13 +162,12 @@ class Views:
         self._end(surplus)
 
     def sweep(self, before_ns: int) -> None:
-        """End views without use since `before_ns` (monotonic), or whose device left service."""
+        """End views without use since `before_ns` (monotonic), or that nobody can ask for."""
         with self._lock:
             old = [
                 view
                 for view in self._views.values()
-                if not view.users
-                and (view.idle_ns <= before_ns or not self._is_in_service(view.device_index))
+                if not view.users and (view.idle_ns <= before_ns or self._is_dead(view))
             ]
             for view in old:
                 del self._views[view.content]
@@ -197,6 +196,14 @@ class Views:
         retry_ns = self._retry_ns.get(able[0].index, 0)
         is_due = not retry_ns or self._clock.monotonic_ns() >= retry_ns
         return able[0] if is_due and self._is_in_service(able[0].index) else None
+
+    def _is_dead(self, view: View) -> bool:
+        """Say whether a view's device left service, or it alone keeps a segment from being freed.
+
+        What was removed should not wait for time to give its space back.
+        """
+        segments = view.lease.segments
+        return not self._is_in_service(view.device_index) or not all(s.live_count for s in segments)
 
     def _is_in_service(self, device_index: int) -> bool:
         return not self._store.state.device(device_index).is_offline

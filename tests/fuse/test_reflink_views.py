@@ -461,5 +461,5 @@ def test_dropped_context_frees_its_space(bench: Bench) -> None:
     space.context("c").drop()
     bench.pool.store.drop(space.info.namespace_id, keys)
     before = bench.pool.statistics().devices[0].used_bytes
-    bench.lanes.reclaim()
+    bench.lanes.sweep()
     assert bench.pool.statistics().devices[0].used_bytes < before
