@@ -13,6 +13,7 @@ from kvfs.clock import ManualClock
 from kvfs.devices import reflink
 from kvfs.devices.reflink import Cloning, Extent
 from kvfs.file_reading import FileReader
+from kvfs.fuse import lanes as lanes_module
 from kvfs.fuse import reflink_views
 from kvfs.fuse.core_client import Kind
 from kvfs.fuse.lanes import Lane, Lanes
@@ -460,6 +461,9 @@ def test_dropped_context_frees_its_space(bench: Bench) -> None:
     keys = space.context("c").keys
     space.context("c").drop()
     bench.pool.store.drop(space.info.namespace_id, keys)
+    bench.lanes.close(1)  # the first open's, which was read natively
     before = bench.pool.statistics().devices[0].used_bytes
+    bench.clock.advance(lanes_module.LINGER_NS)
     bench.lanes.sweep()
+    assert bench.lanes.views.snapshot()["views"] == 0
     assert bench.pool.statistics().devices[0].used_bytes < before
