@@ -64,6 +64,9 @@ missing_packages() {
     pkg-config --exists 'fuse3 >= 3.2' 2>/dev/null || echo libfuse3-dev
     command -v fusermount3 >/dev/null || echo fuse3
     command -v getfattr >/dev/null || echo attr
+    # For the tests of shared extents alone, on images that they mount.
+    PATH=$PATH:/usr/sbin:/sbin command -v mkfs.xfs >/dev/null || echo xfsprogs
+    PATH=$PATH:/usr/sbin:/sbin command -v mkfs.btrfs >/dev/null || echo btrfs-progs
 }
 
 install_packages() {
@@ -71,7 +74,8 @@ install_packages() {
     if ! command -v apt-get >/dev/null; then
         say "this is not Debian or Ubuntu; install what these packages hold, then run make again:"
         say "  $*"
-        die "(a C compiler, Python's headers and venv, fuse3 with its headers, pkg-config, attr)"
+        die "(a C compiler, Python's headers and venv, fuse3 with its headers, pkg-config, attr,
+         xfsprogs, btrfs-progs)"
     fi
     if [ "$(id -u)" -ne 0 ]; then
         command -v sudo >/dev/null || die "run this as root: apt-get install $*"

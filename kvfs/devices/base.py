@@ -16,14 +16,18 @@ Layer: L1.
 - After `close` every method but `release` and `close` raises ClosedError.
 """
 
+import errno
+import os
 import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from kvfs.devices.reflink import NOTHING, Cloning, Extent
 from kvfs.units import PAGE
 
 SLOTS_SPARE: Final = 64
@@ -46,6 +50,7 @@ class DeviceInfo:
         is_persistent: Persisted bytes survive a crash of process and machine (as far as the medium
             below does: a directory on tmpfs survives the process only).
         write_atomic_bytes: Largest aligned write that a power cut never tears.
+        cloning: Which parts of its segments `assemble` can share.
     """
 
     index: int
@@ -59,6 +64,7 @@ class DeviceInfo:
     slot_count: int
     is_persistent: bool
     write_atomic_bytes: int
+    cloning: Cloning = NOTHING
 
 
 def slot_count_of(capacity_bytes: int, segment_bytes: int) -> int:
@@ -231,6 +237,22 @@ class Device(ABC):
 
         With `uncached` past the page cache, from the medium itself.
         """
+
+    def assemble(self, extents: Sequence[Extent], nbytes: int) -> int:
+        """Make a file that shares extents of segments; return a descriptor that only reads.
+
+        It has no name and counts against no capacity: it takes no space while the segments are
+        there, so its owner holds them as long as it holds the file. What no extent covers reads as
+        zeros. Durability: none; it ends with its last descriptor.
+
+        REQUIRES: offsets, targets and lengths are multiples of the granularity of `info.cloning`,
+        but the last length; what is cloned is persisted, and never written again.
+
+        Raises:
+            OSError: EOPNOTSUPP: the device cannot. ENOSPC: there is no space for the metadata.
+        """
+        del extents, nbytes
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     # --- staging
     @abstractmethod

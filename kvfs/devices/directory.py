@@ -27,7 +27,7 @@ lock is held during I/O.
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 from uuid import UUID
 
@@ -55,6 +55,7 @@ from kvfs.devices.filesystem import (
     pread_all,
 )
 from kvfs.devices.ledger import Ledger
+from kvfs.devices.reflink import Extent
 
 WRITE_ATOMIC_BYTES: Final = 512
 
@@ -87,6 +88,7 @@ class DirectoryDevice(DirectoryFiles):
             slot_count=slot_count_of(capacity_bytes, segment_bytes),
             is_persistent=True,
             write_atomic_bytes=WRITE_ATOMIC_BYTES,
+            cloning=files.cloning(),
         )
         super().__init__(files, Ledger(name, capacity_bytes))
 
@@ -232,6 +234,11 @@ class DirectoryDevice(DirectoryFiles):
         if uncached:
             return self._files.read_uncached(state.path, offset, nbytes)
         return pread_all(segment.fd, offset, nbytes)
+
+    def assemble(self, extents: Sequence[Extent], nbytes: int) -> int:
+        """Share them by reflink; see `kvfs.devices.reflink`."""
+        self._check_open()
+        return self._files.assemble(extents, nbytes)
 
     # --- the rest
     @property

@@ -12,10 +12,12 @@ import os
 import re
 import signal
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Final
 
 from kvfs import _native
 from kvfs.devices.base import AddressArray, DigestArray, StatusArray
+from kvfs.devices.reflink import NOTHING, Cloning, Extent
 from kvfs.errors import UsageError
 from kvfs.units import MIB, PAGE
 
@@ -140,6 +142,15 @@ class FileSystem(ABC):
     @abstractmethod
     def location(self) -> int:
         """Return a number that a copy of the directory would not have; 0 if unknown."""
+
+    def cloning(self) -> Cloning:
+        """Find out what files here can share."""
+        return NOTHING
+
+    def assemble(self, extents: Sequence[Extent], nbytes: int) -> int:
+        """Make an unnamed file of extents of other files; see `reflink.assemble`."""
+        del extents, nbytes
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     @abstractmethod
     def close(self) -> None:

@@ -19,9 +19,11 @@ import mmap
 import os
 import stat
 import struct
+from collections.abc import Sequence
 from typing import Final
 
 from kvfs import _native
+from kvfs.devices import reflink
 from kvfs.devices.filesystem import (
     LOCK,
     RAW,
@@ -35,6 +37,7 @@ from kvfs.devices.filesystem import (
     is_own_name,
     pread_all,
 )
+from kvfs.devices.reflink import Cloning, Extent
 from kvfs.errors import BusyError, CorruptionError, NotFoundError, RefusedError, UsageError
 from kvfs.units import PAGE, align_up, format_bytes
 
@@ -282,6 +285,14 @@ class OSFileSystem(FileSystem):
         fsid = os.fstatvfs(self._root_fd).f_fsid if is_stable else 0
         mask = (1 << 64) - 1
         return _native.xxh3_64(struct.pack("<QQQ", status.st_ino, generation, fsid & mask)) or 1
+
+    def cloning(self) -> Cloning:
+        """Try it with two unnamed files."""
+        return reflink.probe(self._root_fd, filesystem_type(self._root_fd))
+
+    def assemble(self, extents: Sequence[Extent], nbytes: int) -> int:
+        """Share their extents."""
+        return reflink.assemble(self._root_fd, extents, nbytes)
 
     def close(self) -> None:
         """Release the lock and the directory; idempotent."""

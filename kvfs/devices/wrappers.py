@@ -30,6 +30,7 @@ from kvfs.devices.base import (
     Staging,
     StatusArray,
 )
+from kvfs.devices.reflink import Extent
 from kvfs.units import PAGE, align_up
 
 T = TypeVar("T")
@@ -114,6 +115,10 @@ class WrapperDevice(Device):
         return self._call(
             "read", nbytes, lambda: self.inner.read(segment, offset, nbytes, uncached=uncached)
         )
+
+    def assemble(self, extents: Sequence[Extent], nbytes: int) -> int:
+        """Forward."""
+        return self._call("assemble", nbytes, lambda: self.inner.assemble(extents, nbytes))
 
     def create_staging(self, name: str) -> Staging:
         """Forward."""
@@ -218,7 +223,7 @@ class CountingDevice(WrapperDevice):
 class Verb(Enum):
     """The operations that faults speak of."""
 
-    CREATE = ("create", "create_staging", "adopt", "keep_raw")
+    CREATE = ("create", "create_staging", "adopt", "keep_raw", "assemble")
     WRITE = ("write_payloads", "write_tail", "write_staging", "write_superblock")
     PERSIST = ("persist", "persist_names", "persist_staging")
     READ = ("read", "read_tail", "read_superblock")

@@ -64,15 +64,18 @@ class Reader:
         counters.lookups_missed += len(keys) - hits
         return records
 
-    def lease(self, namespace_id: int, keys: KeyArray, *, verify: bool = True) -> Lease:
+    def lease(
+        self, namespace_id: int, keys: KeyArray, *, verify: bool = True, device: int | None = None
+    ) -> Lease:
         """Look up blocks and hold their segments until `release`.
 
         With `verify`, copies that do not hold what their entry says are dropped; a block without
-        a good copy is reported as a miss.
+        a good copy is reported as a miss. With `device`, only copies there count, unverified.
         """
+        assert device is None or not verify, "a bad copy would be replaced by one elsewhere"
         index = self._state.index(namespace_id)
         with self._state.lock:
-            lease = Lease(index.lookup(keys))
+            lease = Lease(index.lookup(keys, device))
             self._hold(lease)
         self._touch(lease)
         if verify:
@@ -85,6 +88,14 @@ class Reader:
             assert segment.leases > 0, "an unheld segment may be gone"
             segment.leases += 1
         return Lease(np.zeros(0, RECORD), [segment])
+
+    def share(self, lease: Lease) -> Lease:
+        """Hold what a lease holds, which the caller has, once more, until `release`."""
+        with self._state.lock:
+            for segment in lease.segments:
+                assert segment.leases > 0, "an unheld segment may be gone"
+                segment.leases += 1
+        return Lease(lease.records, list(lease.segments), lease.parts)
 
     def release(self, lease: Lease) -> None:
         """Let go of a lease; idempotent."""

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfs.buffers import Addresses
+from kvfs.devices.reflink import Extent
 from kvfs.engine.device_state import DeviceState
 from kvfs.engine.evictor import Evictor
 from kvfs.engine.format import EntryFlag
@@ -142,10 +143,12 @@ class Store(StoreFiles):
         with self.state.activity.during(namespace_id):
             return self.reader.read_into(namespace_id, keys, addresses, lengths)
 
-    def lease(self, namespace_id: int, keys: KeyArray, *, verify: bool = True) -> Lease:
-        """Hold blocks for reading in place; give back with `release`."""
+    def lease(
+        self, namespace_id: int, keys: KeyArray, *, verify: bool = True, device: int | None = None
+    ) -> Lease:
+        """Hold blocks for reading in place; give back with `release`. See Reader.lease."""
         with self.state.activity.during(namespace_id):
-            return self.reader.lease(namespace_id, keys, verify=verify)
+            return self.reader.lease(namespace_id, keys, verify=verify, device=device)
 
     def verified(self, records: RecordArray) -> Mask:
         """Verify leased records that were not verified yet; bad ones are dropped. One namespace."""
@@ -167,6 +170,15 @@ class Store(StoreFiles):
     def hold(self, segment: SegmentState) -> Lease:
         """Hold a segment that a lease of the caller's holds, for longer than that lease."""
         return self.reader.hold(segment)
+
+    def share(self, lease: Lease) -> Lease:
+        """Hold what a lease of the caller's holds, for longer than that lease."""
+        return self.reader.share(lease)
+
+    def assemble(self, device_index: int, extents: Sequence[Extent], nbytes: int) -> int:
+        """Make a file that shares extents of leased segments; see Device.assemble."""
+        with self.state.activity.during():
+            return self.state.device(device_index).device.assemble(extents, nbytes)
 
     def release(self, lease: Lease) -> None:
         """End a lease; idempotent."""

@@ -8,6 +8,7 @@ Layer: L5.
     file_operations.py  request handlers of open files: thin, they call kvfs.files
     opening.py      opens: which lane, and what goes together in the kernel
     lanes.py        what kvfs-core is given, so that reads need not come here
+    reflink_views.py  scattered content as one file that the kernel can read
     core.py         kvfs-core: started, watched, ended
     core_client.py  its control messages
     name_filter.py  names that may exist, so that it can deny the others

@@ -6,8 +6,8 @@ Layer: L5.
     native       kvfs-core, from segments it has mapped
     namespace    the request handlers, as everything else
 
-- Passthrough: the content is one whole file segment of a healthy directory device, verified. The
-  handle's lease keeps the segment.
+- Passthrough: the content is one whole file segment of a healthy directory device, verified, or a
+  view of what is scattered there (`reflink_views`). The handle's lease keeps the segments.
 - Native: a table of where each block lies, its fastest copy. The segments it names are held for as
   long as the core may read them: a segment is given to the core once, stays while a table uses it,
   and for LINGER_NS longer, so that a file opened again finds it mapped and verified.
@@ -44,6 +44,8 @@ from kvfs.fuse.core_client import (
     VERIFY_READS,
     CoreClient,
 )
+from kvfs.fuse.reflink_views import LINGER_NS as VIEW_LINGER_NS
+from kvfs.fuse.reflink_views import Offer, View, Views
 from kvfs.units import PAGE
 
 TABLE_NS: Final = 10_000_000_000
@@ -73,6 +75,10 @@ class Plan:
     lease: Lease
     is_direct: bool = False
     """For a handle past the page cache, whose reads may end before what they ask for."""
+    offer: Offer | None = None
+    """How it is passed through, if not as a whole file; its lease is the plan's."""
+    view: View | None = None
+    """What is passed through, once it is there."""
 
 
 @dataclass(slots=True, eq=False)
@@ -94,6 +100,7 @@ class _Installed:
     since_ns: int
     places: list[Place] = field(default_factory=list)
     lease: Lease | None = None
+    view: View | None = None
 
 
 class Lanes:
@@ -104,6 +111,7 @@ class Lanes:
     ) -> None:
         """Serve a pool's files through a core."""
         self.has_passthrough = has_passthrough
+        self.views = Views(store, clock)
         self._store = store
         self._client = client
         self._clock = clock
@@ -115,38 +123,47 @@ class Lanes:
         self._stuck: list[tuple[int, _Installed]] = []
         store.state.on_pressure = self.reclaim
 
-    def plan(self, reader: FileReader) -> Plan | None:
+    def plan(self, reader: FileReader, *, may_pass: bool = True) -> Plan | None:
         """Return the best lane for what a reader has open, or None for the namespace lane.
 
-        A plan for passthrough must be `vouched` before it is installed.
+        A plan for passthrough must be `vouched` before it is installed; there is none without
+        `may_pass`.
         """
         if not 0 < len(reader.keys) <= BLOCKS_MAX:
             return None
         lease = self._store.lease(reader.namespace_id, reader.keys, verify=False)
-        lane = Lane.NAMESPACE
+        plan = Plan(Lane.NAMESPACE, reader, lease)
         try:
             if lease.records["length"].all() and self._is_healthy(lease):
-                if self.has_passthrough and _is_whole_file(reader, lease):
-                    lane = Lane.PASSTHROUGH
-                elif self._needs_no_medium(lease):
-                    lane = Lane.NATIVE
+                self._choose(plan, may_pass=may_pass and self.has_passthrough)
         finally:
-            if lane is Lane.NAMESPACE:
-                self._store.release(lease)
-        return None if lane is Lane.NAMESPACE else Plan(lane, reader, lease)
+            if plan.lane is Lane.NAMESPACE:
+                self.release(plan)
+        return None if plan.lane is Lane.NAMESPACE else plan
 
     def is_vouched(self, plan: Plan) -> bool:
         """Say whether a plan can be installed as it is.
 
-        The kernel verifies nothing, so a file is verified before its first passthrough.
+        The kernel verifies nothing, so a file is verified before its first passthrough, and a view
+        is made of what was.
         """
-        if plan.lane is Lane.NATIVE or is_verified(plan.lease.records).all():
+        if plan.lane is Lane.NATIVE or plan.view is not None:
+            return True
+        if plan.offer is not None:
+            return False
+        if is_verified(plan.lease.records).all():
             return True
         return not self._store.state.options.verify_reads and self._needs_no_medium(plan.lease)
 
     def vouched(self, plan: Plan) -> Plan | None:
-        """Verify what a plan holds; None, and the plan released, if some of it is bad."""
+        """Verify what a plan holds; None, and the plan released, if some of it is bad.
+
+        Where a view is to be passed through, it is made; if that fails, the core reads.
+        """
         if self._store.verified(plan.lease.records).all():
+            if plan.offer is not None and plan.view is None:
+                plan.view = self.views.build(plan.reader, plan.offer)
+                plan.lane = Lane.NATIVE if plan.view is None else plan.lane
             return plan
         self.release(plan)
         return None
@@ -154,6 +171,9 @@ class Lanes:
     def release(self, plan: Plan) -> None:
         """Let go of a plan that is not installed."""
         self._store.release(plan.lease)
+        view, plan.view = plan.view, None
+        if view is not None:
+            self.views.release(view)
 
     def install(self, fh: int, inode: int, plan: Plan) -> Lane:
         """Install a plan for a handle, and consume it; return the lane that it got.
@@ -200,11 +220,13 @@ class Lanes:
             self._take_down(fh, installed)
         self._revoke(now_ns - TABLE_NS)
         self._drop_segments(now_ns - LINGER_NS)
+        self.views.sweep(now_ns - VIEW_LINGER_NS)
 
     def reclaim(self) -> None:
         """Hold no segment for the core any more: a device needs room."""
         self._revoke(_EVER_NS)
         self._drop_segments(_EVER_NS)
+        self.views.sweep(_EVER_NS)
 
     def stop(self) -> None:
         """Give back all that is held. The core has ended, or is to be asked no more."""
@@ -218,14 +240,30 @@ class Lanes:
         for _, installed in stuck:
             self._let_go(installed)
         self._drop_segments(_EVER_NS)
+        self.views.sweep(_EVER_NS)
 
     # --- internals
 
+    def _choose(self, plan: Plan, *, may_pass: bool) -> None:
+        """Set the lane of a plan whose blocks are all there."""
+        reader, lease = plan.reader, plan.lease
+        if may_pass and _is_whole_file(reader, lease):
+            plan.lane = Lane.PASSTHROUGH
+            return
+        plan.offer = self.views.offer(reader, lease) if may_pass else None
+        if plan.offer is not None:
+            self._store.release(lease)
+            plan.lease, plan.view = plan.offer.lease, plan.offer.view
+            plan.lane = Lane.PASSTHROUGH
+        elif self._needs_no_medium(lease):
+            plan.lane = Lane.NATIVE
+
     def _pass_through(self, fh: int, inode: int, plan: Plan) -> bool:
-        [part] = plan.lease.parts
+        view = plan.view
+        source = plan.lease.parts[0].segment.handle.fd if view is None else view.fd
         try:
             # The descriptor of a file adopted by this process could be written through.
-            fd = os.open(f"/proc/self/fd/{part.segment.handle.fd}", os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(f"/proc/self/fd/{source}", os.O_RDONLY | os.O_CLOEXEC)
             try:
                 self._client.install_backing(fh, inode, fd)
             finally:
@@ -235,7 +273,9 @@ class Lanes:
                 self.has_passthrough = False
                 _log.info("passthrough is off from now on: %s", error)
             return False
-        installed = _Installed(Lane.PASSTHROUGH, len(plan.reader.keys), 0, lease=plan.lease)
+        installed = _Installed(
+            Lane.PASSTHROUGH, len(plan.reader.keys), 0, lease=plan.lease, view=view
+        )
         return self._note(fh, installed, plan.reader)
 
     def _install_table(self, fh: int, inode: int, plan: Plan) -> bool:
@@ -340,6 +380,8 @@ class Lanes:
                 known.idle_ns = now_ns
         if installed.lease is not None:
             self._store.release(installed.lease)
+        if installed.view is not None:
+            self.views.release(installed.view)
 
     def _revoke(self, before_ns: int) -> None:
         with self._lock:

@@ -95,6 +95,7 @@ class Opening(pyfuse3.Operations):
             "open_handles": len(self._handles),
             "known_inodes": len(self._inodes),
             "core": {} if self._core is None else dict(self._core.counters),
+            "views": {} if self.lanes is None else self.lanes.views.snapshot(),
         }
 
     def restore(self, core: Core) -> None:
@@ -204,6 +205,8 @@ class Opening(pyfuse3.Operations):
         number, unused = 0, None
         try:
             plan = unused = None if reader.size_bytes <= LAZY_BYTES else await self._plan(handle)
+            if self.lanes is not None:
+                self.lanes.views.note_open(reader)
             number = self._take_place(handle, plan, caller)
             unused = None
             if plan is not None:
@@ -225,9 +228,7 @@ class Opening(pyfuse3.Operations):
             FUSEError: ESTALE: none does.
         """
         self._places.for_reading(handle, caller)
-        if self._places.must_yield(handle.inode) or not self._handles.may_pass_through(
-            handle.inode, handle.identity
-        ):
+        if not self._may_pass_through(handle):
             self._places.require_no_passthrough(handle.inode)
             if plan is not None:
                 plan.lane = Lane.NATIVE
@@ -255,23 +256,44 @@ class Opening(pyfuse3.Operations):
 
     # --- lanes
 
-    async def _plan(self, handle: ReadHandle) -> Plan | None:
+    async def _plan(self, handle: ReadHandle, *, may_pass: bool = True) -> Plan | None:
         """Return what lane a handle could have; files are verified for passthrough."""
         lanes = self.lanes
         if lanes is None or self._is_contested(handle):
             return None
         reader, plan, is_planned = handle.reader, None, False
+        may_pass = may_pass and self._may_pass_through(handle)
         if len(reader.keys) <= SMALL_BLOCKS:
             with self._pool.store.hold_at_once() as is_planned:
                 if is_planned:
-                    plan = lanes.plan(reader)
+                    plan = lanes.plan(reader, may_pass=may_pass)
         if not is_planned:
-            plan = await self._runner.run(lanes.plan, reader, undo=_release(lanes))
-        if plan is not None and not lanes.is_vouched(plan):
             plan = await self._runner.run(
-                lanes.vouched, plan, nbytes=reader.size_bytes, undo=_release(lanes)
+                lambda: lanes.plan(reader, may_pass=may_pass), undo=_release(lanes)
             )
+        if plan is not None and not lanes.is_vouched(plan):
+            plan = await self._vouched(lanes, plan)
         return plan
+
+    async def _vouched(self, lanes: Lanes, plan: Plan) -> Plan | None:
+        """Verify what a plan holds, and make the view it needs; consumes the plan.
+
+        A view that takes too long is no reason to fail: the handlers can read what it would hold.
+        """
+        waiting, is_file = [plan], plan.offer is None
+        try:
+            return await self._runner.run(
+                lambda: lanes.vouched(waiting.pop()) if waiting else None,
+                nbytes=plan.reader.size_bytes, undo=_release(lanes),
+            )  # fmt: skip
+        except FUSEError:
+            if is_file:
+                raise
+            return None
+        finally:
+            if waiting:  # no thread was free within the deadline
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(lanes.release, waiting.pop())
 
     async def _install(self, number: int, handle: ReadHandle, plan: Plan) -> None:
         """Install a lane for a registered handle, if the core agrees.
@@ -314,9 +336,8 @@ class Opening(pyfuse3.Operations):
         if not is_free:
             return
         with contextlib.suppress(FUSEError):
-            plan = await self._plan(handle)
+            plan = await self._plan(handle, may_pass=False)
             if plan is not None:
-                plan.lane = Lane.NATIVE
                 await self._install(number, handle, plan)
 
     def _is_contested(self, handle: ReadHandle) -> bool:
@@ -334,6 +355,13 @@ class Opening(pyfuse3.Operations):
                 await self._runner.run(self._close_former, number)
             if isinstance(other, ReadHandle) and other.inode == inode and not other.is_passthrough:
                 await self._runner.run(self.lanes.close, number)
+
+    def _may_pass_through(self, handle: ReadHandle) -> bool:
+        """Say whether a handle that is not registered yet may be opened for passthrough."""
+        inode = handle.inode
+        return not self._places.must_yield(inode) and self._handles.may_pass_through(
+            inode, handle.identity
+        )
 
     # --- handles of a former owner
 

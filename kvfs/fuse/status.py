@@ -183,6 +183,9 @@ def render_metrics(status: dict[str, Any]) -> str:
     for name in ("timeouts", "bytes_read", "bytes_written"):
         metric(f"fuse_{name}_total", "counter", [("", mount[name])])
     metric("fuse_open_handles", "gauge", [("", mount["open_handles"])])
+    for name, value in mount["views"].items():
+        kind = "counter" if name in ("views_built", "views_failed") else "gauge"
+        metric(f"{name}_total" if kind == "counter" else name, kind, [("", value)])
     for name, value in mount["core"].items():
         kind = "gauge" if name in GAUGES else "counter"
         suffix = "" if kind == "gauge" else "_total"

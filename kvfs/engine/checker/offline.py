@@ -27,6 +27,7 @@ from kvfs.devices.directory import DirectoryDevice
 from kvfs.devices.filesystem import OSFile
 from kvfs.devices.open import is_formatted
 from kvfs.devices.osfs import OSFileSystem
+from kvfs.devices.reflink import NOTHING, Cloning
 from kvfs.engine.catalog import Catalog
 from kvfs.engine.catalog_schema import DeviceRow
 from kvfs.engine.checker.devices import check_devices
@@ -60,6 +61,10 @@ class ReadOnlyFileSystem(OSFileSystem):
     def create(self, path: str, nbytes: int = 0) -> OSFile:
         """Refuse."""
         self._refuse(path)
+
+    def cloning(self) -> Cloning:
+        """Try nothing: it would take two files."""
+        return NOTHING
 
     def rename(self, source: str, target: str) -> None:
         """Refuse."""
