@@ -105,6 +105,11 @@ static void deliver(struct core *core, const struct pending_request *request, ui
         note_open(core, request, bytes, nbytes);
     if (request->opcode == FUSE_INIT && header.error == 0)
         nbytes = init_patch(core, bytes, nbytes);
+    /* The owner had pages dropped that the write made stale: not to be read after it. Dirty pages
+     * that are written for that cannot wait for it. */
+    if (request->opcode == FUSE_WRITE && !(request->open_flags & FUSE_WRITE_CACHE) &&
+        notify_push_after(&core->notify, request->device, bytes, nbytes))
+        return;
     int status = device_write(request->device, bytes, nbytes);
     if (request->opcode == FUSE_INIT) {
         atomic_store(&core->init.is_answered, true);

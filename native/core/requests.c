@@ -52,6 +52,7 @@ static struct pending_request describe(const struct core *core, const struct rea
         if (BODY_GET(request, &write)) {
             noted.fh = write.fh;
             noted.argument = write.size;
+            noted.open_flags = write.write_flags;
         }
         break;
     case FUSE_SETATTR:
