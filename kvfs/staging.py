@@ -67,6 +67,7 @@ class Staged:
         is_raw: A raw file.
         taken_bytes: What it has of the budget.
         is_growing: Somebody else may write now, so that only the file itself knows its size.
+        stamp_ns: The file's own mtime when that began, or when its time was last taken from there.
         guard: Held to ask the file for its size, and to end that; its descriptor stays until then.
     """
 
@@ -77,6 +78,7 @@ class Staged:
     is_raw: bool = False
     taken_bytes: int = 0
     is_growing: bool = False
+    stamp_ns: int = 0
     guard: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -89,6 +91,19 @@ class Staged:
         """Its size, also while somebody else writes. Needs no lock of the writer's."""
         with self.guard:
             return os.fstat(self.file.fd).st_size if self.is_growing else self.file.nbytes
+
+    def changed_ns(self) -> int:
+        """Return when somebody else wrote last; 0: not since `stamp_ns`. As above."""
+        with self.guard:
+            found_ns = os.fstat(self.file.fd).st_mtime_ns if self.is_growing else self.stamp_ns
+        return 0 if found_ns == self.stamp_ns else found_ns
+
+    def start_growing(self) -> None:
+        """Note that somebody else may write from now on."""
+        with self.guard:
+            if not self.is_growing:
+                self.stamp_ns = os.fstat(self.file.fd).st_mtime_ns
+            self.is_shared = self.is_growing = True
 
     def stop_growing(self) -> None:
         """Note that nobody else writes any more: the size is what was settled last."""

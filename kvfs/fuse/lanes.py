@@ -146,10 +146,13 @@ class Lanes:
 
     def vouched(self, plan: Plan) -> Plan | None:
         """Verify what a plan holds; None, and the plan released, if some of it is bad."""
-        if self._store.verified(plan.lease.records).all():
-            return plan
-        self.release(plan)
-        return None
+        is_good = False
+        try:
+            is_good = bool(self._store.verified(plan.lease.records).all())
+        finally:
+            if not is_good:
+                self.release(plan)
+        return plan if is_good else None
 
     def release(self, plan: Plan) -> None:
         """Let go of a plan that is not installed."""

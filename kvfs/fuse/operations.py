@@ -230,6 +230,9 @@ class KvfsOperations(FileOperations):
     @handler
     async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: _Context) -> None:
         """Set an attribute of the user's, `user.kvfs.raw`, or a namespace's retention."""
+        if not name:  # not from the kernel
+            await self._fallocate(value)
+            return
         if is_virtual(inode):
             raise FUSEError(errno.EROFS)
         if not name.startswith(USER):
@@ -328,6 +331,9 @@ class KvfsOperations(FileOperations):
         for number, handle in reversed(self._handles.items()):
             if isinstance(handle, ReadHandle) and handle.inode == inode and self.lanes is not None:
                 return self.lanes.lane_of(number)
+            if isinstance(handle, WritingHandle) and handle.inode == inode:
+                is_native = self.write_lanes is not None and self.write_lanes.is_native(number)
+                return Lane.NATIVE if is_native else Lane.NAMESPACE
         node = await self._node(node_of(inode))
         if node.is_directory:
             raise FUSEError(errno.ENODATA)
