@@ -29,6 +29,7 @@ from kvfs.staging import Staged, StagingArea
 GRANT_STEP_BYTES: Final = 16 << 20
 GRANT_SHARE: Final = 4  # of a large file a quarter of its size ahead
 _GRANT_STEP_MAX: Final = 256 << 20
+_MEMORY_STEP_BYTES: Final = 4 << 20
 FALLOC_KEEP_SIZE: Final = 1  # linux/falloc.h
 _COPY_BYTES: Final = 4 << 20
 _log = logging.getLogger("kvfs.files")
@@ -233,15 +234,17 @@ class FileWriting(FileContents):
         """Take capacity for a grant, a step ahead if that is to be had; return the credit."""
         staged = writer.staged
         assert staged is not None
-        step = min(max(GRANT_STEP_BYTES, upto_bytes // GRANT_SHARE), _GRANT_STEP_MAX)
-        ahead = upto_bytes + step
         if staged.in_memory:
             limit = self.staging.memory_limit()
-            for end in (min(limit, ahead), min(limit, upto_bytes + step // 4), upto_bytes):
-                if upto_bytes <= end and self.staging.hold(staged, end):
+            ahead = min(limit, upto_bytes + max(_MEMORY_STEP_BYTES, upto_bytes))
+            for end in (ahead, upto_bytes):
+                is_ahead = end > upto_bytes
+                if upto_bytes <= end and self.staging.hold(staged, end, is_ahead=is_ahead):
                     self.staging.reserve(staged, end)
                     return end
             self._move(writer)
+        step = min(max(GRANT_STEP_BYTES, upto_bytes // GRANT_SHARE), _GRANT_STEP_MAX)
+        ahead = upto_bytes + step
         try:
             self.staging.reserve(staged, ahead)
         except NoSpaceError:

@@ -40,10 +40,11 @@ class MemoryBudget:
         self.used_bytes = 0
         self._lock = threading.Lock()
 
-    def take(self, nbytes: int) -> bool:
-        """Take some; False if there is not so much left."""
+    def take(self, nbytes: int, *, is_ahead: bool = False) -> bool:
+        """Take some; False if there is not so much left. Ahead of need only half can be had."""
+        limit_bytes = self.limit_bytes // 2 if is_ahead else self.limit_bytes
         with self._lock:
-            if self.used_bytes + nbytes > self.limit_bytes:
+            if self.used_bytes + nbytes > limit_bytes:
                 return False
             self.used_bytes += nbytes
             return True
@@ -148,8 +149,10 @@ class StagingArea:
         file = self._store.create_staging(devices[0], self._fresh_name(name), namespace_id)
         return Staged(namespace_id, file, devices[0])
 
-    def hold(self, staged: Staged, nbytes: int) -> bool:
+    def hold(self, staged: Staged, nbytes: int, *, is_ahead: bool = False) -> bool:
         """Take memory for a size; False if the file must move to its device to have it.
+
+        What is taken ahead of need leaves the others' need half of the memory.
 
         True for a file on its device: that takes its space as it grows.
         """
@@ -159,7 +162,7 @@ class StagingArea:
             return False
         more = align_up(nbytes, PAGE) - staged.taken_bytes
         if more > 0:
-            if not self.budget.take(more):
+            if not self.budget.take(more, is_ahead=is_ahead):
                 return False
             staged.taken_bytes += more
         return True

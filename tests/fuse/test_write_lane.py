@@ -324,30 +324,35 @@ def test_room_that_is_almost_used_up(make_mount: Callable[..., MountedPool]) -> 
 
 
 def test_many_writers_at_once(mounted: MountedPool) -> None:
-    """More than the memory for small files has room for."""
-    contents = [random.Random(number).randbytes(2 * MIB + number) for number in range(24)]
+    """What is granted ahead leaves memory for those who come later."""
+    contents = [random.Random(number).randbytes(MIB + number) for number in range(60)]
     fds = [
         os.open(mounted.path / f"{number}", os.O_WRONLY | os.O_CREAT, 0o644)
         for number in range(len(contents))
     ]
-    for at in range(0, 3 * MIB, 512 << 10):
+    for at in range(0, 2 * MIB, 512 << 10):
         for fd, data in zip(fds, contents, strict=True):
             os.pwrite(fd, data[at : at + (512 << 10)], at)
+    assert not [*(mounted.device_path / "staging").iterdir()]
     for fd in fds:
         os.close(fd)
     for number, data in enumerate(contents):
         assert (mounted.path / f"{number}").read_bytes() == data
 
 
-def test_rename_over_while_open(mounted: MountedPool, new: int) -> None:
+def test_rename_over_while_open(mounted: MountedPool) -> None:
+    """The rename takes in what was written so far; what follows is written natively again."""
     path = mounted.path / "target"
     write_file(path, b"old")
-    os.write(new, b"new")
+    fd = os.open(mounted.path / "f", os.O_WRONLY | os.O_CREAT, 0o644)
+    os.write(fd, b"new")
     (mounted.path / "f").rename(path)
-    os.write(new, b"er")
-    assert os.fstat(new).st_size == 5
-    os.fsync(new)
-    wait_until(lambda: lane(path) is not None, "the lane of the file")
+    os.write(fd, b"e")
+    os.write(fd, b"r")
+    assert os.fstat(fd).st_size == 5
+    assert lane(path) == "native"
+    os.close(fd)
+    assert path.read_bytes() == b"newer"
 
 
 def test_a_name_removed_while_written(mounted: MountedPool, new: int) -> None:

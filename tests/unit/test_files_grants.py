@@ -111,6 +111,22 @@ def used(pool: Pool) -> int:
 # --- the protocol
 
 
+def test_what_is_granted_ahead_leaves_memory_to_others(pool: Pool) -> None:
+    budget = pool.files.staging.budget
+    budget.limit_bytes = 3 * QUARTER
+    cores = [open_new(pool, f"f{number}")[1] for number in range(3)]
+    for core in cores:
+        core.ask(0)
+    assert [core.credit for core in cores] == [QUARTER, 0, 0]
+    for core in cores:
+        core.write(0, b"x" * QUARTER)
+    assert budget.used_bytes == 3 * QUARTER
+    for core in cores:
+        assert core.handle.writer.staged is not None
+        assert core.handle.writer.staged.in_memory
+        pool.files.close_write(core.handle)
+
+
 def test_a_foreign_writer_writes_a_small_file(pool: Pool) -> None:
     node, core = open_new(pool)
     core.ask(10)
