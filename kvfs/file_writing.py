@@ -133,8 +133,9 @@ class FileWriting(FileContents):
     def grant(self, handle: WriteHandle, upto_bytes: int, revoke: Revoke) -> tuple[int, int]:
         """Let somebody else write, with pwrite to a descriptor, up to a credit; return both.
 
-        The capacity is taken ahead, in steps, so a write inside the credit meets no full pool. It
-        must not go beyond: what ends there is written by `write`, after which more may be granted.
+        The capacity is taken ahead, in steps that grow with the file, so a write inside the credit
+        meets no full pool; of the memory for small files only half is. It must not go beyond: what
+        ends there is written by `write`, after which more may be granted.
 
         The protocol, for a file that is open through `handle`:
 
