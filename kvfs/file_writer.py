@@ -34,11 +34,13 @@ class HandedIn:
         digests: (n, 16) uint8, XXH3-128 of each block of the namespace's stride from the first that
             begins at or after `start_bytes`; the last ends at `end_bytes`. None: not known. They
             are only given if it wrote strictly in order, each byte once and without a gap.
+        has_failed: It told somebody that a write failed.
     """
 
     start_bytes: int = 0
     end_bytes: int = 0
     digests: DigestArray | None = None
+    has_failed: bool = False
 
 
 Revoke = Callable[[], HandedIn | None]
@@ -117,6 +119,8 @@ class WriteHandle:
     """Somebody else may write through it: counts as active."""
     is_reader: bool = False
     """Only reads what the writers see."""
+    is_barred: bool = False
+    """Nobody else may write through it: whoever is told of its writes must be told of all."""
 
 
 @dataclass(slots=True, eq=False)
@@ -145,7 +149,7 @@ class FileWriter:
     is_extended: bool = False
     """Its size was set beyond what was written."""
     has_own_mtime: bool = False
-    """Its time was set, and what was written before must not change it any more."""
+    """Its time was set, by whom it belongs to: it may lie in the future."""
     is_removed: bool = False
     failure: KvfsError | None = None
 
@@ -153,6 +157,20 @@ class FileWriter:
     def size_bytes(self) -> int:
         """Bytes as its writers see them."""
         return self.kept_bytes if self.staged is None else self.staged.size_bytes
+
+    @property
+    def shown_mtime_ns(self) -> int:
+        """Time of the last change, by whomever."""
+        changed_ns = 0 if self.staged is None else self.staged.changed_ns()
+        if self.has_own_mtime:
+            return changed_ns or self.mtime_ns
+        return max(self.mtime_ns, changed_ns)
+
+    def take_mtime(self) -> None:
+        """Note what somebody else's writes did to the time. REQUIRES: `lock`."""
+        if self.staged is not None and (changed_ns := self.staged.changed_ns()):
+            self.mtime_ns, self.has_own_mtime = self.shown_mtime_ns, False
+            self.staged.stamp_ns = changed_ns
 
     @property
     def is_busy(self) -> bool:
@@ -163,6 +181,15 @@ class FileWriter:
     def is_granted(self) -> bool:
         """Whether somebody else may write."""
         return any(handle.grant is not None for handle in self.handles)
+
+    def is_shared_with_others(self, handle: WriteHandle, end_bytes: int) -> bool:
+        """Whether what a foreign writer hashes may be changed by a write of this handle of kvfs's.
+
+        A write of its own that was passed on ends beyond its credit; it is among what is hashed.
+        """
+        if handle.grant is not None and end_bytes <= handle.grant.credit_bytes:
+            return True
+        return any(other.grant is not None for other in self.handles if other is not handle)
 
     @property
     def has_writers(self) -> bool:

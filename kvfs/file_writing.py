@@ -35,6 +35,9 @@ from kvfs.raw_files import RawFiles
 from kvfs.staging import Staged, StagingArea
 
 GRANT_STEP_BYTES: Final = 16 << 20
+GRANT_SHARE: Final = 4  # of a large file a quarter of its size ahead
+_GRANT_STEP_MAX: Final = 256 << 20
+_MEMORY_STEP_BYTES: Final = 4 << 20
 FALLOC_KEEP_SIZE: Final = 1  # linux/falloc.h
 _COPY_BYTES: Final = 4 << 20
 _log = logging.getLogger("kvfs.files")
@@ -71,6 +74,8 @@ class FileWriting(FileContents):
         with writer.lock:
             handle.is_active = True
             _note_written(writer)
+            if writer.is_shared_with_others(handle, offset + memoryview(data).nbytes):
+                writer.digests.is_contested = True
             try:
                 self._touch(writer)
                 self._write(writer, offset, data)
@@ -136,8 +141,9 @@ class FileWriting(FileContents):
     def grant(self, handle: WriteHandle, upto_bytes: int, revoke: Revoke) -> tuple[int, int]:
         """Let somebody else write, with pwrite to a descriptor, up to a credit; return both.
 
-        The capacity is taken ahead, in steps, so a write inside the credit meets no full pool. It
-        must not go beyond: what ends there is written by `write`, after which more may be granted.
+        The capacity is taken ahead, in steps that grow with the file, so a write inside the credit
+        meets no full pool; of the memory for small files only half is. It must not go beyond: what
+        ends there is written by `write`, after which more may be granted.
 
         The protocol, for a file that is open through `handle`:
 
@@ -154,17 +160,18 @@ class FileWriting(FileContents):
            so that this write comes to `write`, which revokes first and moves then.
         3. The caller may end a grant by itself: it stops the writer, then calls `hand_in`.
 
-        `revoke` that raises makes the file fail, for nobody knows what is in it.
+        `revoke` that raises makes the file fail, for nobody knows what is in it. So does one that
+        says so (`HandedIn.has_failed`).
 
         Raises:
             NoSpaceError: Not even `upto_bytes` can be had. Nothing has failed yet; a write will.
-            BusyError: Somebody reads what is being written, through kvfs.
+            BusyError: Somebody reads what is being written, through kvfs; or grants were barred.
         """
         writer = handle.writer
         with writer.lock:
             if writer.failure is not None:
                 raise writer.failure
-            if writer.has_readers:
+            if writer.has_readers or handle.is_barred:
                 raise BusyError(f"others read what is written: {writer.node.name!r}; use write")
             self._staged(writer, writer.size_bytes)
             if any(other.grant is not None for other in writer.handles if other is not handle):
@@ -172,17 +179,9 @@ class FileWriting(FileContents):
             credit = self._reserve(writer, upto_bytes)
             staged = writer.staged
             assert staged is not None
-            staged.is_shared = staged.is_growing = True
+            staged.start_growing()
             handle.grant = Grant(credit, revoke)
             return staged.file.fd, credit
-
-    def note_foreign_write(self, handle: WriteHandle) -> None:
-        """Note that a foreign writer has written, for the times that stat shows, and `flush`."""
-        writer = handle.writer
-        with writer.lock:
-            handle.is_active = True
-            _note_written(writer)
-            self._touch(writer)
 
     def hand_in(self, handle: WriteHandle, handed: HandedIn | None) -> None:
         """End a grant whose foreign writer was stopped already. None: what it wrote is not known.
@@ -194,6 +193,17 @@ class FileWriting(FileContents):
             if handle.grant is not None:
                 handle.grant = None
                 self._take_in(writer, handed)
+
+    def revoke(self, handle: WriteHandle) -> None:
+        """End a grant, if there is one, as kvfs does when it needs the bytes itself."""
+        with handle.writer.lock:
+            self._revoke(handle.writer, handle)
+
+    def bar_grants(self, handle: WriteHandle) -> None:
+        """End a grant, and give no more through this handle: every write comes to kvfs."""
+        with handle.writer.lock:
+            handle.is_barred = True
+            self._revoke(handle.writer, handle)
 
     def _revoke(self, writer: FileWriter, handle: WriteHandle) -> None:
         """End the grant of one handle, if it has one. REQUIRES: the writer's lock."""
@@ -220,12 +230,13 @@ class FileWriting(FileContents):
 
     def _take_in(self, writer: FileWriter, handed: HandedIn | None) -> None:
         """Settle after a grant: size, capacity, digests. REQUIRES: the writer's lock."""
+        writer.take_mtime()
         grew = self._settle(writer)
-        writer.digests.take_in(handed, self._stride_or_page(writer))
+        writer.digests.take_in(handed, self.stride_of(writer))
         if grew > 0 or handed is None or handed.end_bytes:
             _note_written(writer)
-            if not writer.has_own_mtime:
-                self._touch(writer)
+        if handed is not None and handed.has_failed:
+            self._fail(writer, DeviceError(f"write failed or took too long: {writer.node.name!r}"))
 
     def _settle(self, writer: FileWriter) -> int:
         """Take the size from the file; keep the capacity that is promised."""
@@ -241,14 +252,17 @@ class FileWriting(FileContents):
         """Take capacity for a grant, a step ahead if that is to be had; return the credit."""
         staged = writer.staged
         assert staged is not None
-        ahead = upto_bytes + GRANT_STEP_BYTES
         if staged.in_memory:
             limit = self.staging.memory_limit()
-            for end in (min(limit, ahead), upto_bytes):
-                if upto_bytes <= end and self.staging.hold(staged, end):
+            ahead = min(limit, upto_bytes + max(_MEMORY_STEP_BYTES, upto_bytes))
+            for end in (ahead, upto_bytes):
+                is_ahead = end > upto_bytes
+                if upto_bytes <= end and self.staging.hold(staged, end, is_ahead=is_ahead):
                     self.staging.reserve(staged, end)
                     return end
             self._move(writer)
+        step = min(max(GRANT_STEP_BYTES, upto_bytes // GRANT_SHARE), _GRANT_STEP_MAX)
+        ahead = upto_bytes + step
         try:
             self.staging.reserve(staged, ahead)
         except NoSpaceError:
@@ -274,7 +288,7 @@ class FileWriting(FileContents):
         end = offset + memoryview(data).nbytes
         self._fit(writer, max(end, staged.file.nbytes))
         self._change(writer, lambda: self.staging.write(staged, offset, data))
-        writer.digests.forget(offset, end, self._stride_or_page(writer))
+        writer.digests.forget(offset, end, self.stride_of(writer))
 
     def _staged(self, writer: FileWriter, kept_bytes: int) -> Staged:
         """Return the staged bytes, made from the first bytes of the content so far."""
@@ -328,6 +342,8 @@ class FileWriting(FileContents):
     def _resize(self, writer: FileWriter, nbytes: int) -> None:
         """Cut or extend. REQUIRES: the writer's lock."""
         before = writer.size_bytes
+        if 0 < nbytes < before and writer.is_granted:
+            writer.digests.is_contested = True  # of what was cut off, too
         if nbytes == 0:
             self._close_base(writer)
             writer.kept_bytes = 0
@@ -338,7 +354,7 @@ class FileWriting(FileContents):
             self._settle(writer)
             self._fit(writer, nbytes)
             self._change(writer, lambda: self.staging.resize(staged, nbytes))
-            low, stride = min(before, nbytes), self._stride_or_page(writer)
+            low, stride = min(before, nbytes), self.stride_of(writer)
             writer.digests.forget(low, max(before, nbytes, low + 1), stride)
         writer.is_extended = nbytes > 0 and (writer.is_extended or nbytes > before)
         writer.is_dirty = True
@@ -358,7 +374,7 @@ class FileWriting(FileContents):
             self._fail(writer, failure)
             raise failure from error
 
-    def _stride_or_page(self, writer: FileWriter) -> int:
+    def stride_of(self, writer: FileWriter) -> int:
         """Return the namespace's stride; of one that is gone, anything."""
         try:
             return self._layout_of(writer.node.namespace_id).stride

@@ -64,7 +64,7 @@ class Files(FileAdoption):
         """Return a node with the size and times that stat shows: of bytes being written, too."""
         writer = self.writer_of(node.node_id)
         if writer is not None and (writer.is_dirty or writer.is_granted):
-            return with_changes(node, size_bytes=writer.size_bytes, mtime_ns=writer.mtime_ns)
+            return with_changes(node, size_bytes=writer.size_bytes, mtime_ns=writer.shown_mtime_ns)
         raw_bytes = self.raws.size_of(node.node_id)
         if raw_bytes is not None:
             return with_changes(node, size_bytes=raw_bytes)
@@ -201,6 +201,7 @@ class Files(FileAdoption):
             with writer.lock:
                 if writer.is_granted and self._settle(writer) > 0:
                     writer.is_dirty = writer.is_written = True
+                writer.take_mtime()
                 writer.mtime_ns, writer.has_own_mtime = mtime_ns, True
         with self._lock:
             adopted = self._adopted.get(node.node_id)

@@ -40,10 +40,11 @@ class MemoryBudget:
         self.used_bytes = 0
         self._lock = threading.Lock()
 
-    def take(self, nbytes: int) -> bool:
-        """Take some; False if there is not so much left."""
+    def take(self, nbytes: int, *, is_ahead: bool = False) -> bool:
+        """Take some; False if there is not so much left. Ahead of need only half can be had."""
+        limit_bytes = self.limit_bytes // 2 if is_ahead else self.limit_bytes
         with self._lock:
-            if self.used_bytes + nbytes > self.limit_bytes:
+            if self.used_bytes + nbytes > limit_bytes:
                 return False
             self.used_bytes += nbytes
             return True
@@ -67,6 +68,7 @@ class Staged:
         is_raw: A raw file.
         taken_bytes: What it has of the budget.
         is_growing: Somebody else may write now, so that only the file itself knows its size.
+        stamp_ns: The file's own mtime when that began, or when its time was last taken from there.
         guard: Held to ask the file for its size, and to end that; its descriptor stays until then.
     """
 
@@ -77,6 +79,7 @@ class Staged:
     is_raw: bool = False
     taken_bytes: int = 0
     is_growing: bool = False
+    stamp_ns: int = 0
     guard: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -89,6 +92,19 @@ class Staged:
         """Its size, also while somebody else writes. Needs no lock of the writer's."""
         with self.guard:
             return os.fstat(self.file.fd).st_size if self.is_growing else self.file.nbytes
+
+    def changed_ns(self) -> int:
+        """Return when somebody else wrote last; 0: not since `stamp_ns`. As above."""
+        with self.guard:
+            found_ns = os.fstat(self.file.fd).st_mtime_ns if self.is_growing else self.stamp_ns
+        return 0 if found_ns == self.stamp_ns else found_ns
+
+    def start_growing(self) -> None:
+        """Note that somebody else may write from now on."""
+        with self.guard:
+            if not self.is_growing:
+                self.stamp_ns = os.fstat(self.file.fd).st_mtime_ns
+            self.is_shared = self.is_growing = True
 
     def stop_growing(self) -> None:
         """Note that nobody else writes any more: the size is what was settled last."""
@@ -133,8 +149,10 @@ class StagingArea:
         file = self._store.create_staging(devices[0], self._fresh_name(name), namespace_id)
         return Staged(namespace_id, file, devices[0])
 
-    def hold(self, staged: Staged, nbytes: int) -> bool:
+    def hold(self, staged: Staged, nbytes: int, *, is_ahead: bool = False) -> bool:
         """Take memory for a size; False if the file must move to its device to have it.
+
+        What is taken ahead of need leaves the others' need half of the memory.
 
         True for a file on its device: that takes its space as it grows.
         """
@@ -144,7 +162,7 @@ class StagingArea:
             return False
         more = align_up(nbytes, PAGE) - staged.taken_bytes
         if more > 0:
-            if not self.budget.take(more):
+            if not self.budget.take(more, is_ahead=is_ahead):
                 return False
             staged.taken_bytes += more
         return True

@@ -5,12 +5,13 @@ Layer: L5.
 - A message is one packet: u32 type, u32 sequence, u64 argument, payload; at most one descriptor
   goes with it. The core answers each in order: u32 type | ANSWER, u32 sequence, i64 result,
   payload.
-- Any thread may call; one at a time talks. An answer that comes after its deadline is thrown away
-  when the next is waited for.
+- Any thread may call; one at a time talks. An answer that comes after its deadline, or that nobody
+  waits for (`post`), is thrown away when others are read.
 - A result below zero is the core's refusal and raises OSError with that number. No answer, or an
   end of the connection, raises UnavailableError.
 """
 
+import contextlib
 import errno
 import os
 import socket
@@ -26,8 +27,9 @@ import numpy.typing as npt
 
 from kvfs.clock import Clock
 from kvfs.errors import UnavailableError
+from kvfs.file_writer import DIGEST_BYTES
 
-VERSION: Final = 1
+VERSION: Final = 2
 PAYLOAD_BYTES_MAX: Final = 65536 - 16
 ANSWER: Final = 0x8000_0000
 BLOCK: Final = np.dtype([
@@ -50,7 +52,11 @@ _HEADER: Final = struct.Struct("<IIQ")
 _ANSWER: Final = struct.Struct("<IIq")
 _HELLO: Final = struct.Struct("<IIIIQ")
 _HANDLE: Final = struct.Struct("<QQII")
+_WRITTEN: Final = struct.Struct("<QQQII")
+_IN_ORDER: Final = 1
+_HAS_FAILED: Final = 2
 _BLOCKS_MAX: Final = (PAYLOAD_BYTES_MAX - 8) // BLOCK.itemsize
+_DIGESTS_MAX: Final = (PAYLOAD_BYTES_MAX - _WRITTEN.size) // DIGEST_BYTES
 _IN_FLIGHT: Final = 16
 _DEADLINE_S: Final = 5.0
 _CLOSE_ATTEMPTS: Final = 3  # the core waits a second each time
@@ -66,6 +72,8 @@ class Kind(IntEnum):
     READ_BEGIN = 4
     READ_BLOCKS = 5
     READ_END = 6
+    WRITE = 7
+    CREDIT = 8
     BACKING = 9
     CLOSE = 10
     NAMES = 11
@@ -73,6 +81,7 @@ class Kind(IntEnum):
     STOP = 13
     HANDLES = 14
     ALLOW = 15
+    DIGESTS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +111,27 @@ class OpenFile:
     inode: int
     flags: int
     is_passthrough: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What the core says of a file that it wrote.
+
+    Attributes:
+        high_water_bytes: Largest end offset; 0: nothing was written.
+        start_bytes: Where the first write was to go.
+        end_bytes: Up to where all writes came in order; as `start_bytes` if they did not.
+        is_in_order: They did, and were hashed.
+        has_failed: A write was answered with an error here.
+        digests: (n, 16) uint8, of each stride from the first that begins at or after `start_bytes`.
+    """
+
+    high_water_bytes: int
+    start_bytes: int
+    end_bytes: int
+    is_in_order: bool
+    has_failed: bool
+    digests: npt.NDArray[np.uint8]
 
 
 class CoreClient:
@@ -164,14 +194,49 @@ class CoreClient:
         Raises:
             OSError: EBUSY: they do not end; it goes on being read.
         """
-        for attempt in range(_CLOSE_ATTEMPTS):
-            try:
-                self.call(Message(Kind.CLOSE, fh))
-            except OSError as error:
-                if error.errno != errno.EBUSY or attempt == _CLOSE_ATTEMPTS - 1:
-                    raise
-            else:
-                return
+        self._close(Message(Kind.CLOSE, fh))
+
+    def install_write(
+        self, fh: int, inode: int, fd: int, credit_bytes: int, stride: int, start_bytes: int
+    ) -> None:
+        """Let the core write a handle's file: to this descriptor, up to a credit.
+
+        What is written in order from `start_bytes` on is hashed by strides; stride 0: nothing is.
+        Not waited for: should the core refuse, writes go on coming to this side, and `close_writer`
+        says so.
+        """
+        payload = struct.pack("<QQQQ", inode, credit_bytes, stride, start_bytes)
+        self.post(Message(Kind.WRITE, fh, payload, fd))
+
+    def raise_credit(self, fh: int, credit_bytes: int) -> None:
+        """Let the core write further. Not waited for."""
+        self.post(Message(Kind.CREDIT, fh, struct.pack("<Q", credit_bytes)))
+
+    def close_writer(self, fh: int, digest_count: int) -> Written | None:
+        """Stop the core writing a handle's file, when its writes in progress are done.
+
+        None: it did not write it. `digest_count`: about how many digests there will be.
+
+        Raises:
+            OSError: EBUSY: they do not end.
+        """
+        ready = b""
+        while digest_count - len(ready) // DIGEST_BYTES > _DIGESTS_MAX:
+            first = len(ready) // DIGEST_BYTES
+            _, raw = self.call(Message(Kind.DIGESTS, fh, struct.pack("<I", first)))
+            # The last of all may be of a stride that grows still.
+            part = raw[_WRITTEN.size :][: _DIGESTS_MAX // 2 * DIGEST_BYTES]
+            if len(part) < _DIGESTS_MAX // 2 * DIGEST_BYTES:
+                break
+            ready += part
+        first = len(ready) // DIGEST_BYTES
+        raw = self._close(Message(Kind.CLOSE, fh, struct.pack("<I", first)))
+        if not raw:
+            return None
+        high, start, end, flags, count = _WRITTEN.unpack_from(raw)
+        digests = np.frombuffer(ready + raw[_WRITTEN.size :], np.uint8).reshape(-1, DIGEST_BYTES)
+        is_in_order = bool(flags & _IN_ORDER) and len(digests) == count
+        return Written(high, start, end, is_in_order, bool(flags & _HAS_FAILED), digests)
 
     def install_names(self, fd: int, nbytes: int, timeout_ms: int) -> None:
         """Let the core deny names that a filter lacks."""
@@ -198,8 +263,8 @@ class CoreClient:
             found += [OpenFile(fh, inode, flags, lane == 3) for fh, inode, flags, lane in part]
 
     def allow(self, milliseconds: int) -> None:
-        """Give forwarded requests this much more time."""
-        self.call(Message(Kind.ALLOW, milliseconds))
+        """Give forwarded requests this much more time. Not waited for."""
+        self.post(Message(Kind.ALLOW, milliseconds))
 
     def call(self, message: Message) -> tuple[int, bytes]:
         """Send one message; return result and payload of its answer.
@@ -209,6 +274,17 @@ class CoreClient:
             UnavailableError: It has ended, or does not answer.
         """
         return self._call_all([message])[0]
+
+    def post(self, message: Message) -> None:
+        """Send one message whose answer nobody needs.
+
+        Raises:
+            UnavailableError: The core has ended, or takes no messages.
+        """
+        with self._lock:
+            self._require()
+            self._send(message, self._deadline_ns())
+            self._discard_answers()
 
     def close(self) -> None:
         """Close the connection; idempotent."""
@@ -222,13 +298,22 @@ class CoreClient:
 
     # --- internals
 
+    def _close(self, message: Message) -> bytes:
+        """Send CLOSE until the lane is not busy any more; return what it says."""
+        for _ in range(_CLOSE_ATTEMPTS - 1):
+            try:
+                return self.call(message)[1]
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+        return self.call(message)[1]
+
     def _call_all(self, messages: Sequence[Message]) -> list[tuple[int, bytes]]:
         """Send messages and return all answers; the first refusal is raised at the end."""
         answers: list[tuple[int, bytes]] = []
         with self._lock:
-            if self._has_ended:
-                raise UnavailableError("kvfs-core has ended")
-            deadline_ns = self._clock.monotonic_ns() + int(_DEADLINE_S * 1e9)
+            self._require()
+            deadline_ns = self._deadline_ns()
             for start in range(0, len(messages), _IN_FLIGHT):
                 part = messages[start : start + _IN_FLIGHT]
                 expected = [self._send(message, deadline_ns) for message in part]
@@ -237,6 +322,20 @@ class CoreClient:
             if result < 0:
                 raise OSError(-result, os.strerror(-result))
         return answers
+
+    def _require(self) -> None:
+        if self._has_ended:
+            raise UnavailableError("kvfs-core has ended")
+
+    def _deadline_ns(self) -> int:
+        return self._clock.monotonic_ns() + int(_DEADLINE_S * 1e9)
+
+    def _discard_answers(self) -> None:
+        """Read what nobody waits for, so that the core never waits for us."""
+        self._socket.settimeout(0)
+        with contextlib.suppress(OSError):  # there is none now; an end shows at the next message
+            while self._socket.recv(_PACKET_BYTES):
+                pass
 
     def _send(self, message: Message, deadline_ns: int) -> int:
         self._sequence = (self._sequence + 1) & 0xFFFF_FFFF

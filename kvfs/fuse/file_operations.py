@@ -13,6 +13,7 @@ import contextlib
 import errno
 import logging
 import os
+import struct
 from dataclasses import replace as with_changes
 from typing import Final, cast
 
@@ -40,6 +41,7 @@ from kvfs.units import PAGE, align_up
 
 IDLE_LEASE_NS: Final = 1_000_000_000
 DROP_S: Final = 1.0
+_FALLOCATE: Final = struct.Struct("<QQQI4x")  # linux/fuse.h, struct fuse_fallocate_in
 _log = logging.getLogger("kvfs.fuse")
 _Context = pyfuse3.RequestContext
 
@@ -102,11 +104,12 @@ class FileOperations(Opening):
     ) -> tuple[FileInfo, pyfuse3.EntryAttributes]:  # fmt: skip
         """Make a file and open it for writing."""
         require_mutable(parent_inode)
+        number = self._handles.next_number()
 
         def make() -> tuple[Node, WriteHandle]:
             node = self._tree.create_file(parent_inode, text_of(name), mode, ctx.uid, ctx.gid)
             try:
-                file = self._files.open_write(node, truncate=True)
+                file = self._opened_to_write(number, node.node_id, node, is_cut=True)
                 return self._files.current(node), file
             except BaseException:
                 self._files.remove(node)
@@ -126,7 +129,7 @@ class FileOperations(Opening):
             if flags & os.O_TRUNC:
                 found = with_changes(found, size_bytes=0)
             return info, self._entry(found)
-        return self._writing(node.node_id, node, file, flags), self._entry(node)
+        return self._writing(number, node.node_id, node, file, flags), self._entry(node)
 
     @handler
     async def open(self, inode: InodeT, flags: pyfuse3.FlagT, ctx: _Context) -> FileInfo:
@@ -162,12 +165,8 @@ class FileOperations(Opening):
     @handler
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         """Write to the staged bytes."""
-        handle = self._handles[fh]
-        if isinstance(handle, FormerHandle):
-            raise FUSEError(errno.EIO)
-        if not isinstance(handle, WritingHandle) or handle.is_reader:
-            raise FUSEError(errno.EBADF)
-        count = await self._runner.run(self._files.write, handle.file, off, buf, nbytes=len(buf))
+        handle = self._writing_handle(fh)
+        count = await self._runner.run(self._write, fh, handle, off, buf, nbytes=len(buf))
         if handle.is_direct and self._handles.has_cached_writing(handle.inode, but=handle):
             await self._drop_pages(handle.inode)
         self.counters.bytes_written += count
@@ -218,7 +217,29 @@ class FileOperations(Opening):
         if any(reader.window is not None for reader in readers):
             await trio.to_thread.run_sync(release, abandon_on_cancel=True)
 
+    async def _fallocate(self, raw: bytes) -> None:
+        """Answer fallocate(2), which the core passes on in this form."""
+        fh, offset, nbytes, mode = _FALLOCATE.unpack(raw)
+        handle = self._writing_handle(fh)
+        await self._runner.run(
+            self._files.fallocate, handle.file, mode, offset, nbytes,
+            nbytes=handle.file.writer.size_bytes,
+        )  # fmt: skip
+
     # --- internals
+
+    def _writing_handle(self, fh: int) -> WritingHandle:
+        handle = self._handles[fh]
+        if isinstance(handle, WritingHandle) and not handle.is_reader:
+            return handle
+        raise FUSEError(errno.EIO if isinstance(handle, FormerHandle) else errno.EBADF)
+
+    def _write(self, fh: int, handle: WritingHandle, offset: int, data: bytes) -> int:
+        """Write what the core did not, and let it do what follows. Any thread; may wait."""
+        count = self._files.write(handle.file, offset, data)
+        if self.write_lanes is not None:
+            self.write_lanes.offer(fh, handle.inode, handle.file, offset + count)
+        return count
 
     async def _read(self, handle: ReadHandle, offset: int, nbytes: int) -> memoryview:
         """Read into a buffer of the task that serves the request.
@@ -281,6 +302,8 @@ class FileOperations(Opening):
                 self._files.truncate, handle.file, nbytes, nbytes=handle.file.writer.size_bytes
             )
             return
+        if isinstance(handle, FormerHandle) and handle.is_writing:
+            raise FUSEError(errno.EIO)
         node = await self._node(node_of(inode))
         self._places.for_writing(inode, node, caller)
         await self._runner.run(self._files.truncate_node, node, nbytes, nbytes=2 * node.size_bytes)

@@ -180,12 +180,16 @@ class Handles:
 
     def add(self, handle: Handle) -> int:
         """Give a handle a number."""
-        self._last_number = (self._last_number + 1) & ((1 << _VERSION_SHIFT) - 1)
-        number = self._last_number
+        number = self.next_number()
         if isinstance(handle, ReadHandle):
             number |= (handle.reader.version & 0xFFFF) << _VERSION_SHIFT
         self.put(number, handle)
         return number
+
+    def next_number(self) -> int:
+        """Return a number for a handle that is yet to be made."""
+        self._last_number = (self._last_number + 1) & ((1 << _VERSION_SHIFT) - 1)
+        return self._last_number
 
     def put(self, number: int, handle: Handle) -> None:
         """Let a number mean this handle from now on."""

@@ -160,13 +160,19 @@ class Lanes:
 
         Where a view is to be passed through, it is made; if that fails, the core reads.
         """
-        if self._store.verified(plan.lease.records).all():
-            if plan.offer is not None and plan.view is None:
+        is_good = False
+        try:
+            is_good = bool(self._store.verified(plan.lease.records).all())
+            if is_good and plan.offer is not None and plan.view is None:
                 plan.view = self.views.build(plan.reader, plan.offer)
                 plan.lane = Lane.NATIVE if plan.view is None else plan.lane
-            return plan
-        self.release(plan)
-        return None
+        except BaseException:
+            is_good = False
+            raise
+        finally:
+            if not is_good:
+                self.release(plan)
+        return plan if is_good else None
 
     def release(self, plan: Plan) -> None:
         """Let go of a plan that is not installed."""

@@ -12,6 +12,7 @@ Layer: L5.
 
 import contextlib
 import errno
+import functools
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -43,6 +44,7 @@ from kvfs.fuse.lanes import Lane, Lanes, Plan
 from kvfs.fuse.places import Places
 from kvfs.fuse.requests import RequestCounters, Runner
 from kvfs.fuse.status import StatusTree
+from kvfs.fuse.write_lanes import WriteLanes
 from kvfs.pool import Pool
 from kvfs.tree import Tree
 
@@ -69,6 +71,7 @@ class Opening(pyfuse3.Operations):
         self.counters = RequestCounters()
         self.is_initialized = trio.Event()
         self.lanes: Lanes | None = None
+        self.write_lanes: WriteLanes | None = None
         self.names: NameFilter | None = None
         self._core = core
         self._pool = pool
@@ -86,6 +89,7 @@ class Opening(pyfuse3.Operations):
             self.lanes = Lanes(
                 pool.store, core.client, pool.clock, has_passthrough=core.hello.has_passthrough
             )
+            self.write_lanes = WriteLanes(pool.files, core.client)
             self._runner.on_patience = core.client.allow
 
     def snapshot(self) -> dict[str, Any]:
@@ -153,21 +157,44 @@ class Opening(pyfuse3.Operations):
         if flags & os.O_ACCMODE == os.O_RDONLY:
             return await self._open_read(inode, node, caller)
         self._places.for_writing(inode, node, caller)
-        is_cut = bool(flags & os.O_TRUNC)
+        is_cut, number = bool(flags & os.O_TRUNC), self._handles.next_number()
         file = await self._runner.run(
-            lambda: self._files.open_write(node, truncate=is_cut),
+            lambda: self._opened_to_write(number, inode, node, is_cut=is_cut),
             undo=lambda file: self._files.close_write(file, is_abandoned=True),
         )
         try:
             await self._revoke(inode)
             self._places.require_no_passthrough(inode)
+            info = self._writing(number, inode, node, file, flags)
+            await self._bar_direct_writers(inode)
         except BaseException:
+            self._handles.pop(number)
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._files.close_write, file)
             raise
-        return self._writing(inode, node, file, flags)
+        return info
 
-    def _writing(self, inode: int, node: Node, file: WriteHandle, flags: int) -> FileInfo:
+    async def _bar_direct_writers(self, inode: int) -> None:
+        """Let those who write past the page cache write here, if somebody else uses it.
+
+        A write past it leaves pages behind that are stale then: they are dropped before the answer.
+        """
+        if not self._handles.has_cached_writing(inode):
+            return
+        for other in self._handles.opened(inode):
+            if isinstance(other, WritingHandle) and other.is_direct and not other.file.is_barred:
+                await self._runner.run(self._files.bar_grants, other.file)
+
+    def _opened_to_write(self, number: int, inode: int, node: Node, *, is_cut: bool) -> WriteHandle:
+        """Open for writing, and let the core write what is empty so far. Any thread; may wait."""
+        file = self._files.open_write(node, truncate=is_cut)
+        if is_cut and self.write_lanes is not None:
+            self.write_lanes.offer(number, inode, file, 0)
+        return file
+
+    def _writing(
+        self, number: int, inode: int, node: Node, file: WriteHandle, flags: int
+    ) -> FileInfo:
         """Return the answer to an open for writing, or for following those who write.
 
         Past the page cache if only written: each request then carries the caller's own pages, up to
@@ -185,7 +212,7 @@ class Opening(pyfuse3.Operations):
         is_kept = is_raw and not handle.is_direct and self._inodes.may_keep_cache(inode, RAW)
         if not is_raw:
             self._inodes.drop_cache(inode)
-        number = self._handles.add(handle)
+        self._handles.put(number, handle)
         return FileInfo(fh=FileHandleT(number), direct_io=handle.is_direct, keep_cache=is_kept)
 
     async def _open_read(self, inode: int, node: Node, caller: int) -> FileInfo:
@@ -193,7 +220,8 @@ class Opening(pyfuse3.Operations):
         if self._files.writer_of(node.node_id) is not None:
             file = await self._runner.run(self._files.follow, node, undo=self._leave)
             if file is not None:
-                return self._writing(inode, node, file, os.O_RDONLY)
+                number = self._handles.next_number()
+                return self._writing(number, inode, node, file, os.O_RDONLY)
         if node.block_count <= SMALL_BLOCKS:  # no bytes move; a thread would take longer
             reader = self._files.open_read_at_once(node)
         if reader is None:
@@ -280,20 +308,16 @@ class Opening(pyfuse3.Operations):
 
         A view that takes too long is no reason to fail: the handlers can read what it would hold.
         """
-        waiting, is_file = [plan], plan.offer is None
+        is_file = plan.offer is None
         try:
             return await self._runner.run(
-                lambda: lanes.vouched(waiting.pop()) if waiting else None,
-                nbytes=plan.reader.size_bytes, undo=_release(lanes),
+                lanes.vouched, plan, nbytes=plan.reader.size_bytes, undo=_release(lanes),
+                unused=functools.partial(lanes.release, plan),
             )  # fmt: skip
         except FUSEError:
             if is_file:
                 raise
             return None
-        finally:
-            if waiting:  # no thread was free within the deadline
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(lanes.release, waiting.pop())
 
     async def _install(self, number: int, handle: ReadHandle, plan: Plan) -> None:
         """Install a lane for a registered handle, if the core agrees.
@@ -303,15 +327,9 @@ class Opening(pyfuse3.Operations):
         assert self.lanes is not None
         lanes, inode = self.lanes, handle.inode
         plan.is_direct = handle.is_direct
-        waiting = [plan]
-        try:
-            lane = await self._runner.run(
-                lambda: lanes.install(number, inode, waiting.pop()) if waiting else Lane.NAMESPACE
-            )
-        finally:
-            if waiting:  # no thread was free within the deadline
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(lanes.release, waiting.pop())
+        lane = await self._runner.run(
+            lanes.install, number, inode, plan, unused=functools.partial(lanes.release, plan)
+        )
         if handle.is_passthrough and lane is not Lane.PASSTHROUGH:
             handle.is_passthrough = False
             self._places.require_no_passthrough(inode)

@@ -23,7 +23,7 @@ from kvfs.fuse import status
 from kvfs.fuse.attributes import Timeouts
 from kvfs.fuse.core import Core
 from kvfs.fuse.file_operations import FileOperations, bytes_of, require_mutable, text_of
-from kvfs.fuse.handles import DirectoryHandle, ReadHandle, node_of
+from kvfs.fuse.handles import DirectoryHandle, ReadHandle, WritingHandle, node_of
 from kvfs.fuse.lanes import Lane, Lanes
 from kvfs.fuse.opening import LAZY_BYTES
 from kvfs.fuse.requests import handler
@@ -229,6 +229,9 @@ class KvfsOperations(FileOperations):
     @handler
     async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: _Context) -> None:
         """Set an attribute of the user's, `user.kvfs.raw`, or a namespace's retention."""
+        if not name:  # not from the kernel
+            await self._fallocate(value)
+            return
         if is_virtual(inode):
             raise FUSEError(errno.EROFS)
         if not name.startswith(USER):
@@ -322,6 +325,9 @@ class KvfsOperations(FileOperations):
         for number, handle in reversed(self._handles.items()):
             if isinstance(handle, ReadHandle) and handle.inode == inode and self.lanes is not None:
                 return self.lanes.lane_of(number)
+            if isinstance(handle, WritingHandle) and handle.inode == inode:
+                is_native = self.write_lanes is not None and self.write_lanes.is_native(number)
+                return Lane.NATIVE if is_native else Lane.NAMESPACE
         node = await self._node(node_of(inode))
         if node.is_directory:
             raise FUSEError(errno.ENODATA)

@@ -115,12 +115,13 @@ class Runner:
         self._limiter = trio.CapacityLimiter(threads)
         self._counters = counters
         self._long: list[float] = []
+        self._patience_lock = threading.Lock()
         self.on_patience: Callable[[int], None] | None = None
-        """Told how many milliseconds more than usual requests may take now."""
+        """Told, in a worker, how many milliseconds more than usual requests may take now."""
 
     async def run(
         self, function: Callable[..., _T], *args: object, nbytes: int = 0,
-        undo: Callable[[_T], None] | None = None,
+        undo: Callable[[_T], None] | None = None, unused: Callable[[], None] | None = None,
     ) -> _T:  # fmt: skip
         """Call a function in a worker thread and return what it returns.
 
@@ -129,15 +130,18 @@ class Runner:
             args: Its arguments.
             nbytes: Bytes it moves; the deadline grows with them.
             undo: What to do, in the worker, with a result that came too late.
+            unused: What to do, in a worker, if no thread was free in time: it is never called then.
 
         Raises:
             FUSEError: EIO: the deadline passed.
         """
-        call = _Call(function, args, undo)
-        limit_s = self._deadline_s + nbytes / BYTES_PER_S_MIN
-        extra_s = limit_s - self._deadline_s
+        extra_s = nbytes / BYTES_PER_S_MIN
+        limit_s = self._deadline_s + extra_s
+        work = functools.partial(function, *args)
+        if extra_s >= _LONG_S and self.on_patience is not None:
+            work = functools.partial(self._patiently, extra_s, work)
+        call = _Call(work, undo)
         try:
-            self._begin_long(extra_s)
             with trio.move_on_after(limit_s):
                 result: _T = await trio.to_thread.run_sync(
                     call.run, abandon_on_cancel=True, limiter=self._limiter
@@ -145,48 +149,48 @@ class Runner:
                 call.is_taken = True
                 return result
         finally:
-            self._end_long(extra_s)
-            if not call.is_taken:
-                call.abandon()
+            if not call.is_taken and not call.abandon() and unused is not None:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(unused)
         self._counters.timeouts += 1
         name = getattr(function, "__qualname__", repr(function))
         _log.error("request timed out: %s: no answer within %.1f s", name, limit_s)
         raise pyfuse3.FUSEError(errno.EIO)
 
-    def _begin_long(self, extra_s: float) -> None:
-        if extra_s >= _LONG_S and self.on_patience is not None:
-            self._long.append(extra_s)
-            self._tell()
+    def _patiently(self, extra_s: float, work: Callable[[], _T]) -> _T:
+        """Do what may take long, and say so while it does. Any thread."""
+        self._note_long(self._long.append, extra_s)
+        try:
+            return work()
+        finally:
+            self._note_long(self._long.remove, extra_s)
 
-    def _end_long(self, extra_s: float) -> None:
-        if extra_s in self._long:
-            self._long.remove(extra_s)
-            self._tell()
-
-    def _tell(self) -> None:
+    def _note_long(self, change: Callable[[float], None], extra_s: float) -> None:
         assert self.on_patience is not None
-        with contextlib.suppress(OSError, KvfsError):  # it is watched by others
+        with self._patience_lock, contextlib.suppress(OSError, KvfsError):  # watched by others
+            change(extra_s)
             self.on_patience(int(1000 * max(self._long, default=0)))
 
 
 class _Call:
     """A call whose result may come when nobody waits for it any more."""
 
-    def __init__(
-        self, function: Callable[..., Any], args: tuple[object, ...],
-        undo: Callable[[Any], None] | None,
-    ) -> None:  # fmt: skip
+    def __init__(self, work: Callable[[], Any], undo: Callable[[Any], None] | None) -> None:
         self.is_taken = False
-        self._function = function
-        self._args = args
+        self._work = work
         self._undo = undo
         self._lock = threading.Lock()
+        self._has_begun = False
         self._is_abandoned = False
         self._results: list[Any] = []
 
     def run(self) -> Any:
-        """Do the work."""
-        result = self._function(*self._args)
+        """Do the work, unless nobody waits for it any more."""
+        with self._lock:
+            if self._is_abandoned:
+                return None
+            self._has_begun = True
+        result = self._work()
         with self._lock:
             if not self._is_abandoned:
                 self._results.append(result)
@@ -194,13 +198,14 @@ class _Call:
         self._take_back(result)
         return result
 
-    def abandon(self) -> None:
-        """Say that nobody will take the result."""
+    def abandon(self) -> bool:
+        """Say that nobody will take the result; return whether there is or will be one."""
         with self._lock:
             self._is_abandoned = True
             results = list(self._results)
         for result in results:
             self._take_back(result)
+        return self._has_begun
 
     def _take_back(self, result: Any) -> None:
         if self._undo is None:

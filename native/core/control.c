@@ -122,7 +122,7 @@ static const struct {
 } kinds[] = {
     [1] = {hello, 0},       [2] = {segment, 16},     [3] = {drop_segment, 0},
     [4] = {read_begin, 32}, [5] = {read_blocks, 8},  [6] = {read_end, 0},
-    [7] = {write_begin, 24}, [8] = {write_credit, 8}, [9] = {backing_begin, 8},
+    [7] = {write_begin, 32}, [8] = {write_credit, 8}, [9] = {backing_begin, 8},
     [10] = {close_handle, 0}, [11] = {names, 8},     [12] = {status, 0},
     [13] = {stop, 0},       [14] = {handles, 0},     [15] = {allow, 0},
     [16] = {digests, 4},

@@ -85,11 +85,13 @@ int64_t write_begin(struct core *core, struct message *message, struct answer *a
 {
     (void)answer;
     int status;
-    struct write_lane *lane = write_lane_create(message->fd, load64(message->payload + 8),
-                                                load64(message->payload + 16), &status);
+    const uint8_t *payload = message->payload;
+    struct write_lane *lane =
+        write_lane_create(message->fd, load64(payload + 8), load64(payload + 16),
+                          load64(payload + 24), &status);
     if (lane == NULL)
         return status;
-    lane->lane.nodeid = load64(message->payload);
+    lane->lane.nodeid = load64(payload);
     message->fd = -1; /* taken */
     status = files_begin(&core->files, message->argument, &lane->lane);
     if (status != 0)
@@ -124,17 +126,32 @@ int64_t write_credit(struct core *core, struct message *message, struct answer *
     return 0;
 }
 
-/* Payload: u64 high-water, u32 total digests (0: not in order), then digests from `first` on. */
+/* What is said of a file that was written. */
+enum {
+    WRITTEN_HIGH_WATER = 0,
+    WRITTEN_START = 8,
+    WRITTEN_END = 16,
+    WRITTEN_FLAGS = 24, /* 1: in order, 2: a write failed */
+    WRITTEN_COUNT = 28, /* all digests; those from the one asked for on follow */
+    WRITTEN_DIGESTS = 32,
+    IN_ORDER = 1,
+    HAS_FAILED = 2,
+};
+
 static void put_digests(struct write_lane *lane, uint32_t first, struct answer *answer)
 {
-    enum { HEAD = 12 };
     struct write_summary summary;
-    uint32_t room = (uint32_t)((answer->room - HEAD) / KVFS_DIGEST_BYTES);
+    uint8_t *payload = answer->payload;
+    uint32_t room = (uint32_t)((answer->room - WRITTEN_DIGESTS) / KVFS_DIGEST_BYTES);
     uint32_t copied =
-        write_lane_digests(lane, first, room, answer->payload + HEAD, &summary);
-    store64(answer->payload, summary.high_water);
-    store32(answer->payload + 8, summary.count);
-    answer->nbytes = HEAD + (size_t)copied * KVFS_DIGEST_BYTES;
+        write_lane_digests(lane, first, room, payload + WRITTEN_DIGESTS, &summary);
+    store64(payload + WRITTEN_HIGH_WATER, summary.high_water);
+    store64(payload + WRITTEN_START, summary.start);
+    store64(payload + WRITTEN_END, summary.end);
+    store32(payload + WRITTEN_FLAGS, (summary.is_sequential ? IN_ORDER : 0u) |
+                                         (summary.has_failed ? HAS_FAILED : 0u));
+    store32(payload + WRITTEN_COUNT, summary.count);
+    answer->nbytes = WRITTEN_DIGESTS + (size_t)copied * KVFS_DIGEST_BYTES;
 }
 
 int64_t digests(struct core *core, struct message *message, struct answer *answer)
@@ -172,15 +189,10 @@ int64_t close_handle(struct core *core, struct message *message, struct answer *
     int status = files_close(&core->files, message->argument, CLOSE_WAIT_MS, &lane);
     if (status != 0 || lane == NULL)
         return status;
-    if (lane->kind == LANE_WRITE) {
-        put_digests(write_lane_of(lane), 0, answer);
-        /* Those that do not fit are asked for before (DIGESTS). */
-        uint32_t total = load32(answer->payload + 8);
-        if (answer->nbytes < 12 + (size_t)total * KVFS_DIGEST_BYTES) {
-            store32(answer->payload + 8, 0);
-            answer->nbytes = 12;
-        }
-    }
+    /* Those that do not fit were asked for before (DIGESTS): the payload says how many. */
+    uint32_t first = message->nbytes >= 4 ? load32(message->payload) : 0;
+    if (lane->kind == LANE_WRITE)
+        put_digests(write_lane_of(lane), first, answer);
     lane->destroy(lane);
     return 0;
 }

@@ -25,7 +25,7 @@
 #include "protocol.h"
 #include "segments.h"
 
-enum { READERS_MAX = 16, INIT_BYTES_MAX = 256, CONTROL_VERSION = 1 };
+enum { READERS_MAX = 16, INIT_BYTES_MAX = 256, CONTROL_VERSION = 2 };
 
 /* In the order of the STATUS answer. */
 struct counters {

@@ -9,7 +9,8 @@
 enum { BACKGROUND_MAX = 64, BACKGROUND_CONGESTED = 48, SPLIT = 32 };
 #define PASSTHROUGH ((uint64_t)INIT2_PASSTHROUGH << SPLIT)
 /* It keeps dirty pages in the kernel, and silently turns passthrough off. */
-#define NEVER ((uint64_t)FUSE_WRITEBACK_CACHE)
+/* The owner is told of FALLOCATE by the short form of SETXATTR. */
+#define NEVER ((uint64_t)FUSE_WRITEBACK_CACHE | FUSE_SETXATTR_EXT)
 #define WANTED ((uint64_t)FUSE_ASYNC_READ | FUSE_PARALLEL_DIROPS | FUSE_MAX_PAGES | FUSE_INIT_EXT)
 
 int init_create(struct init *init)

@@ -47,7 +47,6 @@ struct request {
     size_t nbytes;
     const uint8_t *body;
     size_t body_bytes;
-    bool is_fallocate; /* a FALLOCATE that goes to the owner as a SETATTR */
 };
 
 /* Copy a struct from the start of a body; returns 0 if the body is too short. */

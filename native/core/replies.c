@@ -83,8 +83,7 @@ static void note_change(struct core *core, const struct pending_request *request
         if (lane->kind == LANE_WRITE)
             write_lane_break_hash(write_lane_of(lane));
         lane_release(lane);
-    } else if ((request->opcode == FUSE_SETATTR || request->opcode == FUSE_FALLOCATE) &&
-               is_done && request->argument != UINT64_MAX) {
+    } else if (request->opcode == FUSE_SETATTR && is_done && request->argument != UINT64_MAX) {
         files_for_writers(&core->files, request->nodeid, set_size, request->argument);
     }
 }
@@ -97,10 +96,6 @@ static void deliver(struct core *core, const struct pending_request *request, ui
     struct fuse_out_header header;
     memcpy(&header, bytes, sizeof header);
     note_change(core, request, &header, bytes);
-    if (request->opcode == FUSE_FALLOCATE && header.error == 0) {
-        (void)device_reply_error(request->device, request->unique, 0);
-        return;
-    }
     if (header.error == 0)
         note_open(core, request, bytes, nbytes);
     if (request->opcode == FUSE_INIT && header.error == 0)

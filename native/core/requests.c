@@ -58,8 +58,6 @@ static struct pending_request describe(const struct core *core, const struct rea
     case FUSE_SETATTR:
         if (BODY_GET(request, &setattr) && (setattr.valid & FATTR_SIZE))
             noted.argument = setattr.size;
-        if (request->is_fallocate)
-            noted.opcode = FUSE_FALLOCATE;
         break;
     default:
         break;

@@ -6,7 +6,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 /* Write within the credit. Returns whether the request is answered. */
@@ -20,7 +19,7 @@ static bool write_staging(struct core *core, struct reader *reader, struct write
         written = pwrite(lane->fd, data, in->size, (off_t)in->offset);
     while (written < 0 && errno == EINTR);
     if (!reader_end_job(reader)) {
-        write_lane_break_hash(lane); /* the writer was told that it failed */
+        write_lane_note_failure(lane); /* the writer was told so */
         return true;
     }
     /* In any case: what the owner will write instead follows, too. */
@@ -60,54 +59,42 @@ bool serve_write(struct core *core, struct reader *reader, const struct request 
     return is_answered;
 }
 
-/* Let the owner make the file longer: it has no FALLOCATE, but a SETATTR. */
-static void forward_as_size(struct core *core, struct reader *reader,
-                            const struct request *request, const struct fuse_fallocate_in *in)
+/* Let the owner allocate: pyfuse3 has no FALLOCATE, but a SETXATTR. Its name is empty, which the
+ * kernel never sends. */
+static void forward_fallocate(struct core *core, struct reader *reader,
+                              const struct request *request)
 {
-    uint8_t bytes[IN_HEADER + sizeof(struct fuse_setattr_in)];
+    enum { NAME = IN_HEADER + FUSE_COMPAT_SETXATTR_IN_SIZE, VALUE = NAME + 1 };
+    uint8_t bytes[VALUE + sizeof(struct fuse_fallocate_in)] = {0};
     struct fuse_in_header header = request->header;
-    header.opcode = FUSE_SETATTR;
+    header.opcode = FUSE_SETXATTR;
     header.len = sizeof bytes;
-    struct fuse_setattr_in setattr = {
-        .valid = FATTR_SIZE | FATTR_FH,
-        .fh = in->fh,
-        .size = in->offset + in->length,
-    };
     memcpy(bytes, &header, sizeof header);
-    memcpy(bytes + sizeof header, &setattr, sizeof setattr);
+    store32(bytes + IN_HEADER, sizeof(struct fuse_fallocate_in));
+    memcpy(bytes + VALUE, request->body, sizeof(struct fuse_fallocate_in));
     struct request changed = {
         .header = header,
         .bytes = bytes,
         .nbytes = sizeof bytes,
         .body = bytes + IN_HEADER,
-        .body_bytes = sizeof setattr,
-        .is_fallocate = true,
+        .body_bytes = sizeof bytes - IN_HEADER,
     };
     requests_forward(core, reader, &changed);
 }
 
-/* Allocate in the staging file; returns 0 or an errno. */
-static int allocate(struct reader *reader, struct write_lane *lane,
-                    const struct fuse_in_header *header, const struct fuse_fallocate_in *in)
+/* 0: the owner may allocate. */
+static int check_fallocate(struct core *core, const struct fuse_fallocate_in *in)
 {
-    uint64_t end = in->offset + in->length;
-    reader_begin_job(reader, header, in->length);
-    int status = fallocate(lane->fd, (int)in->mode, (off_t)in->offset, (off_t)in->length) == 0
-                     ? 0
-                     : errno;
-    if (!reader_end_job(reader)) {
-        write_lane_break_hash(lane);
-        return -1;
-    }
-    if (status == 0 && !(in->mode & FALLOC_FL_KEEP_SIZE)) {
-        pthread_mutex_lock(&lane->lock);
-        if (end > lane->next)
-            lane->is_sequential = false; /* zeroes that nobody hashed */
-        if (end > lane->high_water)
-            lane->high_water = end;
-        pthread_mutex_unlock(&lane->lock);
-    }
-    return status;
+    if (in->length == 0 || in->offset > (uint64_t)INT64_MAX ||
+        in->length > (uint64_t)INT64_MAX - in->offset)
+        return EINVAL;
+    if (in->mode != 0 && in->mode != FALLOC_FL_KEEP_SIZE)
+        return EOPNOTSUPP;
+    struct lane *lane = files_acquire(&core->files, in->fh);
+    bool is_broken = lane != NULL && atomic_load(&lane->is_broken);
+    if (lane != NULL)
+        lane_release(lane);
+    return is_broken ? EIO : 0;
 }
 
 bool serve_fallocate(struct core *core, struct reader *reader, const struct request *request)
@@ -115,31 +102,10 @@ bool serve_fallocate(struct core *core, struct reader *reader, const struct requ
     struct fuse_fallocate_in in;
     if (!BODY_GET(request, &in))
         return false;
-    int error = EOPNOTSUPP;
-    bool is_forwarded = false;
-    struct lane *base = files_acquire(&core->files, in.fh);
-    if (in.length == 0 || in.offset > (uint64_t)INT64_MAX ||
-        in.length > (uint64_t)INT64_MAX - in.offset) {
-        error = EINVAL;
-    } else if (base != NULL && atomic_load(&base->is_broken)) {
-        error = EIO;
-    } else if (base != NULL && base->kind == LANE_WRITE &&
-               (in.mode == 0 || in.mode == FALLOC_FL_KEEP_SIZE)) {
-        struct write_lane *lane = write_lane_of(base);
-        struct stat status;
-        uint64_t end = in.offset + in.length;
-        if (end <= atomic_load(&lane->credit))
-            error = allocate(reader, lane, &request->header, &in);
-        else if (in.mode == 0 && fstat(lane->fd, &status) == 0) {
-            is_forwarded = end > (uint64_t)status.st_size;
-            error = 0; /* what is inside the file was accounted when it was written */
-        }
-    }
-    if (is_forwarded)
-        forward_as_size(core, reader, request, &in);
-    else if (error >= 0)
+    int error = check_fallocate(core, &in);
+    if (error == 0)
+        forward_fallocate(core, reader, request);
+    else
         (void)device_reply_error(reader->device, request->header.unique, error);
-    if (base != NULL)
-        lane_release(base);
     return true;
 }

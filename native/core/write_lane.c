@@ -15,11 +15,13 @@ static void destroy(struct lane *base)
     free(lane);
 }
 
-struct write_lane *write_lane_create(int fd, uint64_t credit, uint64_t stride, int *status)
+struct write_lane *write_lane_create(int fd, uint64_t credit, uint64_t stride, uint64_t start,
+                                     int *status)
 {
     *status = -EINVAL;
     int flags = fd < 0 ? -1 : fcntl(fd, F_GETFL);
-    if (flags < 0 || (flags & O_ACCMODE) != O_RDWR || credit > (uint64_t)INT64_MAX)
+    if (flags < 0 || (flags & O_ACCMODE) != O_RDWR || credit > (uint64_t)INT64_MAX ||
+        start > (uint64_t)INT64_MAX || stride > (uint64_t)INT64_MAX)
         return NULL;
     *status = -ENOMEM;
     struct write_lane *lane = aligned_alloc(_Alignof(struct write_lane), sizeof *lane);
@@ -37,6 +39,7 @@ struct write_lane *write_lane_create(int fd, uint64_t credit, uint64_t stride, i
     atomic_init(&lane->credit, credit);
     lane->stride = stride;
     lane->is_sequential = stride > 0;
+    lane->start = lane->next = start;
     kvfs_hash_ops()->reset(&lane->hash.state);
     return lane;
 }
@@ -62,9 +65,23 @@ static void push_digest(struct write_lane *lane)
     lane->count++;
 }
 
-/* REQUIRES: the lock; the bytes follow what was hashed. */
+/* Where the first stride begins that this lane sees whole. */
+static uint64_t first_hashed(const struct write_lane *lane)
+{
+    uint64_t part = lane->stride > 0 ? lane->start % lane->stride : 0;
+    return part == 0 ? lane->start : lane->start - part + lane->stride;
+}
+
+/* REQUIRES: the lock; the bytes follow what was written. */
 static void hash(struct write_lane *lane, const uint8_t *data, size_t nbytes)
 {
+    uint64_t first = lane->is_sequential ? first_hashed(lane) : 0;
+    if (lane->is_sequential && lane->next < first) { /* of a stride that began before */
+        size_t part = nbytes < first - lane->next ? nbytes : (size_t)(first - lane->next);
+        data += part;
+        nbytes -= part;
+        lane->next += part;
+    }
     while (nbytes > 0 && lane->is_sequential) {
         uint64_t left = lane->stride - lane->next % lane->stride;
         size_t part = nbytes < left ? nbytes : (size_t)left;
@@ -95,16 +112,26 @@ void write_lane_break_hash(struct write_lane *lane)
     pthread_mutex_unlock(&lane->lock);
 }
 
+void write_lane_note_failure(struct write_lane *lane)
+{
+    pthread_mutex_lock(&lane->lock);
+    lane->is_sequential = false;
+    lane->has_failed = true;
+    pthread_mutex_unlock(&lane->lock);
+}
+
 void write_lane_note_size(struct write_lane *lane, uint64_t size)
 {
     pthread_mutex_lock(&lane->lock);
-    lane->high_water = size;
-    if (size == 0) { /* begun anew */
+    if (lane->high_water > size)
+        lane->high_water = size;
+    if (size == 0) { /* begun anew; failures are forgiven */
         lane->is_sequential = lane->stride > 0;
-        lane->next = 0;
+        lane->has_failed = false;
+        lane->start = lane->next = 0;
         lane->count = 0;
         kvfs_hash_ops()->reset(&lane->hash.state);
-    } else if (size != lane->next) {
+    } else if (size < lane->next) {
         lane->is_sequential = false;
     }
     pthread_mutex_unlock(&lane->lock);
@@ -114,7 +141,8 @@ uint32_t write_lane_digests(struct write_lane *lane, uint32_t first, uint32_t ro
                             uint8_t *digests, struct write_summary *summary)
 {
     pthread_mutex_lock(&lane->lock);
-    bool has_rest = lane->stride > 0 && lane->next % lane->stride > 0;
+    bool has_rest = lane->stride > 0 && lane->next > first_hashed(lane) &&
+                    lane->next % lane->stride > 0;
     uint32_t total = lane->is_sequential ? lane->count + has_rest : 0;
     uint32_t copied = 0;
     for (uint32_t i = first; i < total && copied < room; i++, copied++) {
@@ -124,7 +152,14 @@ uint32_t write_lane_digests(struct write_lane *lane, uint32_t first, uint32_t ro
         else
             kvfs_hash_ops()->finish(&lane->hash.state, target);
     }
-    *summary = (struct write_summary){.high_water = lane->high_water, .count = total};
+    *summary = (struct write_summary){
+        .high_water = lane->high_water,
+        .start = lane->start,
+        .end = lane->is_sequential ? lane->next : lane->start,
+        .count = total,
+        .is_sequential = lane->is_sequential,
+        .has_failed = lane->has_failed,
+    };
     pthread_mutex_unlock(&lane->lock);
     return copied;
 }

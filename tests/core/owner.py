@@ -27,6 +27,8 @@ from tests.fuse.mounting import wait_until
 
 LOOKUP, FORGET, GETATTR, SETATTR, UNLINK, OPEN, READ, WRITE = 1, 2, 3, 4, 10, 14, 15, 16
 RELEASE, FSYNC, FLUSH, INIT, OPENDIR, READDIR, RELEASEDIR = 18, 20, 25, 26, 27, 28, 29
+SETXATTR = 21
+VERSION = 2  # of the control protocol
 CREATE, INTERRUPT, BATCH_FORGET, FALLOCATE, READDIRPLUS, LSEEK = 35, 36, 42, 43, 44, 46
 HELLO, SEGMENT, DROP_SEGMENT, READ_BEGIN, READ_BLOCKS, READ_END = 1, 2, 3, 4, 5, 6
 LANE_WRITE, CREDIT, BACKING, CLOSE, NAMES, STATUS, STOP, HANDLES = 7, 8, 9, 10, 11, 12, 13, 14
@@ -147,7 +149,7 @@ class FakeOwner:
         self._thread = threading.Thread(target=self.serve, daemon=True)
         self._thread.start()
         try:
-            self.hello = struct.unpack("<IIIIQ", self.call(HELLO, 1)[1])
+            self.hello = struct.unpack("<IIIIQ", self.call(HELLO, VERSION)[1])
         except (OSError, EOFError) as error:
             self.close()
             raise RuntimeError(f"no core: {error}: {self.log.read_text()}") from error

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.core.owner import HANDLES, HELLO, FakeOwner
+from tests.core.owner import HANDLES, HELLO, VERSION, FakeOwner
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
         owner.add(name, content.encode())
     if config.get("serve_after"):
         time.sleep(config["serve_after"])
-    owner.call(HELLO, 1)
+    owner.call(HELLO, VERSION)
     number, payload = owner.call(HANDLES, 0)
     Path(config["handles_path"]).write_text(json.dumps([number, payload.hex(), os.getpid()]))
     owner.serve()

@@ -16,9 +16,11 @@ import pytest
 
 from tests.core.owner import (
     BACKING,
+    HELLO,
     INIT,
     READ,
     STOP,
+    VERSION,
     WRITE,
     ControlError,
     FakeOwner,
@@ -85,12 +87,12 @@ def test_a_mount_that_fails(tmp_path: Path) -> None:
 
 def test_hello(owner: FakeOwner) -> None:
     version, flags, max_write, minor, device = owner.hello
-    assert (version, flags, max_write) == (1, 1, 1 << 20)
+    assert (version, flags, max_write) == (VERSION, 1, 1 << 20)
     assert os.minor(device) == minor
     owner.wait_for(INIT)
     assert os.stat(owner.path).st_dev == device
     with pytest.raises(ControlError, match="EPROTO"):
-        owner.call(1, 2)
+        owner.call(HELLO, VERSION + 1)
 
 
 def test_small_sockets(make_owner: Callable[..., FakeOwner], rng: random.Random) -> None:

@@ -54,7 +54,7 @@ class Dying:
             self.owner.install(fh, 2, SIZE, SIZE, [(1, 0, SIZE, bytes(16))])
         if node.inode == 4:
             fd = os.open(self.directory / "staging", os.O_RDWR | os.O_CREAT)
-            self.owner.call(LANE_WRITE, fh, struct.pack("<QQQ", 4, 1 << 20, 4096), fd)
+            self.owner.call(LANE_WRITE, fh, struct.pack("<QQQQ", 4, 1 << 20, 4096, 0), fd)
             os.close(fd)
         return 1
 
@@ -131,7 +131,7 @@ def test_writers_are_broken_until_released(dying: Dying) -> None:
     assert dying.handles()[0][3] == 2
     for operation in (
         lambda: os.write(fd, b"more"), lambda: os.pread(fd, 3, 0), lambda: os.fsync(fd),
-        lambda: os.close(fd),
+        lambda: os.posix_fallocate(fd, 0, 4096), lambda: os.close(fd),
     ):  # fmt: skip
         with pytest.raises(OSError, match="Input/output"):
             operation()

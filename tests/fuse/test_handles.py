@@ -1,9 +1,14 @@
 """Numbers of handles and inodes, and requests that take long."""
 
 import dataclasses
+import functools
+import threading
 from typing import Any
 
 import pytest
+import trio
+import trio.testing
+from pyfuse3 import FUSEError
 
 from kvfs.engine.catalog_schema import ROOT_NODE
 from kvfs.errors import BusyError, UnavailableError
@@ -18,6 +23,7 @@ from kvfs.fuse.handles import (
     node_of,
 )
 from kvfs.fuse.requests import RequestCounters, Runner
+from tests.fuse.mounting import DEADLINE_S
 
 NODE = dataclasses.replace(ROOT_NODE, node_id=(77 << 32) | 5)
 
@@ -117,3 +123,42 @@ async def test_long_requests_ask_for_patience() -> None:
     assert told == []
     await runner.run(lambda: None, nbytes=500_000_000)
     assert told == [10_000, 0]
+
+
+async def test_the_loop_does_not_wait_for_patience() -> None:
+    """A core that does not answer keeps a worker waiting, and nobody else."""
+    is_asked, may_go = trio.Event(), threading.Event()
+    token = trio.lowlevel.current_trio_token()
+
+    def ask(_: int) -> None:
+        token.run_sync_soon(is_asked.set)
+        may_go.wait(DEADLINE_S)
+
+    runner = Runner(DEADLINE_S, 4, RequestCounters())
+    runner.on_patience = ask
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(functools.partial(runner.run, int, nbytes=500_000_000))
+        await is_asked.wait()
+        assert await runner.run(lambda: 7) == 7
+        may_go.set()
+
+
+async def test_what_no_thread_was_free_for_is_given_back(expected_warnings: list[str]) -> None:
+    expected_warnings.append("request timed out")
+    runner = Runner(0.02, 1, RequestCounters())
+    may_go, done = threading.Event(), list[str]()
+    async with trio.open_nursery() as nursery:
+
+        async def occupy() -> None:
+            with pytest.raises(FUSEError):
+                await runner.run(lambda: may_go.wait(DEADLINE_S))
+
+        nursery.start_soon(occupy)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(FUSEError):
+            await runner.run(lambda: done.append("called"), unused=lambda: done.append("unused"))
+        assert done == ["unused"]
+        may_go.set()
+    runner = Runner(DEADLINE_S, 1, RequestCounters())
+    await runner.run(lambda: done.append("called"), unused=lambda: done.append("unused"))
+    assert done == ["unused", "called"]

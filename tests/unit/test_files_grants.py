@@ -111,6 +111,22 @@ def used(pool: Pool) -> int:
 # --- the protocol
 
 
+def test_what_is_granted_ahead_leaves_memory_to_others(pool: Pool) -> None:
+    budget = pool.files.staging.budget
+    budget.limit_bytes = 3 * QUARTER
+    cores = [open_new(pool, f"f{number}")[1] for number in range(3)]
+    for core in cores:
+        core.ask(0)
+    assert [core.credit for core in cores] == [QUARTER, 0, 0]
+    for core in cores:
+        core.write(0, b"x" * QUARTER)
+    assert budget.used_bytes == 3 * QUARTER
+    for core in cores:
+        assert core.handle.writer.staged is not None
+        assert core.handle.writer.staged.in_memory
+        pool.files.close_write(core.handle)
+
+
 def test_a_foreign_writer_writes_a_small_file(pool: Pool) -> None:
     node, core = open_new(pool)
     core.ask(10)
@@ -257,6 +273,18 @@ def test_a_writer_that_cannot_be_stopped_makes_the_file_fail(pool: Pool) -> None
     assert node.node_id not in pool.files._writers
 
 
+def test_a_writer_that_told_of_a_failure_leaves_no_file(pool: Pool) -> None:
+    _, core = open_new(pool)
+    core.ask(10)
+    core.write(0, b"half of")
+    core.revoke()
+    pool.files.hand_in(core.handle, HandedIn(0, 7, None, has_failed=True))
+    with pytest.raises(DeviceError, match="write failed"):
+        pool.files.flush(core.handle)
+    pool.files.close_write(core.handle)
+    assert Tree(pool).lookup(1, "f") is None
+
+
 def test_a_writer_that_dies_leaves_no_file(pool: Pool) -> None:
     _, core = open_new(pool)
     core.ask(10)
@@ -279,20 +307,33 @@ def test_a_failed_file_grants_nothing(pool: Pool, monkeypatch: pytest.MonkeyPatc
     pool.files.close_write(core.handle)
 
 
-def test_times_of_a_file_written_by_somebody_else(pool: Pool) -> None:
+@pytest.mark.parametrize("is_set_last", [True, False])
+def test_times_of_a_file_written_by_somebody_else(pool: Pool, is_set_last: bool) -> None:
     tree = Tree(pool)
     node, core = open_new(pool)
-    before = tree.node(node.node_id).mtime_ns
     core.ask(10)
-    core.write(0, b"x")
-    pool.files.note_foreign_write(core.handle)
-    assert tree.node(node.node_id).mtime_ns > before
-    core.write(1, b"y")
-    tree.set_attributes(node.node_id, mtime_ns=12345)
+    before = tree.node(node.node_id).mtime_ns
+
+    def shown() -> int:
+        return tree.node(node.node_id).mtime_ns
+
+    def write_at(time_ns: int, offset: int) -> None:
+        core.write(offset, b"x")
+        os.utime(core.fd, ns=(time_ns, time_ns))
+
+    write_at(before + 10**9, 0)
+    assert shown() == before + 10**9
+    tree.set_attributes(node.node_id, mtime_ns=before + 10**12)
+    assert shown() == before + 10**12
+    write_at(before + 2 * 10**9, 1)
+    assert shown() == before + 2 * 10**9  # whatever it was set to before
+    if is_set_last:
+        tree.set_attributes(node.node_id, mtime_ns=12345)
+    last = shown()
     pool.files.close_write(core.handle)
-    assert tree.node(node.node_id).mtime_ns == 12345
+    assert shown() == last == (12345 if is_set_last else before + 2 * 10**9)
     pool.sync()
-    assert tree.node(node.node_id).mtime_ns == 12345
+    assert shown() == last
 
 
 def test_renaming_over_a_file_adopts_what_was_written(pool: Pool) -> None:
@@ -358,7 +399,13 @@ def test_blocks_written_between_grants_are_hashed_again(
     assert content_of(pool, node) == data
 
 
-@pytest.mark.parametrize("harm", ["out of order", "overwritten", "cut", "contested", "unknown"])
+HARMS = (
+    "out of order", "overwritten", "cut", "contested", "unknown", "by another handle",
+    "by itself, before", "cut while granted",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", HARMS)
 def test_digests_are_not_trusted(pool: Pool, monkeypatch: pytest.MonkeyPatch, harm: str) -> None:
     made = spy_on_digests(pool, monkeypatch)
     data = bytearray(random_bytes(8 * MIB))
@@ -375,6 +422,16 @@ def test_digests_are_not_trusted(pool: Pool, monkeypatch: pytest.MonkeyPatch, ha
         other.write(5, b"also")
     elif harm == "unknown":
         core.gives_digests = False
+    elif harm == "by another handle":
+        data[5:9] = b"late"
+        pool.files.write(other.handle, 5, b"late")
+    elif harm == "by itself, before":  # a write that was on its way here when the grant began
+        data[5:9] = b"late"
+        pool.files.write(core.handle, 5, b"late")
+    elif harm == "cut while granted":
+        pool.files.truncate(core.handle, 7 * MIB)
+        pool.files.truncate(core.handle, 8 * MIB)
+        data[7 * MIB :] = bytes(MIB)
     pool.files.hand_in(core.handle, core.revoke())
     if harm == "overwritten":
         data[3 * MIB + 5 : 3 * MIB + 9] = b"over"
