@@ -15,6 +15,7 @@ Layer: L4.
 Locks: a writer's `lock`, then those of `FileContents`.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import replace as with_changes
@@ -29,6 +30,7 @@ from kvfs.engine.store import Store
 from kvfs.errors import (
     BusyError,
     DeviceError,
+    KvfsError,
     NotFoundError,
     RefusedError,
 )
@@ -121,9 +123,14 @@ class Files(FileAdoption):
     def catch_up(self, reader: FileReader) -> None:
         """Let a reader grow to what its file has by now; see FileContents."""
         if reader.raw is not None:
-            reader.size_bytes = reader.raw.size_bytes
+            self.catch_up_raw(reader)
         else:
             super().catch_up(reader)
+
+    def catch_up_raw(self, reader: FileReader) -> None:
+        """Let a reader of a raw file know its size; nothing for other readers. Waits for nobody."""
+        if reader.raw is not None:
+            reader.size_bytes = reader.raw.size_bytes
 
     def is_outdated(self, reader: FileReader) -> bool:
         """Say whether a file has, or is about to have, other content than a reader has open."""
@@ -169,6 +176,10 @@ class Files(FileAdoption):
             self.flush(handle)
         finally:
             self.close_write(handle)
+
+    def empty_node(self, node: Node) -> None:
+        """Cut a file that the caller has not open to nothing, which makes it new in any case."""
+        self.close_write(self.open_write(node, truncate=True))
 
     def set_mtime(self, node: Node, mtime_ns: int) -> None:
         """Let content that is not in the catalog yet arrive there with this time."""
@@ -275,6 +286,21 @@ class Files(FileAdoption):
             self.publish()
 
     # --- names
+
+    def remove(self, node: Node) -> None:
+        """Remove a context's name; who has the file open goes on, writers too."""
+        self.hold_for_writers(node)
+        super().remove(node)
+
+    def hold_for_writers(self, node: Node) -> None:
+        """Open what a file holds for those who have it open for writing: its name is to go."""
+        writer = self.writer_of(node.node_id)
+        if writer is None:
+            return
+        with writer.lock:
+            if writer.is_ready and writer.staged is None and writer.kept_bytes:
+                with contextlib.suppress(KvfsError):  # whoever asks for it will be told
+                    self._opened_base(writer)
 
     def forget(self, node: Node, keys: npt.NDArray[np.uint8] | None) -> None:
         """Let go of the bytes of a node whose name is gone already. `keys`: None for an API's."""

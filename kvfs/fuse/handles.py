@@ -162,6 +162,11 @@ class Handles:
         except KeyError:
             raise UnavailableError(f"handle of a former owner: {number}; open it again") from None
 
+    def inode_of(self, number: int) -> int:
+        """Return the inode of a handle, or 0 if there is none of this number."""
+        handle = self._by_number.get(number)
+        return 0 if handle is None else handle.inode
+
     def directory(self, number: int) -> DirectoryHandle:
         """Return the handle of an open directory."""
         handle = self[number]
@@ -207,6 +212,14 @@ class Handles:
             for other in self.of_inode(inode)
         )
 
+    def has_cached_reader(self, inode: int) -> bool:
+        """Say whether reads of a content that stays as it is go through the kernel's page cache."""
+        return any(
+            isinstance(other, ReadHandle)
+            and not (other.is_direct or other.is_passthrough or other.identity == RAW)
+            for other in self.of_inode(inode)
+        )
+
     def may_pass_through(self, inode: int, identity: Identity) -> bool:
         """Say whether a handle may be opened for passthrough: alone, or with its like."""
         return all(
@@ -220,6 +233,7 @@ class Inodes:
 
     def __init__(self) -> None:
         self._counts: dict[int, int] = {}
+        self._namespaces: dict[int, int] = {}
         self._cached: dict[int, Identity] = {}
         self._aliases: dict[int, int] = {}
 
@@ -254,9 +268,14 @@ class Inodes:
         self._aliases.pop(node_id, None)  # perhaps the first are free again
         raise BusyError(f"file was rewritten {_ALIASES} times while open; close it: {node_id}")
 
-    def add(self, inode: int) -> None:
-        """Count one lookup that was answered."""
+    def add(self, inode: int, namespace_id: int = 0) -> None:
+        """Count one lookup that was answered. `namespace_id`: whose the inode is."""
         self._counts[inode] = self._counts.get(inode, 0) + 1
+        self._namespaces[inode] = namespace_id
+
+    def namespace_of(self, inode: int) -> int:
+        """Return whose an inode is that the kernel has looked up, else 0."""
+        return self._namespaces.get(inode, 0)
 
     def forget(self, inode: int, count: int) -> bool:
         """Take back lookups; return whether the kernel has forgotten the inode."""
@@ -266,6 +285,7 @@ class Inodes:
             return False
         self._counts.pop(inode, None)
         self._cached.pop(inode, None)
+        self._namespaces.pop(inode, None)
         return True
 
     def may_keep_cache(self, inode: int, identity: Identity) -> bool:

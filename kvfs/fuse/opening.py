@@ -22,7 +22,7 @@ import trio
 from pyfuse3 import FileHandleT, FileInfo, FUSEError
 
 from kvfs.engine.catalog_schema import Node
-from kvfs.errors import LeaseExpiredError, UnavailableError
+from kvfs.errors import BusyError, LeaseExpiredError, UnavailableError
 from kvfs.files import WriteHandle
 from kvfs.fuse.attributes import Timeouts, entry_of
 from kvfs.fuse.core import Core
@@ -53,6 +53,9 @@ LAZY_BYTES: Final = 1 << 20  # what a few reads fetch does not pay for a table
 LAZY_READS: Final = 4
 YIELD_NS: Final = 1_000_000_000
 _NS_PER_S: Final = 1_000_000_000
+_BY_HANDLE: Final = frozenset(
+    ("read", "write", "flush", "release", "fsync", "readdir", "releasedir", "fsyncdir", "fallocate")
+)
 _T = TypeVar("_T")
 
 
@@ -84,8 +87,9 @@ class Opening(pyfuse3.Operations):
         self._runner = Runner(deadline_s, threads, self.counters)
         if core is not None:
             self.lanes = Lanes(
-                pool.store, core.client, pool.clock, has_passthrough=core.hello.has_passthrough
-            )
+                pool.store, core.client, pool.clock, has_passthrough=core.hello.has_passthrough,
+                deadlines_ms=lambda: pool.deadlines_ms,
+            )  # fmt: skip
             self._runner.on_patience = core.client.allow
 
     def snapshot(self) -> dict[str, Any]:
@@ -94,8 +98,17 @@ class Opening(pyfuse3.Operations):
             **self.counters.snapshot(),
             "open_handles": len(self._handles),
             "known_inodes": len(self._inodes),
+            "stalled_devices": [] if self.lanes is None else self.lanes.stalled(),
             "core": {} if self._core is None else dict(self._core.counters),
         }
+
+    def deadline_ms_of(self, name: str, number: int) -> int:
+        """Return the deadline of the namespace that a request is about, or 0 for the mount's."""
+        deadlines = self._pool.deadlines_ms
+        if not deadlines:
+            return 0
+        inode = self._handles.inode_of(number) if name in _BY_HANDLE else number
+        return deadlines.get(self._inodes.namespace_of(inode), 0)
 
     def restore(self, core: Core) -> None:
         """Take over the files that the kernel has open since a former owner."""
@@ -135,7 +148,7 @@ class Opening(pyfuse3.Operations):
     def _entry(self, node: Node) -> pyfuse3.EntryAttributes:
         """Return the entry of a node as the tree shows it, and count the lookup."""
         entry = self._entry_of(node)
-        self._inodes.add(entry.st_ino)
+        self._inodes.add(entry.st_ino, node.namespace_id)
         return entry
 
     def _entry_of(self, node: Node, *, link_count: int = 1) -> pyfuse3.EntryAttributes:
@@ -146,8 +159,10 @@ class Opening(pyfuse3.Operations):
 
     async def _open_node(self, inode: int, node: Node, flags: int) -> FileInfo:
         if flags & os.O_ACCMODE == os.O_RDONLY:
+            if flags & os.O_TRUNC:
+                node = await self._cut(inode, node, self._files.empty_node)
             return await self._open_read(inode, node)
-        self._require_no_passthrough(inode)
+        self._part_from_readers(inode)
         is_cut = bool(flags & os.O_TRUNC)
         file = await self._runner.run(
             lambda: self._files.open_write(node, truncate=is_cut),
@@ -161,6 +176,22 @@ class Opening(pyfuse3.Operations):
                 await trio.to_thread.run_sync(self._files.close_write, file)
             raise
         return self._writing(inode, node, file, flags)
+
+    async def _cut(
+        self, inode: int, node: Node, function: Callable[..., None], *args: object
+    ) -> Node:
+        """Change the size of a file that the caller has not open for writing; return what it is.
+
+        Raises:
+            FUSEError: ESTALE: it has readers; see `_part_from_readers`.
+        """
+        self._part_from_readers(inode)
+        await self._runner.run(function, node, *args, nbytes=2 * node.size_bytes)
+        await self._revoke(inode)  # the answer moves the end of the file in the kernel
+        self._inodes.drop_cache(inode)
+        self._yields.pop(inode, None)
+        self._pool.note_written()
+        return await self._node(node.node_id)
 
     def _writing(self, inode: int, node: Node, file: WriteHandle, flags: int) -> FileInfo:
         """Return the answer to an open for writing.
@@ -177,6 +208,7 @@ class Opening(pyfuse3.Operations):
         if not is_raw:
             self._inodes.drop_cache(inode)
         number = self._handles.add(handle)
+        self._yields.pop(inode, None)
         return FileInfo(fh=FileHandleT(number), direct_io=is_direct, keep_cache=is_kept)
 
     async def _open_read(self, inode: int, node: Node) -> FileInfo:
@@ -250,9 +282,11 @@ class Opening(pyfuse3.Operations):
         if not is_planned:
             plan = await self._runner.run(lanes.plan, reader, undo=_release(lanes))
         if plan is not None and not lanes.is_vouched(plan):
+            places = lanes.devices_of(plan.lease)
             plan = await self._runner.run(
-                lanes.vouched, plan, nbytes=reader.size_bytes, undo=_release(lanes)
-            )
+                lanes.vouched, plan, nbytes=reader.size_bytes, undo=_release(lanes),
+                on_timeout=lambda: lanes.note_stall(places),
+            )  # fmt: skip
         return plan
 
     async def _install(self, number: int, handle: ReadHandle, plan: Plan) -> None:
@@ -319,10 +353,25 @@ class Opening(pyfuse3.Operations):
 
     def _require_no_passthrough(self, inode: int) -> None:
         """Raise ESTALE, and give the node another number, if the kernel reads this one's file."""
-        if not self._handles.is_passthrough(inode):
-            return
+        if self._handles.is_passthrough(inode):
+            self._part(inode, self._handles.is_passthrough)
+
+    def _part_from_readers(self, inode: int) -> None:
+        """Raise ESTALE, and give the node another number, if it is about to change under readers.
+
+        The kernel has one size for all handles of an inode, and ends the reads that go through its
+        cache there: they would find a file shorter that is cut. So they keep the number they have.
+        Not where numbers run out, or the caller comes for the second time: it would not come again.
+        """
+        self._require_no_passthrough(inode)
+        if self._handles.has_cached_reader(inode) and not self._must_yield(inode):
+            with contextlib.suppress(BusyError):
+                self._part(inode, self._handles.has_cached_reader)
+
+    def _part(self, inode: int, is_taken: Callable[[int], bool]) -> None:
+        """Give a node a number that is not taken, and raise ESTALE."""
         node_id = node_of(inode)
-        while self._handles.is_passthrough(self._inodes.current(node_id)):
+        while is_taken(self._inodes.current(node_id)):
             self._inodes.renumber(node_id)
         # The kernel comes back once only: nobody is to take that number for passthrough before.
         now_ns = self.clock.monotonic_ns()

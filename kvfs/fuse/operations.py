@@ -284,7 +284,7 @@ class KvfsOperations(FileOperations):
                 if not pyfuse3.readdir_reply(token, name, entry, len(handle.names)):
                     handle.names.pop()
                     return
-                self._inodes.add(entry.st_ino)
+                self._inodes.add(entry.st_ino, node.namespace_id)
             after = nodes[-1].name
 
     @handler
@@ -314,12 +314,15 @@ class KvfsOperations(FileOperations):
             else:
                 entry.st_ino = inode
                 return entry
-        newest = handles[-1]
+        # All share the kernel's one size; where its writers append depends on it.
+        writing = [handle for handle in handles if isinstance(handle, WritingHandle)]
+        newest = (writing or handles)[-1]
         entry = self._entry_of(newest.node, link_count=0)
         entry.st_ino = inode
         if isinstance(newest, WritingHandle):
             entry.st_size = newest.file.writer.size_bytes
         else:
+            self._files.catch_up_raw(newest.reader)
             entry.st_size = newest.reader.size_bytes
         return entry
 
