@@ -606,7 +606,7 @@ class Run:
             return
         if version_of(found) not in left:
             raise DifferenceError(f"{path}: {version_of(found)} after the crash, none of {left}")
-        if found != before:
+        if found != before or file.is_raw:  # whose time is noted when a writer closes
             mtime_ns = real.stat().st_mtime_ns
             with copy.open("r+b") as target:
                 target.truncate(0)
