@@ -16,6 +16,7 @@ Layer: L4.
 Locks: a writer's `lock`, then those of `FileContents`.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import replace as with_changes
@@ -30,6 +31,7 @@ from kvfs.engine.store import Store
 from kvfs.errors import (
     BusyError,
     DeviceError,
+    KvfsError,
     NotFoundError,
     RefusedError,
 )
@@ -194,6 +196,10 @@ class Files(FileAdoption):
         finally:
             self.close_write(handle)
 
+    def empty_node(self, node: Node) -> None:
+        """Cut a file that the caller has not open to nothing, which makes it new in any case."""
+        self.close_write(self.open_write(node, truncate=True))
+
     def set_mtime(self, node: Node, mtime_ns: int) -> None:
         """Let content that is not in the catalog yet arrive there with this time."""
         writer = self.writer_of(node.node_id)
@@ -301,6 +307,21 @@ class Files(FileAdoption):
             self.publish()
 
     # --- names
+
+    def remove(self, node: Node) -> None:
+        """Remove a context's name; who has the file open goes on, writers too."""
+        self.hold_for_writers(node)
+        super().remove(node)
+
+    def hold_for_writers(self, node: Node) -> None:
+        """Open what a file holds for those who have it open for writing: its name is to go."""
+        writer = self.writer_of(node.node_id)
+        if writer is None:
+            return
+        with writer.lock:
+            if writer.is_ready and writer.staged is None and writer.kept_bytes:
+                with contextlib.suppress(KvfsError):  # whoever asks for it will be told
+                    self._opened_base(writer)
 
     def forget(self, node: Node, keys: npt.NDArray[np.uint8] | None) -> None:
         """Let go of the bytes of a node whose name is gone already. `keys`: None for an API's."""

@@ -23,6 +23,7 @@ from kvfs.clock import Clock
 from kvfs.config import PoolOptions
 from kvfs.engine.catalog import Catalog
 from kvfs.engine.catalog_schema import (
+    DEADLINE_ATTRIBUTE,
     ROOT_NODE_ID,
     NamespaceInfo,
     Node,
@@ -30,6 +31,7 @@ from kvfs.engine.catalog_schema import (
     NodeState,
     Origin,
     Retention,
+    checked_deadline_ms,
 )
 from kvfs.engine.device_state import DeviceState, NamespaceSpec
 from kvfs.engine.recovery import (
@@ -120,6 +122,8 @@ class Pool:
         files: Files on the mount (for kvfs's own layers).
         pins: Pinned contexts (for kvfs's own layers).
         recovery: What opening found.
+        deadlines_ms: Longest that requests of a mount may take, of namespaces by id that have a
+            limit of their own; see `set_deadline`.
     """
 
     def __init__(
@@ -149,6 +153,8 @@ class Pool:
         for info in catalog.namespaces():
             state.add_namespace(_spec(info))
         self._layouts = {info.namespace_id: info.layout for info in catalog.namespaces()}
+        self.deadlines_ms: dict[int, int] = {}
+        self._load_deadlines()
         self.files = Files(
             self.store, catalog, self._layouts.__getitem__, clock, options.staging_memory_bytes
         )
@@ -158,6 +164,14 @@ class Pool:
         self._reconcile(self.recovery)
         self._background: Background | None = None
         catalog.on_checkpoint_due = self.note_written
+
+    def _load_deadlines(self) -> None:
+        found = self.catalog.attributes_named(DEADLINE_ATTRIBUTE)
+        self.deadlines_ms = {
+            info.namespace_id: checked_deadline_ms(found[info.root_node_id])
+            for info in self.catalog.namespaces()
+            if info.root_node_id in found
+        }
 
     # --- namespaces
 
@@ -293,6 +307,23 @@ class Pool:
         self.catalog.set_retention(self.namespace(name).info.namespace_id, retention)
         self.catalog.sync()
         self.store.state.add_namespace(_spec(self.namespace(name).info))
+
+    def set_deadline(self, name: str, deadline_ms: int | None) -> None:
+        """Change how long a request of a mount may take that concerns a namespace.
+
+        Then it fails with EIO. None: as long as the mount's own. Durability: persist.
+
+        Raises:
+            UsageError: Not 10 to 3,600,000.
+        """
+        node_id, now = self.namespace(name).info.root_node_id, self.clock.wall_ns()
+        if deadline_ms is not None:
+            value = str(checked_deadline_ms(str(deadline_ms).encode())).encode()
+            self.catalog.set_attribute(node_id, DEADLINE_ATTRIBUTE, value, now_ns=now)
+        elif DEADLINE_ATTRIBUTE in self.catalog.attribute_names(node_id):
+            self.catalog.remove_attribute(node_id, DEADLINE_ATTRIBUTE, now_ns=now)
+        self.catalog.sync()
+        self._load_deadlines()
 
     def make_context(self, info: NamespaceInfo, path: str) -> Node:
         """Return the context at a path, made with the directories above it if it is not there."""

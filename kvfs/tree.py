@@ -12,6 +12,7 @@ Layer: L4.
 from typing import Final
 
 from kvfs.engine.catalog_schema import (
+    DEADLINE_ATTRIBUTE,
     DEFAULT_NAMESPACE,
     RAW_ATTRIBUTE,
     ROOT_NODE_ID,
@@ -22,6 +23,7 @@ from kvfs.engine.catalog_schema import (
     NotDirectoryError,
     Origin,
     TargetIsDirectoryError,
+    checked_deadline_ms,
     checked_retention,
 )
 from kvfs.errors import BusyError, NotFoundError, RefusedError, UsageError
@@ -163,6 +165,8 @@ class Tree:
             victim = self._catalog.lookup(new_parent_id, new_name)
             if victim is not None and victim.state is NodeState.ACTIVE:
                 self._files.settle(node)
+            if victim is not None:
+                self._files.hold_for_writers(victim)
         keys = None
         with self._catalog.transaction():
             victim = self._catalog.lookup(new_parent_id, new_name)
@@ -224,6 +228,8 @@ class Tree:
     ) -> None:
         """Give a node an attribute, `user.*` but not `user.kvfs.*`; or b"1" to `user.kvfs.raw`.
 
+        `user.kvfs.deadline_ms` of a namespace's directory: see `Pool.set_deadline`.
+
         That makes a file raw: now, or if it is being written, when it is closed. Of a directory it
         makes all files raw that are made in it from now on.
 
@@ -234,6 +240,13 @@ class Tree:
             NameTooLongError, AttributeTooLargeError, AttributesFullError: Beyond the limits.
             NoSpaceError: There is no room for the raw file.
         """
+        if name == DEADLINE_ATTRIBUTE:
+            if self.namespace_of(node) is None:
+                raise RefusedError(
+                    f"no namespace's directory: {node.name!r}; a deadline is for all"
+                )
+            self._pool.set_deadline(node.name, checked_deadline_ms(value))
+            return
         is_raw = name == RAW_ATTRIBUTE
         if is_raw and value != _IS_RAW:
             raise UsageError(f"attribute {name!r}: expected {_IS_RAW!r}; or remove it")
@@ -254,6 +267,9 @@ class Tree:
             NoAttributeError: There is none of this name.
             RefusedError: `user.kvfs.raw` of a raw file: it stays one.
         """
+        if name == DEADLINE_ATTRIBUTE and name in self.attribute_names(node):
+            self._pool.set_deadline(node.name, None)
+            return
         if node.is_raw and name == RAW_ATTRIBUTE:
             raise RefusedError(f"a raw file stays raw: {node.name!r}; copy it, and remove it")
         self._catalog.remove_attribute(node.node_id, name, now_ns=self._now())

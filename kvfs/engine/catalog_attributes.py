@@ -110,6 +110,11 @@ class CatalogAttributes(CatalogNodes):
         )
         return bool(rows)
 
+    def attributes_named(self, name: bytes) -> dict[int, bytes]:
+        """Return the values of an attribute by the node that has it."""
+        rows = self._read("SELECT node_id, value FROM attributes WHERE name = ?", (name,))
+        return {row[0]: bytes(row[1]) for row in rows}
+
     def _inherit_raw(self, parent_id: int, node_id: int) -> None:
         """Mark a new directory as its parent is marked. REQUIRES: a transaction."""
         self._write(

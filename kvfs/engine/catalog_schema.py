@@ -32,11 +32,13 @@ ROW_KEYS: Final = 512
 NAME_BYTES_MAX: Final = 255
 ATTRIBUTE_NAME_BYTES_MAX: Final = 255
 ATTRIBUTE_BYTES_MAX: Final = 64 << 10  # of one value; and of all of a node, names included
+DEADLINE_ATTRIBUTE: Final = b"user.kvfs.deadline_ms"  # of a namespace's directory
 RAW_ATTRIBUTE: Final = b"user.kvfs.raw"  # of a file, or of the directory files are made in
 DEFAULT_NAMESPACE: Final = "default"  # files at the very root belong to it
 STATUS_NAME: Final = ".kvfs"  # the mount's own directory; no node may take its name
 EPOCH_MAX: Final = (1 << 20) - 1
 EPOCH_NODE_BITS: Final = 32  # node ids of an epoch; with 20 bits of epoch they stay below 2**53
+DEADLINE_MS_MIN, DEADLINE_MS_MAX = 10, 3_600_000
 EPOCH_VERSION_BITS: Final = 12  # versions of one node per epoch; with the epoch they fill 32 bits
 
 Retention = Literal["cache", "durable"]
@@ -326,6 +328,16 @@ def node_to_row(node: Node) -> Row:
         node.block_count, node.token_count, node.tail_bytes, node.tail_tokens, node.version,
         int(node.is_pinned), node.mtime_ns, node.ctime_ns,
     )  # fmt: skip
+
+
+def checked_deadline_ms(value: bytes) -> int:
+    """Return a deadline, or raise UsageError."""
+    text = value.decode("ascii", "replace")
+    if not text.isdecimal() or not DEADLINE_MS_MIN <= int(text) <= DEADLINE_MS_MAX:
+        raise UsageError(
+            f"deadline_ms {text[:32]!r}: expected {DEADLINE_MS_MIN} to {DEADLINE_MS_MAX}"
+        )
+    return int(text)
 
 
 def checked_retention(value: str) -> Retention:

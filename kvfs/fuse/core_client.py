@@ -58,6 +58,7 @@ _HAS_FAILED: Final = 2
 _BLOCKS_MAX: Final = (PAYLOAD_BYTES_MAX - 8) // BLOCK.itemsize
 _DIGESTS_MAX: Final = (PAYLOAD_BYTES_MAX - _WRITTEN.size) // DIGEST_BYTES
 _IN_FLIGHT: Final = 16
+_DEADLINE_SHIFT: Final = 8  # of READ_BEGIN: above its flags
 _DEADLINE_S: Final = 5.0
 _CLOSE_ATTEMPTS: Final = 3  # the core waits a second each time
 _PACKET_BYTES: Final = 1 << 17
@@ -169,12 +170,13 @@ class CoreClient:
 
     def install_read(
         self, fh: int, inode: int, size_bytes: int, stride: int, blocks: npt.NDArray[np.void],
-        flags: int,
+        flags: int, deadline_ms: int = 0,
     ) -> None:  # fmt: skip
         """Let the core answer reads of a handle from blocks (BLOCK), all of the file, in order.
 
-        Flags: VERIFY_READS, SHORT_READS.
+        Flags: VERIFY_READS, SHORT_READS. `deadline_ms`: 0 for the mount's; below 2**24.
         """
+        flags |= deadline_ms << _DEADLINE_SHIFT
         begin = struct.pack("<QQQII", inode, size_bytes, stride, len(blocks), flags)
         messages = [Message(Kind.READ_BEGIN, fh, begin)]
         for first in range(0, len(blocks), _BLOCKS_MAX):

@@ -259,9 +259,27 @@ class FileOperations(Opening):
         if count is None:
             del self._buffers[task]  # lost to the worker, should it miss the deadline
             read = self._read_beyond if is_beyond else self._files.read_into
-            count = await self._runner.run(read, reader, offset, target, nbytes=nbytes)
+            count = await self._runner.run(
+                read, reader, offset, target, nbytes=nbytes,
+                on_timeout=lambda: self._note_stall(reader, offset, nbytes),
+            )  # fmt: skip
             self._buffers[task] = buffer
         return target[:count]
+
+    def _note_stall(self, reader: FileReader, offset: int, nbytes: int) -> None:
+        """Note on which devices bytes lie that were not read within the deadline."""
+        if self.lanes is None or reader.raw is not None:
+            return
+        state, stride = self._pool.store.state, reader.stride
+        keys = reader.keys[offset // stride : -(-(offset + nbytes) // stride)]
+        index = state.index(reader.namespace_id)
+        self.lanes.note_stall(
+            [
+                tier.info.index
+                for tier in state.tiers(persistent=True)
+                if index.lookup(keys, tier.info.index)["length"].any()
+            ]
+        )
 
     def _is_beyond(self, handle: ReadHandle, end: int) -> bool:
         """Say whether the kernel believes a file to be longer than its reader has open.
@@ -305,8 +323,4 @@ class FileOperations(Opening):
         if isinstance(handle, FormerHandle) and handle.is_writing:
             raise FUSEError(errno.EIO)
         node = await self._node(node_of(inode))
-        self._places.for_writing(inode, node, caller)
-        await self._runner.run(self._files.truncate_node, node, nbytes, nbytes=2 * node.size_bytes)
-        await self._revoke(inode)  # the answer moves the end of the file in the kernel
-        self._inodes.drop_cache(inode)
-        self._pool.note_written()
+        await self._cut(inode, node, caller, self._files.truncate_node, nbytes)

@@ -83,7 +83,8 @@ class ReadHandle:
     @property
     def size_bytes(self) -> int:
         """How long the file is for its reader."""
-        return self.reader.size_bytes
+        raw = self.reader.raw
+        return self.reader.size_bytes if raw is None else raw.size_bytes
 
 
 @dataclass(slots=True, eq=False)
@@ -210,6 +211,11 @@ class Handles:
         except KeyError:
             raise UnavailableError(f"handle of a former owner: {number}; open it again") from None
 
+    def inode_of(self, number: int) -> int:
+        """Return the inode of a handle, or 0 if there is none of this number."""
+        handle = self._by_number.get(number)
+        return 0 if handle is None else handle.inode
+
     def directory(self, number: int) -> DirectoryHandle:
         """Return the handle of an open directory."""
         handle = self[number]
@@ -278,6 +284,13 @@ class Handles:
             for other in self.of_inode(inode)
         )
 
+    def size_of(self, inode: int) -> int:
+        """Return the size that the handles of an open inode share: that of its writers, if any."""
+        handles = self.opened(inode)
+        cached = [handle for handle in handles if not handle.is_direct]
+        writing = [handle for handle in handles if isinstance(handle, WritingHandle)]
+        return (writing or cached or handles)[0].size_bytes
+
     def is_passthrough(self, inode: int) -> bool:
         """Say whether the kernel reads an inode's file itself."""
         return any(
@@ -298,6 +311,7 @@ class Inodes:
 
     def __init__(self) -> None:
         self._counts: dict[int, int] = {}
+        self._namespaces: dict[int, int] = {}
         self._cached: dict[int, Identity] = {}
         self._aliases: dict[int, int] = {}
 
@@ -348,9 +362,14 @@ class Inodes:
                 return inode
         raise BusyError(f"file was rewritten {_ALIASES} times while open; close it: {node_id}")
 
-    def add(self, inode: int) -> None:
-        """Count one lookup that was answered."""
+    def add(self, inode: int, namespace_id: int = 0) -> None:
+        """Count one lookup that was answered. `namespace_id`: whose the inode is."""
         self._counts[inode] = self._counts.get(inode, 0) + 1
+        self._namespaces[inode] = namespace_id
+
+    def namespace_of(self, inode: int) -> int:
+        """Return whose an inode is that the kernel has looked up, else 0."""
+        return self._namespaces.get(inode, 0)
 
     def forget(self, inode: int, count: int) -> bool:
         """Take back lookups; return whether the kernel has forgotten the inode."""
@@ -360,6 +379,7 @@ class Inodes:
             return False
         self._counts.pop(inode, None)
         self._cached.pop(inode, None)
+        self._namespaces.pop(inode, None)
         return True
 
     def may_keep_cache(self, inode: int, identity: Identity) -> bool:

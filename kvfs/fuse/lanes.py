@@ -24,6 +24,7 @@ import contextlib
 import logging
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -50,6 +51,7 @@ from kvfs.units import PAGE
 
 TABLE_NS: Final = 10_000_000_000
 LINGER_NS: Final = 1_000_000_000
+STALLED_NS: Final = 60_000_000_000
 RETRY_NS: Final = 1_000_000_000
 _EVER_NS: Final = 1 << 63
 BLOCKS_MAX: Final = 1 << 18  # a table of 12 MiB
@@ -107,9 +109,11 @@ class Lanes:
     """The lanes of a mount's open files. Thread-safe, synchronous; may wait for the core."""
 
     def __init__(
-        self, store: Store, client: CoreClient, clock: Clock, *, has_passthrough: bool
-    ) -> None:
-        """Serve a pool's files through a core."""
+        self, store: Store, client: CoreClient, clock: Clock, *, has_passthrough: bool,
+        deadlines_ms: Callable[[], dict[int, int]] = dict,
+    ) -> None:  # fmt: skip
+        """Serve a pool's files through a core. `deadlines_ms`: of namespaces with their own."""
+        self.deadlines_ms = deadlines_ms
         self.has_passthrough = has_passthrough
         self.views = Views(store, clock)
         self._store = store
@@ -121,6 +125,7 @@ class Lanes:
         self._last_ref = 0
         self._refused_ns: dict[int, int] = {}  # when a handle's table was last refused
         self._stuck: list[tuple[int, _Installed]] = []
+        self._stalled_ns: dict[int, int] = {}  # devices, and when they last missed a deadline
         store.state.on_pressure = self.reclaim
 
     def plan(self, reader: FileReader, *, may_pass: bool = True) -> Plan | None:
@@ -140,6 +145,27 @@ class Lanes:
             if plan.lane is Lane.NAMESPACE:
                 self.release(plan)
         return None if plan.lane is Lane.NAMESPACE else plan
+
+    def devices_of(self, lease: Lease) -> list[int]:
+        """Return the devices that a lease lies on."""
+        return [part.segment.handle.device_index for part in lease.parts]
+
+    def note_stall(self, devices: list[int]) -> None:
+        """Note devices that did not answer within a deadline.
+
+        For STALLED_NS the kernel and the core are given nothing of them to read: neither has the
+        means to give a read up for sure that the handlers have.
+        """
+        now_ns = self._clock.monotonic_ns()
+        for index in devices:
+            name = self._store.state.device(index).info.name
+            _log.warning("device missed a deadline, is not read past the handlers: %s", name)
+            self._stalled_ns[index] = now_ns
+
+    def stalled(self) -> list[str]:
+        """Return the names of the devices that missed a deadline of late."""
+        state = self._store.state
+        return [state.device(i).info.name for i in list(self._stalled_ns) if self._is_stalled(i)]
 
     def is_vouched(self, plan: Plan) -> bool:
         """Say whether a plan can be installed as it is.
@@ -292,7 +318,10 @@ class Lanes:
             blocks = self._blocks(lease, self._hold(lease, installed))
             flags = VERIFY_READS if self._store.state.options.verify_reads else 0
             flags |= SHORT_READS if plan.is_direct else 0
-            self._client.install_read(fh, inode, reader.size_bytes, reader.stride, blocks, flags)
+            deadline_ms = self.deadlines_ms().get(reader.namespace_id, 0)
+            self._client.install_read(
+                fh, inode, reader.size_bytes, reader.stride, blocks, flags, deadline_ms
+            )
         except (OSError, UnavailableError):
             if not reader.is_closed:
                 self.refuse(fh)
@@ -305,9 +334,15 @@ class Lanes:
     def _is_healthy(self, lease: Lease) -> bool:
         state = self._store.state
         return not any(
-            part.segment.is_poisoned or state.device(part.segment.handle.device_index).is_offline
+            part.segment.is_poisoned
+            or state.device(part.segment.handle.device_index).is_offline
+            or self._is_stalled(part.segment.handle.device_index)
             for part in lease.parts
         )
+
+    def _is_stalled(self, index: int) -> bool:
+        since_ns = self._stalled_ns.get(index)
+        return since_ns is not None and self._clock.monotonic_ns() - since_ns < STALLED_NS
 
     def _needs_no_medium(self, lease: Lease) -> bool:
         """Whether all that is left to verify can be verified as it is read."""

@@ -55,6 +55,9 @@ SMALL_BLOCKS: Final = 64
 LAZY_BYTES: Final = 1 << 20  # what a few reads fetch does not pay for a table
 LAZY_READS: Final = 4
 _NS_PER_S: Final = 1_000_000_000
+_BY_HANDLE: Final = frozenset(
+    ("read", "write", "flush", "release", "fsync", "readdir", "releasedir", "fsyncdir", "fallocate")
+)
 _T = TypeVar("_T")
 
 
@@ -87,8 +90,9 @@ class Opening(pyfuse3.Operations):
         self._runner = Runner(deadline_s, threads, self.counters)
         if core is not None:
             self.lanes = Lanes(
-                pool.store, core.client, pool.clock, has_passthrough=core.hello.has_passthrough
-            )
+                pool.store, core.client, pool.clock, has_passthrough=core.hello.has_passthrough,
+                deadlines_ms=lambda: pool.deadlines_ms,
+            )  # fmt: skip
             self.write_lanes = WriteLanes(pool.files, core.client)
             self._runner.on_patience = core.client.allow
 
@@ -98,9 +102,18 @@ class Opening(pyfuse3.Operations):
             **self.counters.snapshot(),
             "open_handles": len(self._handles),
             "known_inodes": len(self._inodes),
+            "stalled_devices": [] if self.lanes is None else self.lanes.stalled(),
             "core": {} if self._core is None else dict(self._core.counters),
             "views": {} if self.lanes is None else self.lanes.views.snapshot(),
         }
+
+    def deadline_ms_of(self, name: str, number: int) -> int:
+        """Return the deadline of the namespace that a request is about, or 0 for the mount's."""
+        deadlines = self._pool.deadlines_ms
+        if not deadlines:
+            return 0
+        inode = self._handles.inode_of(number) if name in _BY_HANDLE else number
+        return deadlines.get(self._inodes.namespace_of(inode), 0)
 
     def restore(self, core: Core) -> None:
         """Take over the files that the kernel has open since a former owner."""
@@ -144,7 +157,7 @@ class Opening(pyfuse3.Operations):
         if detour is not None:
             entry = self._entry_of(detour[1])
             entry.st_ino = pyfuse3.InodeT(detour[0])
-        self._inodes.add(entry.st_ino)
+        self._inodes.add(entry.st_ino, node.namespace_id)
         return entry
 
     def _entry_of(self, node: Node, *, link_count: int = 1) -> pyfuse3.EntryAttributes:
@@ -155,6 +168,8 @@ class Opening(pyfuse3.Operations):
 
     async def _open_node(self, inode: int, node: Node, flags: int, caller: int) -> FileInfo:
         if flags & os.O_ACCMODE == os.O_RDONLY:
+            if flags & os.O_TRUNC:
+                node = await self._cut(inode, node, caller, self._files.empty_node)
             return await self._open_read(inode, node, caller)
         self._places.for_writing(inode, node, caller)
         is_cut, number = bool(flags & os.O_TRUNC), self._handles.next_number()
@@ -184,6 +199,21 @@ class Opening(pyfuse3.Operations):
         for other in self._handles.opened(inode):
             if isinstance(other, WritingHandle) and other.is_direct and not other.file.is_barred:
                 await self._runner.run(self._files.bar_grants, other.file)
+
+    async def _cut(
+        self, inode: int, node: Node, caller: int, function: Callable[..., None], *args: object
+    ) -> Node:
+        """Change the size of a file that the caller has not open for writing; return what it is.
+
+        Raises:
+            FUSEError: ESTALE: come by another number.
+        """
+        self._places.for_writing(inode, node, caller)
+        await self._runner.run(function, node, *args, nbytes=2 * node.size_bytes)
+        await self._revoke(inode)  # the answer moves the end of the file in the kernel
+        self._inodes.drop_cache(inode)
+        self._pool.note_written()
+        return await self._node(node.node_id)
 
     def _opened_to_write(self, number: int, inode: int, node: Node, *, is_cut: bool) -> WriteHandle:
         """Open for writing, and let the core write what is empty so far. Any thread; may wait."""
@@ -308,11 +338,12 @@ class Opening(pyfuse3.Operations):
 
         A view that takes too long is no reason to fail: the handlers can read what it would hold.
         """
-        is_file = plan.offer is None
+        is_file, devices = plan.offer is None, lanes.devices_of(plan.lease)
         try:
             return await self._runner.run(
                 lanes.vouched, plan, nbytes=plan.reader.size_bytes, undo=_release(lanes),
                 unused=functools.partial(lanes.release, plan),
+                on_timeout=functools.partial(lanes.note_stall, devices) if is_file else None,
             )  # fmt: skip
         except FUSEError:
             if is_file:

@@ -286,7 +286,7 @@ class KvfsOperations(FileOperations):
                 if not pyfuse3.readdir_reply(token, name, entry, len(handle.names)):
                     handle.names.pop()
                     return
-                self._inodes.add(entry.st_ino)
+                self._inodes.add(entry.st_ino, node.namespace_id)
             after = nodes[-1].name
 
     @handler
@@ -314,8 +314,8 @@ class KvfsOperations(FileOperations):
                 raise
             node, link_count = handles[-1].node, 0
         if handles and (not link_count or self._inodes.current(node_id) != inode):
-            owner = next((handle for handle in handles if not handle.is_direct), handles[-1])
-            node = with_changes(node, size_bytes=owner.size_bytes)
+            # All share the kernel's one size; where its writers append depends on it.
+            node = with_changes(node, size_bytes=self._handles.size_of(inode))
         entry = self._entry_of(node, link_count=link_count)
         entry.st_ino = inode
         return entry

@@ -4,6 +4,9 @@ Layer: L5.
 
 - Blocking work runs in a worker thread and is waited for until the deadline; then the request fails
   with EIO and the worker finishes on its own. What it made by then is undone by it.
+- A namespace may have a deadline of its own. Whose it is that a request is about is told by the
+  inode or handle that it names; what the kernel has not looked up since the owner came has the
+  mount's.
 - The deadline grows with the bytes a request must move, so that closing a large file is not failed
   for being large.
 - A KvfsError becomes its errno. Anything else is a bug: logged with traceback, EIO to the caller.
@@ -15,6 +18,7 @@ import functools
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
+from contextvars import ContextVar
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar, cast
 
 import pyfuse3
@@ -71,8 +75,13 @@ class HasCounters(Protocol):
     counters: RequestCounters
     clock: Clock
 
+    def deadline_ms_of(self, name: str, number: int) -> int:
+        """Return the deadline for a request by its first argument; 0 for the mount's."""
+
 
 _S = TypeVar("_S", bound=HasCounters)
+_own_deadline_ms: ContextVar[int] = ContextVar("own_deadline_ms", default=0)
+"""Of the namespace that the request at work is about; 0: it has none of its own."""
 
 
 def translate(name: str, error: Exception) -> pyfuse3.FUSEError:
@@ -95,6 +104,8 @@ def handler(
     @functools.wraps(function)
     async def guarded(self: _S, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         begin = self.clock.monotonic_ns()
+        number = args[0] if args else 0
+        _own_deadline_ms.set(self.deadline_ms_of(name, number) if isinstance(number, int) else 0)
         try:
             return await function(self, *args, **kwargs)
         except Exception as error:
@@ -122,6 +133,7 @@ class Runner:
     async def run(
         self, function: Callable[..., _T], *args: object, nbytes: int = 0,
         undo: Callable[[_T], None] | None = None, unused: Callable[[], None] | None = None,
+        on_timeout: Callable[[], None] | None = None,
     ) -> _T:  # fmt: skip
         """Call a function in a worker thread and return what it returns.
 
@@ -131,12 +143,15 @@ class Runner:
             nbytes: Bytes it moves; the deadline grows with them.
             undo: What to do, in the worker, with a result that came too late.
             unused: What to do, in a worker, if no thread was free in time: it is never called then.
+            on_timeout: Called when the deadline passes.
 
         Raises:
             FUSEError: EIO: the deadline passed.
         """
-        extra_s = nbytes / BYTES_PER_S_MIN
-        limit_s = self._deadline_s + extra_s
+        own_ms = _own_deadline_ms.get()
+        limit_s = own_ms / 1000 if own_ms else self._deadline_s
+        limit_s += nbytes / BYTES_PER_S_MIN
+        extra_s = limit_s - self._deadline_s
         work = functools.partial(function, *args)
         if extra_s >= _LONG_S and self.on_patience is not None:
             work = functools.partial(self._patiently, extra_s, work)
@@ -153,6 +168,8 @@ class Runner:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(unused)
         self._counters.timeouts += 1
+        if on_timeout is not None:
+            on_timeout()
         name = getattr(function, "__qualname__", repr(function))
         _log.error("request timed out: %s: no answer within %.1f s", name, limit_s)
         raise pyfuse3.FUSEError(errno.EIO)

@@ -3,7 +3,8 @@
 Layer: L5.
 
 Of a context: tokens, blocks, resident_blocks, layout, fingerprint, namespace, origin, lane, tiers,
-extents. Of a namespace's directory: id, layout, fingerprint, retention, which can be set. `raw` is
+extents. Of a namespace's directory: id, layout, fingerprint, and two that can be set: retention,
+and deadline_ms, which is there once it is set (`Pool.set_deadline`). `raw` is
 there, and can be set, where files are or become raw (`kvfs.tree`). All but that are
 computed when asked for, but `lane`, which open handles decide (`KvfsOperations`). `extents` names
 the place of every byte, for readers that go past the mount; places are valid while the file is held
@@ -25,7 +26,7 @@ from typing import Any, Final
 import numpy as np
 import pyfuse3
 
-from kvfs.engine.catalog_schema import RAW_ATTRIBUTE, Node, Origin
+from kvfs.engine.catalog_schema import DEADLINE_ATTRIBUTE, RAW_ATTRIBUTE, Node, Origin
 from kvfs.engine.index import RecordArray
 from kvfs.engine.segment_table import group_by_segment
 from kvfs.pool import Pool
@@ -122,7 +123,8 @@ class Xattrs:
 
     def _is_kept(self, name: bytes) -> bool:
         """Say whether the catalog has an attribute of this name, not this module."""
-        return name == RAW_ATTRIBUTE or (name.startswith(USER) and not name.startswith(PREFIX))
+        is_own = name in (RAW_ATTRIBUTE, DEADLINE_ATTRIBUTE)
+        return is_own or (name.startswith(USER) and not name.startswith(PREFIX))
 
     def _known(self, node: Node) -> dict[bytes, Callable[[Node], str]]:
         if not node.is_directory:

@@ -31,6 +31,8 @@ struct read_lane *read_lane_create(uint64_t size, uint64_t stride, uint32_t coun
                                    int *status)
 {
     *status = -EINVAL;
+    uint32_t deadline_ms = flags >> READ_DEADLINE_SHIFT;
+    flags &= (UINT32_C(1) << READ_DEADLINE_SHIFT) - 1;
     if (!is_plausible(size, stride, count) || (flags & ~(uint32_t)(READ_VERIFY | READ_SHORT)) != 0)
         return NULL;
     *status = -ENOMEM;
@@ -54,6 +56,7 @@ struct read_lane *read_lane_create(uint64_t size, uint64_t stride, uint32_t coun
     lane->stride = stride;
     lane->count = count;
     lane->flags = flags;
+    lane->deadline_ms = deadline_ms;
     lane->blocks = blocks;
     *status = 0;
     return lane;

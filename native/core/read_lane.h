@@ -9,6 +9,8 @@ enum { BLOCK_VERIFIED = 1, BLOCK_FILLED = 2, DIGEST = 16 };
 /* READ_SHORT: nothing of the file is cached, reads past its end may be answered by what is there.
  * Else the kernel, which asks for cached pages, believes in a longer file than this table. */
 enum { READ_VERIFY = 1, READ_SHORT = 2 };
+/* Above the flags: a deadline of its own in milliseconds, 0 for the mount's. */
+enum { READ_DEADLINE_SHIFT = 8 };
 /* The tables of all files together, in blocks: 48 bytes each. */
 enum { READ_BLOCKS_MAX = 1 << 24 };
 
@@ -27,6 +29,7 @@ struct read_lane {
     uint32_t count;
     uint32_t filled;
     uint32_t flags;
+    uint32_t deadline_ms;
     struct block *blocks;
 };
 

@@ -125,8 +125,15 @@ void reader_kick_all(struct core *core)
 
 void reader_begin_job(struct reader *reader, const struct fuse_in_header *header, uint64_t nbytes)
 {
+    reader_begin_job_within(reader, header, nbytes, reader->core->options.deadline_ms);
+}
+
+void reader_begin_job_within(struct reader *reader, const struct fuse_in_header *header,
+                             uint64_t nbytes, uint32_t deadline_ms)
+{
     atomic_store_explicit(&reader->job_pid, header->pid, memory_order_relaxed);
-    int64_t deadline = core_deadline_ns(reader->core, nbytes, false);
+    int64_t more_ms = (int64_t)deadline_ms - (int64_t)reader->core->options.deadline_ms;
+    int64_t deadline = core_deadline_ns(reader->core, nbytes, false) + more_ms * NS_PER_MS;
     atomic_store_explicit(&reader->job_deadline_ns, deadline, memory_order_relaxed);
     atomic_store_explicit(&reader->job, header->unique, memory_order_release);
 }

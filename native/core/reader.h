@@ -18,6 +18,10 @@ void reader_dispose(struct reader *reader);
 void reader_begin_job(struct reader *reader, const struct fuse_in_header *header,
                       uint64_t nbytes);
 
+/* The same with another deadline than the mount's. */
+void reader_begin_job_within(struct reader *reader, const struct fuse_in_header *header,
+                             uint64_t nbytes, uint32_t deadline_ms);
+
 /* Whether the job was still ours to answer. */
 bool reader_end_job(struct reader *reader);
 

@@ -235,7 +235,8 @@ static bool serve_segments(struct core *core, struct reader *reader, struct read
     job.end = in->offset + size < lane->size ? in->offset + size : lane->size;
     if (job.position > job.end)
         job.position = job.end;
-    reader_begin_job(reader, header, size + hashed_bytes(&job));
+    uint32_t deadline_ms = lane->deadline_ms ? lane->deadline_ms : core->options.deadline_ms;
+    reader_begin_job_within(reader, header, size + hashed_bytes(&job), deadline_ms);
     bool is_ready = gather(&job) && populate(&job) && (!job.must_copy || copy(&job));
     if (!reader_end_job(reader))
         return true;

@@ -60,6 +60,23 @@ def python(code: str, *arguments: object, timeout: float = DEADLINE_S) -> str:
     return result.stdout
 
 
+def launch(code: str, *arguments: object) -> subprocess.Popen[str]:
+    """Start Python in another process; `end` it."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kill a process that `launch` has started, if it still runs."""
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
+
+
 class MountedPool:
     """A pool in a temporary directory, mounted by another process."""
 

@@ -239,6 +239,27 @@ def test_end_of_a_small_replaced_file_is_an_error_and_no_zeros(area: Path) -> No
     assert path.read_bytes() == b"a" * 3000 + b"b" * 30000 + b"c" * 10
 
 
+def test_readers_of_former_content_keep_its_end(area: Path) -> None:
+    """The kernel has one size for all handles of an inode: readers keep an inode of their own."""
+    path = area / "f"
+    write_file(path, b"a" * 29376)
+    with path.open("rb", buffering=0) as early:
+        writer = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.write(writer, b"b" * 30000)
+        for _ in range(2):
+            assert os.pread(early.fileno(), 4096, 0) == b"a" * 4096
+            assert os.pread(early.fileno(), 4096, 28672) == b"a" * 704
+            assert os.pread(early.fileno(), 4096, 40000) == b""
+            assert os.fstat(early.fileno()).st_size == 29376
+            if writer:
+                os.write(writer, b"c" * 10)
+                os.close(writer)
+                writer = 0
+        os.truncate(path, 5)
+        assert os.pread(early.fileno(), 50_000, 0) == b"a" * 29376
+        assert path.read_bytes() == b"a" * 5
+
+
 def test_unlinked_file_lives_in_its_handles(area: Path) -> None:
     path = area / "f"
     data = random.Random(10).randbytes(2 * MIB + 9)
@@ -388,3 +409,55 @@ def test_fio_verifies(area: Path) -> None:
             "--verify=crc32c --do_verify=1 --verify_fatal=1 --end_fsync=1",
             area,
         )
+
+
+@pytest.mark.parametrize("how", ["unlink", "rename"])
+def test_writer_of_a_large_file_without_a_name(area: Path, how: str) -> None:
+    """What was flushed is a segment by then; its writer reads and writes on."""
+    data = random.Random(15).randbytes(6 * MIB)
+    path = area / "f"
+    write_file(path, data)
+    fd = os.open(path, os.O_RDWR)
+    os.pwrite(fd, b"head", 0)
+    os.close(os.dup(fd))  # flushes
+    if how == "unlink":
+        os.unlink(path)
+    else:
+        write_file(area / "g", b"g")
+        os.rename(area / "g", path)
+    assert os.pread(fd, 100, MIB) == data[MIB:][:100]
+    os.pwrite(fd, b"tail", len(data))
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    assert os.fstat(fd).st_size == len(data) + 4
+    assert os.pread(fd, len(data) + 4, 0) == b"head" + data[4:] + b"tail"
+    os.close(fd)
+
+
+def test_reading_open_that_truncates(area: Path) -> None:
+    path = area / "f"
+    for size in (100, 2 * MIB, 9 * MIB, 0):
+        write_file(path, bytes(size), os.O_TRUNC)
+        os.utime(path, (5, 5))
+        with path.open("rb") as early:
+            fd = os.open(path, os.O_RDONLY | os.O_TRUNC)
+            assert os.read(fd, 10) == b""
+            os.close(fd)
+            found = path.stat()
+            assert found.st_size == 0
+            assert found.st_mtime > 5
+            assert early.read() == bytes(size), "an earlier reader keeps what it opened"
+
+
+def test_size_of_a_file_without_a_name(area: Path) -> None:
+    """It is what its writers see, or else they would append in the wrong place."""
+    path = area / "f"
+    write_file(path, b"a" * 1000)
+    writer = os.open(path, os.O_RDWR | os.O_APPEND)
+    os.write(writer, b"b" * 500)
+    with path.open("rb") as late:
+        os.unlink(path)
+        assert os.fstat(writer).st_size == 1500
+        os.write(writer, b"c")
+        assert os.pread(writer, 2000, 0) == b"a" * 1000 + b"b" * 500 + b"c"
+        assert late.read() == b"a" * 1000
+    os.close(writer)

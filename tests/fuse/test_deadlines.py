@@ -1,0 +1,207 @@
+"""Deadlines of requests, each namespace with its own, and devices that stall."""
+
+import errno
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from kvfs.devices.base import Device
+from kvfs.devices.wrappers import WrapperDevice
+from kvfs.errors import UsageError
+from kvfs.fuse import lanes
+from kvfs.fuse.mount import MountOptions, mount_in_background
+from kvfs.pool import Pool
+from tests.fuse.mounting import DEADLINE_S, MIB, MountedPool, python, wait_until, write_file
+
+pytestmark = pytest.mark.fuse
+T = TypeVar("T")
+DEADLINE = "user.kvfs.deadline_ms"
+LANE = "user.kvfs.lane"
+
+
+class StallingDevice(WrapperDevice):
+    """Operations of these names do not come back before `may_go`."""
+
+    def __init__(self, inner: Device, operations: set[str]) -> None:
+        super().__init__(inner)
+        self.may_go = threading.Event()
+        self._operations = operations
+
+    def _call(self, operation: str, nbytes: int, action: Callable[[], T]) -> T:
+        if operation in self._operations:
+            assert self.may_go.wait(DEADLINE_S)
+        return action()
+
+
+@pytest.fixture
+def stalling(pool: Pool) -> Iterator[StallingDevice]:
+    """The pool's directory device, which persists nothing until it may go on."""
+    device = pool.store.state.devices[0]
+    stalling = StallingDevice(device.device, {"persist", "persist_staging"})
+    device.device = stalling
+    yield stalling
+    stalling.may_go.set()
+
+
+FSYNC = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+os.write(fd, b"x" * 100)
+try:
+    os.fsync(fd)
+except OSError as error:
+    print(error.errno)
+else:
+    print(0)
+"""
+
+
+@pytest.mark.parametrize("core", [True, False], ids=["core", "no-core"])
+def test_each_namespace_has_its_own(
+    pool: Pool, stalling: StallingDevice, tmp_path: Path, expected_warnings: list[str], core: bool
+) -> None:
+    """Of two that wait for the same device, one fails soon; the other waits for as long as it may.
+
+    The mount's own deadline is between the two.
+    """
+    expected_warnings.append("request timed out")
+    path = tmp_path / "mnt"
+    path.mkdir()
+    with mount_in_background(pool, path, MountOptions(deadline_s=1, core=core)):
+        for name, deadline_ms in (("quick", b"300"), ("patient", b"60000")):
+            (path / name).mkdir()
+            os.setxattr(path / name, DEADLINE, deadline_ms)
+        results: dict[str, str] = {}
+
+        def fsync(name: str) -> None:
+            results[name] = python(FSYNC, path / name / "f").strip()
+
+        threads = [threading.Thread(target=fsync, args=(name,)) for name in ("patient", "quick")]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: "quick" in results, "the quick one fails")
+        assert python(FSYNC, path / "mounts-own").strip() == str(errno.EIO)
+        assert "patient" not in results
+        stalling.may_go.set()
+        for thread in threads:
+            thread.join(DEADLINE_S)
+        assert results == {"quick": str(errno.EIO), "patient": "0"}
+        assert mounted_status(path)["mount"]["timeouts"] == 2
+
+
+def test_deadline_is_an_attribute_that_stays(mounted: MountedPool) -> None:
+    path = mounted.path / "ns"
+    path.mkdir()
+    (path / "d").mkdir()
+    write_file(path / "f", b"x")
+    assert DEADLINE not in os.listxattr(path)
+    with pytest.raises(OSError, match="No data"):
+        os.getxattr(path, DEADLINE)
+    os.setxattr(path, DEADLINE, b"2500")
+    assert DEADLINE in os.listxattr(path)
+    for value in (b"0", b"9", b"3600001", b"-5", b"1.5", b"soon", b"\xff"):
+        with pytest.raises(OSError, match="Invalid"):
+            os.setxattr(path, DEADLINE, value)
+    for other in (path / "d", path / "f", mounted.path):
+        with pytest.raises(OSError, match=r"not permitted|denied|not supported"):
+            os.setxattr(other, DEADLINE, b"2500")
+    mounted.stop()
+    mounted.start()
+    assert os.getxattr(path, DEADLINE) == b"2500"
+    os.removexattr(path, DEADLINE)
+    with pytest.raises(OSError, match="No data"):
+        os.removexattr(path, DEADLINE)
+    assert (path / "f").read_bytes() == b"x"
+
+
+def test_deadline_through_the_api(pool: Pool) -> None:
+    pool.make_namespace("space")
+    info = pool.namespace("space").info
+    pool.set_deadline("space", 700)
+    assert pool.deadlines_ms == {info.namespace_id: 700}
+    with pytest.raises(UsageError, match="expected 10 to 3600000"):
+        pool.set_deadline("space", 5)
+    pool.rename_namespace("space", "other")
+    assert pool.deadlines_ms == {info.namespace_id: 700}
+    pool.set_deadline("other", None)
+    pool.set_deadline("other", None)
+    assert pool.deadlines_ms == {}
+
+
+def test_stalled_device_is_not_passed_through(
+    pool: Pool, tmp_path: Path, expected_warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it holds is read by the handlers, which give up in time, until it is well again."""
+    expected_warnings += ["request timed out", "missed a deadline"]
+    path = tmp_path / "mnt"
+    path.mkdir()
+    may_go = threading.Event()
+    may_go.set()
+    verified = pool.store.verified
+
+    def stall(records):  # type: ignore[no-untyped-def]
+        assert may_go.wait(DEADLINE_S)
+        return verified(records)
+
+    monkeypatch.setattr(pool.store, "verified", stall)
+    with mount_in_background(pool, path, MountOptions(deadline_s=0.5)) as mount:
+        names = ("one", "two")
+        for name in names:
+            write_file(path / name, bytes(9 * MIB))
+        wait_until(lambda: os.getxattr(path / "one", LANE) == b"passthrough", "it is published")
+        with monkeypatch.context() as patch:
+            patch.setattr(lanes.Lanes, "is_vouched", lambda *_: False)
+            may_go.clear()
+            with pytest.raises(OSError, match="Input/output"):
+                os.open(path / "one", os.O_RDONLY)
+            may_go.set()
+        assert [os.getxattr(path / name, LANE) for name in names] == [b"namespace"] * 2
+        assert mounted_status(path)["mount"]["stalled_devices"] == ["dir0"]
+        for name in names:
+            assert (path / name).read_bytes() == bytes(9 * MIB)
+        monkeypatch.setattr(lanes, "STALLED_NS", 0)
+        assert [os.getxattr(path / name, LANE) for name in names] == [b"passthrough"] * 2
+        assert mount.is_alive
+
+
+def mounted_status(path: Path) -> dict[str, Any]:
+    text = python("import sys; print(open(sys.argv[1]).read())", path / ".kvfs/status.json")
+    status = json.loads(text)
+    assert isinstance(status, dict)
+    return status
+
+
+def test_a_read_that_stalls_is_noted(
+    pool: Pool, tmp_path: Path, expected_warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected_warnings += ["request timed out", "missed a deadline"]
+    path = tmp_path / "mnt"
+    path.mkdir()
+    may_go = threading.Event()
+    with mount_in_background(pool, path, MountOptions(deadline_s=0.5, passthrough=False)):
+        write_file(path / "f", b"x" * 3 * MIB)
+        monkeypatch.setattr(lanes.Lanes, "plan", lambda *_: None)
+        monkeypatch.setattr(pool.files, "read_nowait", lambda *_: None)
+        read_into = pool.files.read_into
+
+        def stall(*arguments):  # type: ignore[no-untyped-def]
+            assert may_go.wait(DEADLINE_S)
+            return read_into(*arguments)
+
+        monkeypatch.setattr(pool.files, "read_into", stall)
+        code = """
+import os, sys
+try:
+    os.pread(os.open(sys.argv[1], os.O_RDONLY), 100, 0)
+except OSError as error:
+    print(error.errno)
+"""
+        assert python(code, path / "f").strip() == str(errno.EIO)
+        may_go.set()
+        assert "dir0" in mounted_status(path)["mount"]["stalled_devices"]
+        assert (path / "f").read_bytes() == b"x" * 3 * MIB
