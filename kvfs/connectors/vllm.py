@@ -41,12 +41,12 @@ from kvfs.connectors.vllm_compat import (
     fingerprint_fields,
     positions_of,
 )
-from kvfs.connectors.vllm_contexts import Contexts, chains_of, parents_in
+from kvfs.connectors.vllm_contexts import Chains, Contexts
 from kvfs.connectors.vllm_jobs import Job, Transfers
 from kvfs.connectors.vllm_metrics import COUNTERS, Counts, metric_name
 from kvfs.connectors.vllm_options import Options
 from kvfs.connectors.vllm_pool import PoolLink, block_keys, namespace_name, row_layout
-from kvfs.connectors.vllm_work import Lookups, Workers
+from kvfs.connectors.vllm_work import Lookups, Task, Workers
 from kvfs.errors import KvfsError, UsageError
 
 SESSION: Final = "kvfs.session"
@@ -96,6 +96,7 @@ class KvfsTier(SecondaryTierManager):  # type: ignore[misc]
         )
         self._lookups = Lookups(self._find)
         self._notes = Workers("notes", 1)
+        self._chains: dict[str, Chains] = {}
         publishes = offloading_spec.kv_events_config.enable_kv_cache_events
         self._events: list[Any] | None = [] if self.options.enable_kv_events and publishes else None
         self._link.namespace()
@@ -104,29 +105,29 @@ class KvfsTier(SecondaryTierManager):  # type: ignore[misc]
 
     def on_new_request(self, req_context: Any) -> Any:
         """Follow the hints that came with a request; chunks go to the tier as they are made."""
-        hints = getattr(req_context, "kv_hints", None)
-        for action in getattr(hints, "actions", None) or ():
+        for action in _actions_of(req_context):
             self._follow(action, _name_of(req_context))
         return RequestOffloadingContext()
 
     def on_request_finished(self, req_context: Any) -> None:
         """Leave a context, after the request's stores, and forget the request."""
         self._lookups.forget(req_context.req_id)
-        chains = chains_of(positions_of(req_context))
-        if chains and self.options.contexts_max:
+        chains = self._chains_of(req_context)
+        self._chains.pop(req_context.req_id, None)
+        by_group = chains.by_group()
+        if by_group:
             pin = (req_context.kv_transfer_params or {}).get(PIN) is True
             pin = pin or any(
                 action.action_type == PIN and not _session_in(action)
-                for action in getattr(getattr(req_context, "kv_hints", None), "actions", ())
+                for action in _actions_of(req_context)
             )
-            self._transfers.after_stores(
-                partial(self._contexts.record, _name_of(req_context), chains, pin=pin)
-            )
+            name = _name_of(req_context)
+            self._transfers.after_stores(partial(self._contexts.record, name, by_group, pin=pin))
 
     def touch(self, keys: Collection[bytes], req_context: Any) -> None:
         """Note an access, for eviction. Dropped while too many notes wait."""
         del req_context
-        self._notes.submit(partial(self._contexts.touch, tuple(keys)), limit=_NOTES_MAX)
+        self._note(partial(self._contexts.touch, tuple(keys)))
 
     # --- lookups
 
@@ -146,17 +147,18 @@ class KvfsTier(SecondaryTierManager):  # type: ignore[misc]
 
     def submit_store(self, job_metadata: Any) -> None:
         """Queue a store; a full queue refuses it at once."""
-        positions = positions_of(job_metadata.req_context)
-        keys, rows = list(job_metadata.keys), [int(row) for row in job_metadata.chunk_ids]
-        order = sorted(range(len(keys)), key=lambda at: positions.get(keys[at], at))
-        parents = parents_in(chains_of(positions))
+        chains = self._chains_of(job_metadata.req_context)
+        rows = [int(row) for row in job_metadata.chunk_ids]
+        chunks = sorted(
+            zip(job_metadata.keys, rows, strict=True), key=lambda chunk: chains.end_of(chunk[0])
+        )
         self._transfers.store(
             Job(
                 job_metadata.job_id,
                 is_load=False,
-                keys=[keys[at] for at in order],
-                rows=[rows[at] for at in order],
-                parents=[parents.get(keys[at]) for at in order],
+                keys=[key for key, _ in chunks],
+                rows=[row for _, row in chunks],
+                parents=[chains.parent(key) for key, _ in chunks],
             )
         )
 
@@ -275,14 +277,28 @@ class KvfsTier(SecondaryTierManager):  # type: ignore[misc]
         name = _session_in(action)
         if action.action_type == PIN:
             if name:  # without a session: of the request itself, once it has finished
-                self._notes.submit(partial(self._contexts.pin, name, pinned=True))
+                self._note(partial(self._contexts.pin, name, pinned=True))
         elif action.action_type == UNPIN:
-            self._notes.submit(partial(self._contexts.pin, name or own_name, pinned=False))
+            self._note(partial(self._contexts.pin, name or own_name, pinned=False))
         elif action.action_type == PREFETCH:
-            task = partial(self._contexts.prefetch, name or own_name)
-            self._notes.submit(task, limit=_NOTES_MAX)
+            self._note(partial(self._contexts.prefetch, name or own_name))
         else:
             self._counts.add("ignored_hints")
+
+    def _note(self, task: Task) -> None:
+        """Do something that nobody waits for, unless too much of that is waiting."""
+        if not self._notes.submit(task, limit=_NOTES_MAX):
+            self._counts.add("dropped_notes")
+
+    def _chains_of(self, req_context: Any) -> Chains:
+        chains = self._chains.setdefault(req_context.req_id, Chains())
+        chains.update(positions_of(req_context))
+        return chains
+
+
+def _actions_of(req_context: Any) -> Sequence[Any]:
+    """Return the hints that came with a request."""
+    return getattr(getattr(req_context, "kv_hints", None), "actions", None) or ()
 
 
 def _name_of(req_context: Any) -> str:

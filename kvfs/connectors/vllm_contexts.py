@@ -10,9 +10,10 @@ Layer: L5, without vLLM.
 
 import re
 import threading
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy as np
 from kvfs.connectors.vllm_metrics import Counts
 from kvfs.connectors.vllm_pool import PoolLink, block_keys
 from kvfs.errors import NotFoundError
+from kvfs.keys import KeyArray
 from kvfs.namespace import Namespace
 
 Chain = tuple[bytes, ...]
@@ -28,23 +30,43 @@ _PART_CHARS: Final = 120
 _PARTS_MAX: Final = 8
 
 
-def chains_of(positions: Mapping[bytes, int]) -> dict[int, Chain]:
-    """Return the keys of each KV cache group in order of their tokens.
+class Chains:
+    """The keys of one request in order of their tokens, for each KV cache group.
 
-    Args:
-        positions: Of each key of a request, where its last token is.
+    Fed with all of a request's positions again and again, it looks at the new ones alone.
     """
-    groups: dict[int, list[tuple[int, bytes]]] = {}
-    for key, end in positions.items():
-        groups.setdefault(int.from_bytes(key[-_GROUP_BYTES:], "big"), []).append((end, key))
-    return {
-        group: tuple(key for _, key in sorted(chain)) for group, chain in sorted(groups.items())
-    }
+
+    def __init__(self) -> None:
+        self._groups: dict[int, list[tuple[int, bytes]]] = {}
+        self._end_of: dict[bytes, int] = {}
+
+    def update(self, positions: Mapping[bytes, int]) -> None:
+        """Take keys that came since the last call; `positions` only grows, in order of arrival."""
+        for key, end in islice(positions.items(), len(self._end_of), None):
+            self._end_of[key] = end
+            insort(self._groups.setdefault(_group_of(key), []), (end, key))
+
+    def end_of(self, key: bytes) -> int:
+        """Return the position of a key's last token, 0 if it is not known."""
+        return self._end_of.get(key, 0)
+
+    def parent(self, key: bytes) -> bytes | None:
+        """Return the key before, or None for the first, or one that is not known."""
+        if key not in self._end_of:
+            return None
+        chain = self._groups[_group_of(key)]
+        at = bisect_left(chain, (self._end_of[key], key))
+        return chain[at - 1][1] if at else None
+
+    def by_group(self) -> dict[int, Chain]:
+        """Return all chains."""
+        return {
+            group: tuple(key for _, key in chain) for group, chain in sorted(self._groups.items())
+        }
 
 
-def parents_in(chains: Mapping[int, Chain]) -> dict[bytes, bytes]:
-    """Return the key before each key, for those that have one."""
-    return {key: before for chain in chains.values() for before, key in pairwise(chain)}
+def _group_of(key: bytes) -> int:
+    return int.from_bytes(key[-_GROUP_BYTES:], "big")
 
 
 def context_name(directory: str, name: str, group: int = 0) -> str:
@@ -68,14 +90,21 @@ class Contexts:
         self._stopped = threading.Event()
 
     def record(self, name: str, chains: Mapping[int, Chain], *, pin: bool) -> None:
-        """Write the contexts of a finished request: its leading blocks that are stored."""
+        """Note that a finished request used its leading blocks that are stored, and name them.
+
+        vLLM does not tell a tier of what it found in faster memory: this is when kvfs hears of it.
+        """
         space = self._link.namespace()
-        if space is None or not self._limit:
+        if space is None:
             return
         for group, chain in chains.items():
             path = context_name(self._directory, name, group)
             try:
-                if self._write(space, path, chain, pin=pin):
+                keys = block_keys(space.info.namespace_id, chain)
+                keys = keys[: space.match_prefix(keys)]
+                space.touch(keys)
+                if self._limit and len(keys):
+                    self._write(space, path, keys, pin=pin)
                     self._counts.add("contexts")
                     self._bound(space, path)
             except Exception as error:  # noqa: BLE001 - names are a help, not a need
@@ -127,11 +156,7 @@ class Contexts:
         """End a prefetch that is running; from any thread."""
         self._stopped.set()
 
-    def _write(self, space: Namespace, path: str, chain: Chain, *, pin: bool) -> bool:
-        keys = block_keys(space.info.namespace_id, chain)
-        keys = keys[: space.match_prefix(keys)]
-        if not len(keys):
-            return False
+    def _write(self, space: Namespace, path: str, keys: KeyArray, *, pin: bool) -> None:
         context = space.context(path)
         former = context.keys
         common = min(len(former), len(keys))
@@ -143,7 +168,6 @@ class Contexts:
             context.link(keys[common:])
         if pin:
             context.pin()
-        return True
 
     def _bound(self, space: Namespace, path: str) -> None:
         """Drop the oldest contexts beyond the limit; pinned ones stay and do not count."""

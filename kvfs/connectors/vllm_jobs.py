@@ -28,6 +28,7 @@ from kvfs.keys import KEY_BYTES
 from kvfs.namespace import Namespace
 
 _PIECE_BYTES: Final = 32 << 20
+_NOTES_MAX: Final = 4096
 
 
 @dataclass(slots=True)
@@ -114,7 +115,8 @@ class Transfers:
 
     def after_stores(self, task: Task) -> None:
         """Run a task in the storing thread, after the stores that were queued before."""
-        self._stores.submit(task)
+        if not self._stores.submit(task, limit=_NOTES_MAX):
+            self._counts.add("dropped_notes")
 
     def finished(self) -> list[Job]:
         """Return the jobs that finished since the last call."""

@@ -31,6 +31,7 @@ COUNTERS: Final = {
     "contexts": "Contexts written for requests and sessions.",
     "hints": "Hints of the orchestrator that were followed.",
     "ignored_hints": "Hints that were not understood.",
+    "dropped_notes": "Contexts, accesses and hints dropped because too many waited.",
     "unavailable_lookups": "Chunks reported as misses because the pool is not open.",
 }
 

@@ -1,11 +1,12 @@
 """What requests leave in the pool, and what they and orchestrators may ask for."""
 
+import threading
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kvfs.connectors.vllm_contexts import chains_of, context_name, parents_in
+from kvfs.connectors.vllm_contexts import Chains, context_name
 from kvfs.connectors.vllm_pool import block_keys
 from tests.connectors.engine_bench import CHUNK, Bench
 from tests.connectors.test_vllm_tier import counts
@@ -149,6 +150,34 @@ def test_any_name_is_a_path(name: str, path: str) -> None:
 def test_chains_are_in_order_of_tokens() -> None:
     first, second, third = (bytes([n]) * 32 + bytes(4) for n in (3, 2, 1))
     other = bytes(32) + b"\0\0\0\1"
-    chains = chains_of({third: 192, other: 64, first: 64, second: 128})
-    assert chains == {0: (first, second, third), 1: (other,)}
-    assert parents_in(chains) == {second: first, third: second}
+    chains, positions = Chains(), {third: 192, other: 64}
+    chains.update(positions)
+    chains.update(positions | {first: 64, second: 128})
+    assert chains.by_group() == {0: (first, second, third), 1: (other,)}
+    assert [chains.parent(key) for key in (first, second, third, other)] == [
+        None, first, second, None,
+    ]  # fmt: skip
+    assert (chains.end_of(second), chains.end_of(b"x"), chains.parent(b"x")) == (128, 0, None)
+
+
+def test_finished_request_counts_as_an_access(bench: Bench) -> None:
+    tier, keys = bench.tier(contexts_max=0), bench.keys(2)
+    bench.store(tier, keys, [0, 1], bench.request("a", keys))
+    segment = next(iter(tier._link.namespace().pool.store.state.devices[0].segments.values()))
+    before = segment.last_access_ns
+    run(bench, tier, "b", [])  # nothing of its own
+    assert segment.last_access_ns == before
+    tier.on_request_finished(bench.request("c", keys))  # found in vLLM's own memory
+    settle(tier)
+    assert segment.last_access_ns > before
+
+
+def test_notes_that_nobody_takes_are_dropped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.module, "_NOTES_MAX", 2)
+    tier, gate = bench.tier(), threading.Event()
+    tier._notes.submit(gate.wait)
+    request = bench.request("a", [])
+    while "dropped_notes" not in counts(tier):
+        tier.touch(bench.keys(1), request)
+    gate.set()
+    settle(tier)

@@ -28,10 +28,9 @@ _FOLLOW_UP: Final = " Now tell me which of these books is the oldest, and why:"
 
 def run(site: Site, model: Path, env: dict[str, str]) -> Figures:
     """Run two engines, one after the other, on one pool; look at what they left in it."""
-    from kvfs.lifecycle import create_pool, open_pool
+    from kvfs.lifecycle import open_pool
 
-    pool, told = site.root / "tier-pool", site.scratch / "tier.json"
-    create_pool(pool, [f"dir:{site.root / 'tier-device'}?size=1GiB"]).close()
+    pool, told = make_pool(site, "tier"), site.scratch / "tier.json"
     here = {**env, "PYTHONPATH": f"{beside(site)}{os.pathsep}{Path(__file__).parents[2]}"}
     drive = partial(site.drive, "vllm_tier", timeout_s=900, env=here)
     figures = drive("first", str(model), str(pool), str(told))
@@ -45,6 +44,15 @@ def run(site: Site, model: Path, env: dict[str, str]) -> Figures:
     return {**figures, "contexts": len(contexts), "tokens of the session": session.token_count}
 
 
+def make_pool(site: Site, name: str) -> Path:
+    """Make a pool of its own for engines that open it themselves."""
+    from kvfs.lifecycle import create_pool
+
+    path = site.root / f"{name}-pool"
+    create_pool(path, [f"dir:{site.root / f'{name}-device'}?size=1GiB"]).close()
+    return path
+
+
 def beside(site: Site) -> Path:
     """Return a directory that holds kvfs as a wheel would: package, native code, metadata."""
     from kvfs import _native
@@ -55,8 +63,8 @@ def beside(site: Site) -> Path:
         shutil.copytree(source, target / "kvfs", ignore=shutil.ignore_patterns("__pycache__"))
         assert _native.__file__
         shutil.copy2(_native.__file__, target / "kvfs")
-        info = Path(str(distribution("kvfs").locate_file("."))).glob("kvfs-*.dist-info")
-        for folder in info:
+        installed = Path(str(distribution("kvfs").locate_file(".")))
+        for folder in installed.glob("kvfs-*.dist-info"):
             shutil.copytree(folder, target / folder.name)
     return target
 
