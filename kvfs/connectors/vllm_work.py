@@ -28,7 +28,9 @@ class Workers:
     def __init__(self, name: str, threads: int) -> None:
         """Start the threads, which do not keep the process from ending."""
         self._name = name
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._arrived = threading.Condition(self._lock)
+        self._settled = threading.Condition(self._lock)
         self._tasks: deque[Task] = deque()
         self._running = 0
         self._is_ending = False
@@ -41,17 +43,17 @@ class Workers:
 
     def submit(self, task: Task, *, limit: int | None = None) -> bool:
         """Queue a task; False if `limit` others wait already, or the queue has ended."""
-        with self._changed:
+        with self._lock:
             if self._is_ending or (limit is not None and len(self._tasks) >= limit):
                 return False
             self._tasks.append(task)
-            self._changed.notify()
+            self._arrived.notify()
         return True
 
     def wait_idle(self) -> None:
         """Wait until nothing is queued or running."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._tasks and not self._running)
+        with self._lock:
+            self._settled.wait_for(lambda: not self._tasks and not self._running)
 
     def end(self) -> None:
         """Do what is queued, then end the threads; idempotent.
@@ -59,9 +61,9 @@ class Workers:
         Raises:
             BusyError: A task did not end in time; it may still be copying.
         """
-        with self._changed:
+        with self._lock:
             self._is_ending = True
-            self._changed.notify_all()
+            self._arrived.notify_all()
         for thread in self._threads:
             thread.join(_END_TIMEOUT_S)
             if thread.is_alive():
@@ -69,8 +71,8 @@ class Workers:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: bool(self._tasks) or self._is_ending)
+            with self._lock:
+                self._arrived.wait_for(lambda: bool(self._tasks) or self._is_ending)
                 if not self._tasks:
                     return
                 task = self._tasks.popleft()
@@ -81,9 +83,9 @@ class Workers:
                 _log.exception("a task of %s raised", self._name)
             finally:
                 del task  # what it holds is not kept until the next one comes
-                with self._changed:
+                with self._lock:
                     self._running -= 1
-                    self._changed.notify_all()
+                    self._settled.notify_all()
 
 
 class _Probe:

@@ -15,7 +15,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any, Final
 
-from interop.cases import Figures
+from interop.cases import CaseError, Figures
 from interop.driver import require, tell
 from interop.site import Site
 
@@ -38,10 +38,11 @@ def run(site: Site, model: Path, env: dict[str, str]) -> Figures:
     with open_pool(pool) as opened:
         (info,) = [one for one in opened.namespaces() if one.name.startswith("vllm-")]
         contexts = {context.name: context for context in opened.namespace(info.name).contexts()}
-        require(f"requests/{_SESSION}" in contexts, f"no context of the session: {list(contexts)}")
-        session = contexts[f"requests/{_SESSION}"]
-        require(session.resident_blocks == len(session.keys) > 0, "blocks of the session are gone")
-    return {**figures, "contexts": len(contexts), "tokens of the session": session.token_count}
+        session = contexts.get(f"requests/{_SESSION}")
+        if session is None or not session.resident_blocks == len(session.keys) > 0:
+            raise CaseError(f"the session's context is not whole; there are {sorted(contexts)}")
+        tokens = session.token_count
+    return {**figures, "contexts": len(contexts), "tokens of the session": tokens}
 
 
 def make_pool(site: Site, name: str) -> Path:
