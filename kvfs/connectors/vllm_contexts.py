@@ -26,7 +26,7 @@ from kvfs.namespace import Namespace
 
 Chain = tuple[bytes, ...]
 _GROUP_BYTES: Final = 4
-_PART_CHARS: Final = 120
+_PART_BYTES: Final = 120
 _PARTS_MAX: Final = 8
 
 
@@ -72,20 +72,22 @@ def _group_of(key: bytes) -> int:
 def context_name(directory: str, name: str, group: int = 0) -> str:
     """Return the path of a context; what cannot be in a path becomes an underscore."""
     parts = [
-        re.sub(r"[\x00-\x1f\x7f]", "_", part)[:_PART_CHARS].encode(errors="replace").decode()
+        re.sub(r"[\x00-\x1f\x7f]", "_", part)
+        .encode(errors="replace")[:_PART_BYTES]
+        .decode(errors="ignore")
         for part in name.split("/")
         if part not in ("", ".", "..")
     ]
-    path = "/".join([directory.strip("/"), *(parts[:_PARTS_MAX] or ["_"])]).strip("/")
+    path = "/".join([directory, *(parts[:_PARTS_MAX] or ["_"])])
     return f"{path}.g{group}" if group else path
 
 
 class Contexts:
-    """The contexts that one tier writes. Used by one thread at a time, but for `stop`."""
+    """The contexts that one tier writes. One thread calls `record`; the rest is thread-safe."""
 
     def __init__(self, link: PoolLink, counts: Counts, directory: str, limit: int) -> None:
         self._link, self._counts = link, counts
-        self._directory, self._limit = directory, limit
+        self._directory, self._limit = directory.strip("/"), limit
         self._names: OrderedDict[str, None] | None = None
         self._stopped = threading.Event()
 
@@ -161,7 +163,8 @@ class Contexts:
         former = context.keys
         common = min(len(former), len(keys))
         is_same = bool((former[:common] == keys[:common]).all())
-        if not is_same:  # another conversation under the same name
+        if not is_same:  # another conversation under the same name; a pin was put on the name
+            pin = pin or context.node.is_pinned
             context.drop()
             context, common = space.context(path), 0
         if common < len(keys):

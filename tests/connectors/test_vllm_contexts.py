@@ -74,6 +74,10 @@ def test_session_grows_and_is_replaced_where_it_differs(bench: Bench) -> None:
     other = [keys[0], *bench.keys(2, seed=9)]
     run(bench, tier, "d", other, kv_transfer_params=params)
     assert (contexts(tier)["requests/chat/42"] == named(tier, other)).all()
+    run(bench, tier, "e", other, kv_transfer_params={**params, "kvfs.pin": True})
+    run(bench, tier, "f", keys, kv_transfer_params=params)
+    (context,) = tier._link.namespace().contexts()
+    assert (context.node.is_pinned, context.node.block_count) == (True, len(keys))
 
 
 def test_contexts_are_bounded_and_the_oldest_go(bench: Bench) -> None:
@@ -141,7 +145,8 @@ def test_more_pinned_than_may_be_is_no_failure_of_the_engine(
 @pytest.mark.parametrize(
     ("name", "path"),
     [("a", "d/a"), ("a/b", "d/a/b"), ("/../a//./b/", "d/a/b"), ("..", "d/_"), ("", "d/_"),
-     ("a\0b\n", "d/a_b_"), ("x" * 500, "d/" + "x" * 120), ("\udc80", "d/?")],
+     ("a\0b\n", "d/a_b_"), ("x" * 500, "d/" + "x" * 120), ("\udc80", "d/?"),
+     ("\u20ac" * 99, "d/" + "\u20ac" * 40)],
 )  # fmt: skip
 def test_any_name_is_a_path(name: str, path: str) -> None:
     assert context_name("d", name) == path
