@@ -34,10 +34,13 @@ _PERSON: Final = b"kvfs-vllm-key"
 
 
 def namespace_name(prefix: str, fields: Mapping[str, Any]) -> str:
-    """Return the namespace of an engine: prefix, end of the model's name, digest of all fields."""
+    """Return the namespace of an engine: prefix, the model's name, digest of all fields."""
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_CHARS]
-    model = re.sub(r"[^A-Za-z0-9._-]+", "_", str(fields["model_name"])).strip("_.")
+    model = str(fields["model_name"])
+    if model.startswith("/"):  # a directory: its own name says enough
+        model = model.rstrip("/").rpartition("/")[2]
+    model = re.sub(r"[^A-Za-z0-9._-]+", "_", model).strip("_.")
     return f"{prefix}-{model[-_MODEL_CHARS:]}-{digest}"
 
 

@@ -171,6 +171,9 @@ def test_engines_of_another_kind_have_another_namespace(bench: Bench) -> None:
         bench.close()
     assert len(names) == 4
     assert all(name.startswith("vllm-org") for name in names)
+    path = bench.tier(bench.spec(model="/srv/models/tiny/"))
+    assert path.config_info()["kvfs_namespace"].startswith("vllm-tiny-")
+    bench.close()
     assert bench.tier(namespace="prod").config_info()["kvfs_namespace"].startswith("prod-org_tiny-")
 
 
