@@ -116,7 +116,7 @@ demo: setup $(VENV)/.demo ## a real model's context as a file: cold, restored, s
 	$(BIN)/kvfs demo
 
 # The first run makes venvs of 7 GB under build/interop: tools/interop/requirements lists them.
-interop: setup ## other engines, unmodified, on a mount: make interop PEER=fio (long)
+interop: setup ## other engines, on a mount or with a plug-in: make interop PEER=fio (long)
 	command -v fio >/dev/null || bash tools/interop/install_fio.sh
 	PYTHONPATH=tools $(BIN)/python -m interop --peer '$(PEER)' $(INTEROP_ARGS)
 

@@ -132,6 +132,13 @@ class Namespace:
             self.info.namespace_id, as_key_array(keys, self.info.namespace_id)
         )
 
+    def touch(self, keys: Any) -> int:
+        """Note an access to blocks without reading them: eviction takes them later.
+
+        Returns how many of them are resident.
+        """
+        return self._store.touch(self.info.namespace_id, as_key_array(keys, self.info.namespace_id))
+
     def read_into(self, keys: Any, buffers: Any) -> npt.NDArray[np.bool_]:
         """Copy blocks into memory, verifying checksums in the same pass.
 
@@ -309,6 +316,41 @@ class Context:
             pool.catalog.sync()
         pool.pins.follow(self.node)
         return result
+
+    def link(self, keys: Any) -> int:
+        """Add blocks that are stored already to the end of the context.
+
+        Ends at the first block that is not resident, or after a partial one. Returns how many were
+        added. Durability: flush (the list; blocks are as durable as they were put).
+
+        Args:
+            keys: (n, 32) uint8, continuing the chain of `self.keys`.
+
+        Raises:
+            UsageError: The context ends in a partial block.
+            BusyError: As in `append`.
+        """
+        pool, layout = self.namespace.pool, self.namespace.layout
+        namespace_id = self.namespace.info.namespace_id
+        keys = as_key_array(keys, namespace_id)
+        with pool.store.being_named(namespace_id, keys):
+            records = self.namespace.lookup(keys)
+            stops = np.flatnonzero(records["length"] < layout.block_bytes)
+            count = int(stops[0]) if len(stops) else len(keys)
+            count += int(count < len(keys) and records["length"][count] > 0)
+            if not count:
+                return 0
+            pool.catalog.append_blocks(
+                self._node_id,
+                keys[:count],
+                block_bytes=layout.block_bytes,
+                stride=layout.stride,
+                tail_bytes=int(records["length"][count - 1]),
+                token_counts=records["tokens"][:count],
+                now_ns=pool.clock.wall_ns(),
+            )
+        pool.pins.follow(self.node)
+        return count
 
     def view(self) -> View:
         """Map the whole context; see Namespace.view."""

@@ -150,6 +150,13 @@ class Store(StoreFiles):
         with self.state.activity.during(namespace_id):
             return self.reader.lease(namespace_id, keys, verify=verify, device=device)
 
+    def touch(self, namespace_id: int, keys: KeyArray) -> int:
+        """Note an access to blocks, as reading them would; return how many are resident."""
+        with self.state.activity.during(namespace_id):
+            lease = self.reader.lease(namespace_id, keys, verify=False)
+            self.reader.release(lease)
+            return int(np.count_nonzero(lease.records["length"]))
+
     def verified(self, records: RecordArray) -> Mask:
         """Verify leased records that were not verified yet; bad ones are dropped. One namespace."""
         with self.state.activity.during():

