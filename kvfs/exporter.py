@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple, Self
 from prometheus_client import ProcessCollector
 from prometheus_client.exposition import MetricsHandler
 
-from kvfs.errors import BusyError, RefusedError, UnavailableError, UsageError
+from kvfs.errors import BusyError, ClosedError, RefusedError, UnavailableError, UsageError
 from kvfs.exposition import registry_of
 from kvfs.pool import Pool
 
@@ -62,7 +62,8 @@ class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what failed; a scraper that goes away is no failure."""
         del request
-        level = logging.DEBUG if isinstance(sys.exception(), OSError) else logging.WARNING
+        is_expected = isinstance(sys.exception(), OSError | ClosedError)
+        level = logging.DEBUG if is_expected else logging.WARNING
         _log.log(level, "scrape failed: %s", client_address, exc_info=True)
 
 

@@ -5,12 +5,26 @@
 
 enum { RECORD_BYTES = 64, DEVICE_AT = 32, LENGTH_AT = 48 };
 
+/* Sums of a run of records on one device: kept in registers, for adding to the same place in memory
+ * again and again takes longer than reading the records. */
+struct run {
+    uint64_t device, count, bytes;
+};
+
+static void end_run(struct run *run, uint64_t *sums)
+{
+    sums[2 * run->device] += run->count;
+    sums[2 * run->device + 1] += run->bytes;
+    run->count = run->bytes = 0;
+}
+
 int64_t kvfs_tally(const uint8_t *records, size_t count, const uint8_t *lengths,
                    const uint8_t *statuses, uint64_t *counts, size_t devices)
 {
     uint64_t sums[2 * KVFS_TALLY_DEVICES_MAX];
+    struct run run = {0};
     int64_t counted = 0;
-    memset(sums, 0, 2 * devices * sizeof sums[0]);
+    memset(sums, 0, sizeof sums[0] * 2 * (devices > 0 ? devices : 1));
     for (size_t i = 0; i < count; i++) {
         const uint8_t *record = records + i * RECORD_BYTES;
         uint32_t length;
@@ -24,13 +38,18 @@ int64_t kvfs_tally(const uint8_t *records, size_t count, const uint8_t *lengths,
             continue;
         if (device >= devices)
             return -1;
+        if (device != run.device) {
+            end_run(&run, sums);
+            run.device = device;
+        }
         uint64_t nbytes = length;
         if (lengths != NULL)
             memcpy(&nbytes, lengths + i * sizeof nbytes, sizeof nbytes);
-        sums[2 * device]++;
-        sums[2 * device + 1] += nbytes;
+        run.count++;
+        run.bytes += nbytes;
         counted++;
     }
+    end_run(&run, sums);
     for (size_t i = 0; i < 2 * devices; i++)
         counts[i] += sums[i];
     return counted;

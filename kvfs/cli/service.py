@@ -121,7 +121,7 @@ def run_service(
         done: What is so when it is ready, for people.
         is_foreground: Stay here.
     """
-    is_json = is_foreground and service.log_format == "json"
+    has_log = is_foreground and not service.log  # on stderr, where it says what is to be said
 
     def begin(ready: Ready) -> int:
         end_on_sigterm(is_daemon=not is_foreground)
@@ -142,9 +142,9 @@ def run_service(
         console.say(done)
         return code
     try:
-        return begin(lambda: None if is_json else console.say(done))
+        return begin(lambda: None if has_log else console.say(done))
     except KvfsError as error:
-        if not is_json:
+        if not has_log or service.log_format != "json":
             raise
         extra = {"error": type(error).__name__, "exit_code": error.exit_code}
         _log.error("%s", error, extra=extra)
