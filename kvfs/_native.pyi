@@ -164,6 +164,14 @@ def closure(keys: Buffer, parents: Buffer, dropped: Buffer) -> int:
     transitively. Several rows may have the same key. Returns how many rows are dropped in the end. O(n).
     """
 
+def tally(records: Buffer, lengths: Buffer | None, statuses: Buffer | None, counts: Buffer) -> int:
+    """Count records (n x 64, see Index) by device: counts[d, 0] += how many, counts[d, 1] += their bytes.
+
+    Records of length 0 and those whose status (int32[n]) is not 0 are left out. lengths (uint64[n]): bytes to count
+    in place of the records' own. counts: uint64[devices, 2], at most 256 devices. Returns how many were counted.
+    ValueError, and nothing counted, if a device's number has no row. Keeps the GIL, so that threads may share counts.
+    """
+
 # --- index ---------------------------------------------------------------------------------
 @final
 class Index:

@@ -20,9 +20,8 @@ class Clock(Protocol):
 class SystemClock:
     """The clock of this machine."""
 
-    def monotonic_ns(self) -> int:
-        """Return CLOCK_MONOTONIC."""
-        return time.monotonic_ns()
+    # CLOCK_MONOTONIC; without a call of its own, because every operation asks twice.
+    monotonic_ns = staticmethod(time.monotonic_ns)
 
     def wall_ns(self) -> int:
         """Return CLOCK_REALTIME."""

@@ -68,6 +68,8 @@ class Window:
         self._addresses: list[int] = addresses.tolist()
         self._is_vouched: list[bool] = vouched.tolist()
         self._in_memory: list[bool] = in_memory.tolist()
+        self._devices: list[int] = records["device"].tolist()
+        self._file_bytes = store.state.counters[namespace_id].file_bytes
 
     def covers(self, first: int, last: int) -> bool:
         """Say whether blocks [first, last) lie inside."""
@@ -115,10 +117,10 @@ class Window:
             low = position - offset
             if have and not self._copy_part(i, inner, target[low : low + have], wait=wait):
                 return False
+            self._file_bytes[self._devices[i]] += have
             if have < stop - position:
                 target[low + have : stop - offset] = bytes(stop - position - have)
             position = stop
-        self._store.state.counters.bytes_read += target.nbytes
         return True
 
     def release(self) -> None:
@@ -160,5 +162,6 @@ class Window:
     def _drop(self, i: int) -> None:
         """Forget a copy that could not be read."""
         record = np.ascontiguousarray(self._lease.records[i : i + 1])
-        self._store.state.counters.media_errors += 1
+        self._store.state.counters[self._namespace_id].bad_reads[self._devices[i]] += 1
         self._store.state.forget(self._namespace_id, record)
+        self._store.state.count_broken_pins(self._namespace_id, record["key"])

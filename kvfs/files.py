@@ -85,6 +85,16 @@ class Files(FileAdoption):
             BusyError: It is being written for the first time; or the namespace has too much open.
             NotFoundError: The node is gone, or lost a block and with it its name.
         """
+        begin_ns = self._clock.monotonic_ns()
+        reader = self._open_read(node)
+        self._count_open(node, begin_ns)
+        return reader
+
+    def _count_open(self, node: Node, begin_ns: int) -> None:
+        times = self._store.state.counters[node.namespace_id].times
+        times["open"].note(self._clock.monotonic_ns() - begin_ns)
+
+    def _open_read(self, node: Node) -> FileReader:
         writer = self.writer_of(node.node_id)
         if writer is not None:
             with writer.lock:
@@ -103,6 +113,7 @@ class Files(FileAdoption):
 
     def open_read_at_once(self, node: Node) -> FileReader | None:
         """Open as `open_read` does, but only if that needs no waiting; else return None."""
+        begin_ns = self._clock.monotonic_ns()
         with self._catalog.hold_at_once() as has_names, self._store.hold_at_once() as has_blocks:
             if not (has_names and has_blocks) or node.node_id in self._writers:
                 return None
@@ -110,6 +121,7 @@ class Files(FileAdoption):
                 return None
             reader = self._pinned(self._catalog.node(node.node_id))
             if self._is_whole(reader):
+                self._count_open(node, begin_ns)
                 return reader
             self.close_read(reader)
             return None

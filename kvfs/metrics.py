@@ -1,40 +1,193 @@
 """Counters of a pool: plain integers, read as a snapshot; and who has heard of losses.
 
-Layer: L0.
+Layer: L0. What they are called for people and machines: kvfs.metric_list.
+
+- One `Tally` per namespace, in it one row per device where a device has a part. What happens is
+  counted where it happens: once per batch, under a lock that is held there anyway or in one step of
+  the interpreter, which no other thread comes between.
+- Times are counted in buckets of powers of two, of nanoseconds.
 """
 
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+BUCKETS: Final = 64
+OPERATIONS: Final = ("put", "lookup", "match_prefix", "read_into", "lease", "open")
+Rows = npt.NDArray[np.uint64]  # (devices, 2): blocks and bytes
 
 
-@dataclass(slots=True)
-class Counters:
-    """What a pool did since it was opened. Byte counts are stored bytes."""
+class Histogram:
+    """How long something took, in buckets: `counts[b]` is of times whose number of bits is b.
 
+    Those are at least 2**(b-1) ns, and less than 2**b. `note` needs no lock.
+    """
+
+    __slots__ = ("counts", "sum_ns")
+
+    def __init__(self) -> None:
+        self.counts = [0] * BUCKETS
+        self.sum_ns = 0
+
+    def note(self, nanoseconds: int) -> None:
+        """Count one."""
+        self.counts[nanoseconds.bit_length()] += 1
+        self.sum_ns += nanoseconds
+
+    def add(self, other: "Histogram") -> None:
+        """Count what another has counted."""
+        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        self.sum_ns += other.sum_ns
+
+    @property
+    def count(self) -> int:
+        """How many were counted."""
+        return sum(self.counts)
+
+
+@dataclass(slots=True, eq=False)
+class Tally:
+    """What happened in one namespace since the pool was opened. Byte counts are stored bytes.
+
+    Attributes:
+        looked_up: Rows of blocks that `lookup` found.
+        leased: Rows of blocks that were leased verified, for a view or an adoption.
+        read: Rows of blocks that `read_into` copied.
+        file_bytes: Bytes of files that were copied, by device.
+        written: Bytes appended or adopted, by device, with padding; extra copies and relocated
+            blocks count too.
+        evicted: Segments evicted, by device.
+        bad_checksums: Blocks that did not hold what was written, by device.
+        bad_reads: Blocks that could not be read, by device.
+        times: How long operations took.
+    """
+
+    devices: int
     blocks_put: int = 0
     blocks_deduplicated: int = 0
     bytes_put: int = 0
     bytes_deduplicated: int = 0
-    lookups_hit: int = 0
+    prefix_asked: int = 0
+    prefix_matched: int = 0
+    misses_absent: int = 0
+    misses_unreadable: int = 0
+    misses_room: int = 0
     lookups_missed: int = 0
-    blocks_read: int = 0
-    bytes_read: int = 0
     blocks_verified: int = 0
-    checksum_errors: int = 0
-    media_errors: int = 0
-    write_errors: int = 0
     blocks_evicted: int = 0
     blocks_relocated: int = 0
     bytes_relocated: int = 0
-    segments_evicted: int = 0
     files_evicted: int = 0
-    puts_refused: int = 0
-    segments_poisoned: int = 0
+    refused_no_space: int = 0
+    refused_no_device: int = 0
     blocks_lost: int = 0
+    pins_broken: int = 0
+    looked_up: Rows = field(init=False)
+    leased: Rows = field(init=False)
+    read: Rows = field(init=False)
+    written: list[int] = field(init=False)
+    file_bytes: list[int] = field(init=False)
+    evicted: list[int] = field(init=False)
+    bad_checksums: list[int] = field(init=False)
+    bad_reads: list[int] = field(init=False)
+    times: dict[str, Histogram] = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in _ROWS:
+            setattr(self, name, np.zeros((self.devices, 2), np.uint64))
+        for name in _LISTS:
+            setattr(self, name, [0] * self.devices)
+        self.times = {name: Histogram() for name in OPERATIONS}
+
+    def add(self, other: "Tally") -> None:
+        """Count what another has counted."""
+        for name in _NUMBERS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in _ROWS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in _LISTS:
+            sums = zip(getattr(self, name), getattr(other, name), strict=True)
+            setattr(self, name, [a + b for a, b in sums])
+        for name, histogram in other.times.items():
+            self.times[name].add(histogram)
+
+
+_ROWS: Final = ("looked_up", "leased", "read")
+_LISTS: Final = ("written", "file_bytes", "evicted", "bad_checksums", "bad_reads")
+_NUMBERS: Final = tuple(
+    each.name for each in fields(Tally) if each.type is int and each.name != "devices"
+)
+
+
+class Counters(dict[int, Tally]):
+    """What a pool did since it was opened: a tally per namespace id.
+
+    Of an id that is unknown, `[]` gives `gone`, so that whoever asks for nonsense costs no memory.
+
+    Attributes:
+        gone: What namespaces did that were dropped since.
+        write_errors: Writes and persists of devices that failed.
+        segments_poisoned: Segments given up after such a failure.
+        blocks_lost: Blocks that failed persists have lost, in all namespaces.
+    """
+
+    def __init__(self, devices: int = 1) -> None:
+        """Start from zero; `devices` is the highest number of a device, plus one."""
+        super().__init__()
+        self._devices = devices
+        self.gone = Tally(devices)
+        self.write_errors = 0
+        self.segments_poisoned = 0
+        self.blocks_lost = 0
+
+    def __missing__(self, namespace_id: int) -> Tally:
+        return self.gone
+
+    def begin(self, namespace_id: int) -> None:
+        """Count a namespace by itself from now on."""
+        self.setdefault(namespace_id, Tally(self._devices))
+
+    def retire(self, namespace_id: int) -> None:
+        """Count a namespace no more; what it did stays in the sums."""
+        tally = self.pop(namespace_id, None)
+        if tally is not None:
+            self.gone.add(tally)
+
+    def total(self) -> Tally:
+        """Return the sum of all namespaces."""
+        total = Tally(self._devices)
+        for tally in [self.gone, *list(self.values())]:
+            total.add(tally)
+        return total
 
     def snapshot(self) -> dict[str, int]:
-        """Return name and value of every counter."""
-        return asdict(self)
+        """Return names and values for people: of all namespaces and devices together."""
+        total = self.total()
+        return {
+            "blocks_put": total.blocks_put,
+            "blocks_deduplicated": total.blocks_deduplicated,
+            "bytes_put": total.bytes_put,
+            "bytes_deduplicated": total.bytes_deduplicated,
+            "lookups_hit": int(total.looked_up[:, 0].sum()),
+            "lookups_missed": total.lookups_missed,
+            "blocks_read": int(total.read[:, 0].sum()),
+            "bytes_read": int(total.read[:, 1].sum()) + sum(total.file_bytes),
+            "blocks_verified": total.blocks_verified,
+            "checksum_errors": sum(total.bad_checksums),
+            "media_errors": sum(total.bad_reads),
+            "write_errors": self.write_errors,
+            "blocks_evicted": total.blocks_evicted,
+            "blocks_relocated": total.blocks_relocated,
+            "bytes_relocated": total.bytes_relocated,
+            "segments_evicted": sum(total.evicted),
+            "files_evicted": total.files_evicted,
+            "puts_refused": total.refused_no_space + total.refused_no_device,
+            "segments_poisoned": self.segments_poisoned,
+            "blocks_lost": self.blocks_lost,
+        }
 
 
 class LossReports:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from kvfs.background import Background
 from kvfs.clock import Clock
@@ -124,6 +124,7 @@ class Pool:
         recovery: What opening found.
         deadlines_ms: Longest that requests of a mount may take, of namespaces by id that have a
             limit of their own; see `set_deadline`.
+        mount_snapshot: How the mount is that shows the pool, in figures; None without one.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class Pool:
         self.options = options
         self.clock = clock
         self.catalog = catalog
+        self.mount_snapshot: Callable[[], dict[str, Any]] | None = None
         self._lock_fd = lock_fd
         self._is_closed = False
         names = _CatalogNames(catalog, lambda node_id: self.files.awaits_content(node_id), clock)

@@ -167,5 +167,5 @@ PyMethodDef kvfs_batch_methods[] = {
     METHOD(copy_hash),     METHOD(copy_verify),  METHOD(verify),         METHOD(pwrite_hash),
     METHOD(pread_verify),  METHOD(sign_entries), METHOD(place_payloads), METHOD(fill_entries),
     METHOD(entry_records), METHOD(pack_summary), METHOD(scan_entries),   METHOD(distinct_keys),
-    METHOD(find_keys),     METHOD(closure),      {NULL, NULL, 0, NULL},
+    METHOD(find_keys),     METHOD(closure),      METHOD(tally),          {NULL, NULL, 0, NULL},
 };

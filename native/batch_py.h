@@ -36,5 +36,6 @@ PyObject *py_scan_entries(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *py_distinct_keys(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *py_find_keys(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *py_closure(PyObject *module, PyObject *args, PyObject *kwargs);
+PyObject *py_tally(PyObject *module, PyObject *args, PyObject *kwargs);
 
 #endif

@@ -6,6 +6,7 @@
 #include "closure.h"
 #include "keyset.h"
 #include "summary.h"
+#include "tally.h"
 
 #include <errno.h>
 
@@ -316,6 +317,36 @@ PyObject *py_closure(PyObject *module, PyObject *args, PyObject *kwargs)
             Py_END_ALLOW_THREADS
         }
         result = total < 0 ? PyErr_NoMemory() : PyLong_FromLongLong(total);
+    }
+    kvfs_release(&views);
+    return result;
+}
+
+/* Keeps the GIL: it is short, and nobody else changes the counts meanwhile. */
+PyObject *py_tally(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"records", "lengths", "statuses", "counts", NULL};
+    PyObject *records_object, *lengths_object, *statuses_object, *counts_object;
+    struct kvfs_views views = {0};
+    const void *records, *lengths = NULL, *statuses = NULL;
+    void *counts;
+    size_t count, devices;
+    PyObject *result = NULL;
+    (void)module;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO", names, &records_object, &lengths_object,
+                                     &statuses_object, &counts_object))
+        return NULL;
+    if ((records = take_first(&views, records_object, "records", 64, &count, false)) != NULL &&
+        (lengths_object == Py_None ||
+         (lengths = take(&views, lengths_object, "lengths", 8, count, false)) != NULL) &&
+        (statuses_object == Py_None ||
+         (statuses = take(&views, statuses_object, "statuses", 4, count, false)) != NULL) &&
+        (counts = take_first(&views, counts_object, "counts", 16, &devices, true)) != NULL) {
+        int64_t counted = -1;
+        if (devices <= KVFS_TALLY_DEVICES_MAX)
+            counted = kvfs_tally(records, count, lengths, statuses, counts, devices);
+        result = counted >= 0 ? PyLong_FromLongLong(counted)
+                              : PyErr_Format(PyExc_ValueError, "counts has no room for a device");
     }
     kvfs_release(&views);
     return result;

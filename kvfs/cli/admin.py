@@ -87,9 +87,11 @@ def show_version(arguments: argparse.Namespace, console: Console) -> int:
 
 def show_completion(arguments: argparse.Namespace, console: Console) -> int:
     """Print a completion script."""
+    from kvfs.cli import kvfs
     from kvfs.cli.completion import completion_script
 
-    console.put(completion_script(make_parser(), arguments.shell).rstrip("\n"))
+    parsers = [make_parser(), kvfs.make_parser()]
+    console.put(completion_script(parsers, arguments.shell).rstrip("\n"))
     return 0
 
 

@@ -9,18 +9,15 @@ Layer: L5.
 
 import argparse
 from pathlib import Path
-from typing import Final
 
 from kvfs.cli.console import Console
-from kvfs.cli.daemon import Ready, end_on_sigterm, log_to, run_in_background
-from kvfs.cli.respawn import Plan, owned, wait_closed
-from kvfs.cli.runner import Parser, exit_codes, set_up_logging
-from kvfs.config import PoolOptions
+from kvfs.cli.daemon import Ready
+from kvfs.cli.respawn import Plan, wait_closed
+from kvfs.cli.runner import Parser, exit_codes
+from kvfs.cli.service import add_arguments, owned, run_service, service_of
 from kvfs.control_client import owners
 from kvfs.errors import UsageError
 from kvfs.units import parse_bytes
-
-_DEFAULTS: Final = PoolOptions()
 
 
 def add_mount(parser: Parser) -> None:
@@ -32,30 +29,11 @@ def add_mount(parser: Parser) -> None:
     parser.epilog = exit_codes(2, 10, 11, 13, 14, 15, 16)
     parser.add_argument("pool", metavar="POOL", help="directory of the pool")
     parser.add_argument("directory", metavar="DIR", help="empty directory to mount on")
-    parser.add_argument(
-        "-f", "--foreground", action="store_true", help="stay here and log to stderr"
-    )
+    add_arguments(parser)
     parser.add_argument("--allow-other", action="store_true", help="let other users see the mount")
     parser.add_argument(
         "--allow-nonempty", action="store_true", help="hide what DIR holds instead of refusing"
     )
-    parser.add_argument(
-        "--allow-moved", action="store_true",
-        help="accept devices that were copied, moved, or left by another host",
-    )  # fmt: skip
-    parser.add_argument(
-        "--async-delay", type=int, metavar="MS", default=_DEFAULTS.async_delay_ms,
-        help="bound on how long an async block stays unpersisted (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--pinned-share", type=float, metavar="SHARE", default=_DEFAULTS.pinned_share,
-        help="share of the persistent tiers that open files of a namespace may pin "
-        "(default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--no-verify-reads", action="store_true",
-        help="do not verify a block's checksum at its first read",
-    )  # fmt: skip
     parser.add_argument(
         "--no-passthrough", action="store_true",
         help="do not let the kernel read whole files itself",
@@ -69,25 +47,13 @@ def add_mount(parser: Parser) -> None:
         "--no-core", action="store_true",
         help="answer every request in Python, without kvfs-core in front",
     )  # fmt: skip
-    parser.add_argument(
-        "--log", metavar="FILE", default="", help="log file (default: the system's log)"
-    )
-    parser.add_argument("-v", "--verbose", action="store_true", help="log more")
 
 
 def run_mount(arguments: argparse.Namespace, console: Console) -> int:
     """Mount."""
     plan = Plan(
-        pool=str(Path(arguments.pool).absolute()),
+        service=service_of(arguments),
         directory=str(Path(arguments.directory).absolute()),
-        log=str(Path(arguments.log).absolute()) if arguments.log else "",
-        is_verbose=arguments.verbose,
-        allow_moved=arguments.allow_moved,
-        pool_options=PoolOptions(
-            async_delay_ms=arguments.async_delay,
-            pinned_share=arguments.pinned_share,
-            verify_reads=not arguments.no_verify_reads,
-        ),
         allow_other=arguments.allow_other,
         core=not arguments.no_core,
         passthrough=not arguments.no_passthrough,
@@ -95,27 +61,17 @@ def run_mount(arguments: argparse.Namespace, console: Console) -> int:
         if arguments.page_cache is None
         else parse_bytes(arguments.page_cache),
     )
-
-    def serve(ready: Ready) -> int:
-        end_on_sigterm(is_daemon=not arguments.foreground)
-        if arguments.foreground:
-            set_up_logging(is_verbose=arguments.verbose)
-        else:
-            log_to(plan.log, is_verbose=arguments.verbose)
-        return _serve(plan, arguments, ready)
-
-    if arguments.foreground:
-        return serve(lambda: console.say(f"mounted {plan.pool} on {plan.directory}"))
-    code = run_in_background(serve)
-    console.say(f"mounted {plan.pool} on {plan.directory}")
-    return code
+    return run_service(
+        plan.service, console, lambda ready: _serve(plan, arguments, ready),
+        f"mounted {plan.service.pool} on {plan.directory}", is_foreground=arguments.foreground,
+    )  # fmt: skip
 
 
 def _serve(plan: Plan, arguments: argparse.Namespace, ready: Ready) -> int:
     """Own the pool until it is unmounted."""
     from kvfs.fuse.mount import mount
 
-    with owned(plan) as pool:
+    with owned(plan.service, mount=plan.directory) as pool:
         mount(
             pool,
             plan.directory,

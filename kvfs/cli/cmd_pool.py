@@ -140,7 +140,8 @@ def _print_status(status: msg.PoolStatusAnswer, console: Console) -> None:
         *[("status", problem) for problem in status.problems],
     ]
     if status.problems:
-        lines.append(("action", "'kvfs umount' it, then run 'kvfs-admin check --data'"))
+        end = "'kvfs umount' it" if status.mount else "stop its owner"
+        lines.append(("action", f"{end}, then run 'kvfs-admin check --data'"))
     live, capacity = console.size(status.live_bytes), console.size(status.capacity_bytes)
     held = f"{counted(status.contexts, 'context')} in {counted(status.namespaces, 'namespace')}"
     lines.append(("holds", f"{held}, {live} live of {capacity}"))

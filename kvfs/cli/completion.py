@@ -5,15 +5,14 @@ Layer: L5.
 
 import argparse
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from kvfs.errors import UsageError
 
 SHELLS = ("bash", "zsh")
 
 _BASH = """\
-# kvfs-admin completion for bash; load it with: source <(kvfs-admin completion bash)
-_kvfs_admin() {{
+_{function}() {{
     local word path= candidates=
     for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do
         case "$path/$word" in
@@ -25,25 +24,34 @@ _kvfs_admin() {{
     esac
     COMPREPLY=($(compgen -W "$candidates" -- "${{COMP_WORDS[COMP_CWORD]}}"))
 }}
-complete -o default -F _kvfs_admin kvfs-admin
+complete -o default -F _{function} {program}
+"""
+_HEAD = """\
+# completion of kvfs-admin and kvfs for bash; load it with: source <(kvfs-admin completion bash)
 """
 _ZSH = """\
-#compdef kvfs-admin
-# kvfs-admin completion for zsh; load it with: source <(kvfs-admin completion zsh)
+#compdef kvfs-admin kvfs
+# completion of kvfs-admin and kvfs for zsh; load it with: source <(kvfs-admin completion zsh)
 autoload -Uz compinit bashcompinit
 (( $+functions[compdef] )) || compinit
 bashcompinit
 """
 
 
-def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
-    """Return the script for a shell.
+def completion_script(parsers: Sequence[argparse.ArgumentParser], shell: str) -> str:
+    """Return the script for a shell that completes these programs.
 
     Raises:
         UsageError: No such shell.
     """
     if shell not in SHELLS:
         raise UsageError(f"no completion for {shell!r}: expected {' or '.join(SHELLS)}")
+    head = _HEAD if shell == "bash" else _ZSH
+    return head + "".join(_function(parser) for parser in parsers)
+
+
+def _function(parser: argparse.ArgumentParser) -> str:
+    """Return the bash function that completes one program."""
     moves, words = [], []
     for path, found in _walk(parser, ""):
         if path:
@@ -51,8 +59,10 @@ def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
         words.append(f'        "{path}") candidates="')
         words += textwrap.wrap(" ".join(_candidates(found)), 80, break_on_hyphens=False)
         words.append('            " ;;')
-    script = _BASH.format(moves="\n".join(moves), words="\n".join(words))
-    return script if shell == "bash" else _ZSH + script
+    return _BASH.format(
+        moves="\n".join(moves), words="\n".join(words),
+        program=parser.prog, function=parser.prog.replace("-", "_"),
+    )  # fmt: skip
 
 
 def _walk(

@@ -9,7 +9,6 @@ Layer: L5.
 """
 
 import logging
-import logging.handlers
 import os
 import signal
 import sys
@@ -129,15 +128,36 @@ def end_on_sigterm(*, is_daemon: bool) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN if is_daemon else interrupt)
 
 
-def log_to(path: str, *, is_verbose: bool = False) -> None:
-    """Send the log to a file, or to the system's log if `path` is empty and there is one."""
-    handler: logging.Handler | None = None
-    if path:
-        handler = logging.FileHandler(path)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    elif os.path.exists("/dev/log"):
-        handler = logging.handlers.SysLogHandler("/dev/log")
-        handler.setFormatter(logging.Formatter(f"kvfs[{os.getpid()}]: %(levelname)s %(message)s"))
-    if handler is not None:
-        logging.getLogger("kvfs").addHandler(handler)
-        logging.getLogger("kvfs").setLevel(logging.DEBUG if is_verbose else logging.INFO)
+class EndSignal:
+    """Waits for a signal that ends a service: SIGTERM or SIGINT. Main thread; one per process.
+
+    From its making on they interrupt nothing: what is being written when one comes is written to
+    its end, and a second one changes nothing. SIGHUP, which a terminal sends when it goes away,
+    ends what runs in one, and is ignored otherwise.
+    """
+
+    def __init__(self, *, has_terminal: bool) -> None:
+        """Install it, in place of `end_on_sigterm`."""
+        self._numbers = {signal.SIGTERM, signal.SIGINT}
+        if has_terminal:
+            self._numbers.add(signal.SIGHUP)
+        else:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(read_fd, True)
+        self._pipe = read_fd
+        signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+        for number in self._numbers:
+            signal.signal(number, _note)
+
+    def wait(self) -> signal.Signals:
+        """Return the signal when it has come."""
+        while True:
+            number = signal.Signals(os.read(self._pipe, 1)[0])
+            if number in self._numbers:
+                return number
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    """Do nothing: that there was a signal lies in the wake-up pipe."""
+    del number, frame

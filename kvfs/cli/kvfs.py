@@ -1,4 +1,4 @@
-"""The command `kvfs`: mount pools, and show what they are good for.
+"""The command `kvfs`: serve and mount pools, and show what they are good for.
 
 Layer: L5.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from kvfs import __version__
-from kvfs.cli import cmd_mount
+from kvfs.cli import cmd_mount, cmd_serve
 from kvfs.cli.console import Console
 from kvfs.cli.runner import Parser, exit_codes, run
 from kvfs.errors import UnavailableError
@@ -30,6 +30,7 @@ def make_parser(chosen: str = "") -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"kvfs {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    cmd_serve.add_serve(commands.add_parser("serve", help="own a pool, without a mount"))
     cmd_mount.add_mount(commands.add_parser("mount", help="show a pool as files"))
     cmd_mount.add_umount(commands.add_parser("umount", help="unmount, and close the pool"))
     for name, (module, text) in _EXTERNAL.items():
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def action() -> int:
         chosen = next((word for word in words if not word.startswith("-")), "")
         arguments = make_parser(chosen).parse_args(words)
+        if arguments.command == "serve":
+            return cmd_serve.run_serve(arguments, console)
         if arguments.command == "mount":
             return cmd_mount.run_mount(arguments, console)
         if arguments.command == "umount":

@@ -1,4 +1,4 @@
-"""How `kvfs mount` owns a pool, and how a new owner takes over from one that died.
+"""How a new owner of a mounted pool takes over from one that died.
 
 Layer: L5.
 
@@ -14,22 +14,20 @@ import logging
 import os
 import signal
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from kvfs.cli.daemon import end_on_sigterm, log_to
-from kvfs.config import PoolOptions
+from kvfs.cli import notify
+from kvfs.cli.daemon import end_on_sigterm
+from kvfs.cli.logs import start_logging
+from kvfs.cli.service import Service, owned
 from kvfs.errors import BusyError, KvfsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from kvfs.fuse.mount import MountOptions
-    from kvfs.pool import Pool
 
 LOCK_NAME: Final = "lock"
 _TAKE_OVER_S: Final = 10.0
@@ -38,12 +36,8 @@ _TAKE_OVER_S: Final = 10.0
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What a mount's owner must know; paths are absolute."""
 
-    pool: str
+    service: Service
     directory: str
-    log: str
-    is_verbose: bool
-    allow_moved: bool
-    pool_options: PoolOptions
     allow_other: bool
     core: bool
     passthrough: bool
@@ -61,17 +55,6 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
             passthrough=self.passthrough, page_cache_bytes=self.page_cache_bytes,
             respawn=command if is_daemon else (),
         )  # fmt: skip
-
-
-@contextmanager
-def owned(plan: Plan) -> "Iterator[Pool]":
-    """Open the pool, and answer on its control socket, while the block runs."""
-    from kvfs.control import ControlServer
-    from kvfs.lifecycle import open_pool
-
-    pool = open_pool(plan.pool, options=plan.pool_options, allow_moved=plan.allow_moved)
-    with pool, ControlServer(pool, mount=plan.directory):
-        yield pool
 
 
 def wait_closed(pool_path: Path, timeout_s: float) -> None:
@@ -112,12 +95,16 @@ def main() -> int:
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     end_on_sigterm(is_daemon=True)
-    log_to(plan.log, is_verbose=plan.is_verbose)
+    service = plan.service
+    start_logging(
+        service.log, service.log_format, is_foreground=False, is_verbose=service.is_verbose
+    )
     log = logging.getLogger("kvfs")
     log.warning("owner of %s died; another takes over: pid %d", plan.directory, os.getpid())
     try:
-        wait_closed(Path(plan.pool), _TAKE_OVER_S)
-        with owned(plan) as pool:
+        wait_closed(Path(service.pool), _TAKE_OVER_S)
+        with owned(service, mount=plan.directory, is_taking_over=True) as pool:
+            notify.tell_ready(f"mounted {service.pool} on {plan.directory}")
             serve_inherited(pool, plan.mount_options())
     except KeyboardInterrupt:
         return 0

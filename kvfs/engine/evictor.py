@@ -101,8 +101,9 @@ class _Move:
                     segment.accessed_ns[indices] = accessed_ns
                     segment.last_access_ns = last_ns
                     lengths = segment.entries["stored_bytes"][indices[current]]
-                    state.counters.blocks_relocated += len(lengths)
-                    state.counters.bytes_relocated += int(lengths.sum())
+                    tally = state.counters[victim.namespace_id]
+                    tally.blocks_relocated += len(lengths)
+                    tally.bytes_relocated += int(lengths.sum())
 
     def release(self) -> None:
         """Give the leases back."""
@@ -329,7 +330,7 @@ class Evictor:
             if held.mask(segment.namespace_id, segment.keys(leftover), device.info).any():
                 return False
             state.forget(segment.namespace_id, segment.records(leftover))
-            state.counters.segments_evicted += 1
+            state.counters[segment.namespace_id].evicted[device.info.index] += 1
             device.discard(segment)
         return True
 
@@ -368,7 +369,7 @@ class Evictor:
         if not file_contexts(doomed):
             return doomed
         whole = self._state.names.forget_files(doomed)
-        self._state.counters.files_evicted += len(whole)
+        self._state.counters[namespace_id].files_evicted += len(whole)
         return np.ascontiguousarray(np.concatenate([doomed, *whole]))
 
     def _relocate(
@@ -415,7 +416,7 @@ class Evictor:
             lost = np.ascontiguousarray(lost[~held.mask(namespace_id, lost)])
             if len(lost):
                 self.drop(namespace_id, lost)
-                self._state.counters.blocks_evicted += len(lost)
+                self._state.counters[namespace_id].blocks_evicted += len(lost)
 
     def _free_stuck(self, device: DeviceState) -> bool:
         """Free what could not be freed before; whether there was any."""

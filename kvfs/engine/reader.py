@@ -58,10 +58,8 @@ class Reader:
     def lookup(self, namespace_id: int, keys: KeyArray) -> RecordArray:
         """Return where the fastest copy of each block is; length 0 for a miss."""
         records = self._state.index(namespace_id).lookup(keys)
-        hits = int(np.count_nonzero(records["length"]))
-        counters = self._state.counters
-        counters.lookups_hit += hits
-        counters.lookups_missed += len(keys) - hits
+        tally = self._state.counters[namespace_id]
+        tally.lookups_missed += len(keys) - _native.tally(records, None, None, tally.looked_up)
         return records
 
     def lease(
@@ -79,7 +77,14 @@ class Reader:
             self._hold(lease)
         self._touch(lease)
         if verify:
+            found = lease.parts.copy()
             self._verify_held(lease, namespace_id, keys)
+            tally = self._state.counters[namespace_id]
+            hits = _native.tally(lease.records, None, None, tally.leased)
+            if hits < len(keys):
+                there = sum(len(part.positions) for part in found)
+                tally.misses_absent += len(keys) - there
+                tally.misses_unreadable += there - hits
         return lease
 
     def hold(self, segment: SegmentState) -> Lease:
@@ -119,6 +124,7 @@ class Reader:
             Which blocks were copied. The memory of a failed one holds unspecified bytes.
         """
         done = np.zeros(len(keys), np.bool_)
+        first: tuple[Mask, Mask] | None = None
         for _ in range(_ATTEMPTS):
             todo = np.flatnonzero(~done)
             if not len(todo):
@@ -127,7 +133,9 @@ class Reader:
             lease = self.lease(namespace_id, part, verify=False)
             try:
                 records = lease.records
-                usable = (records["length"] > 0) & (records["length"] <= lengths[todo])
+                there = records["length"] > 0
+                usable = there & (records["length"] <= lengths[todo])
+                first = first or (there, usable)
                 if not usable.any():
                     break
                 records["length"][~usable] = 0
@@ -138,8 +146,9 @@ class Reader:
             done[todo[good]] = True
             if good[usable].all():
                 break
-        counters = self._state.counters
-        counters.blocks_read += int(done.sum())
+        if first is not None and not done.all():
+            missed = len(keys) - int(np.count_nonzero(done))
+            self._count_misses(namespace_id, missed, *first)
         return done
 
     def read_ranges(
@@ -163,7 +172,9 @@ class Reader:
         if bad.any():
             self._drop_bad(records[bad], statuses[bad])
         good: Mask = (statuses == 0) & (records["length"] > 0)
-        self._state.counters.bytes_read += int(lengths[good].sum())
+        if lease.parts:
+            tally = self._state.counters[lease.parts[0].segment.namespace_id]
+            _native.tally(records, lengths, statuses, tally.read)
         return good
 
     def read_entries(
@@ -284,9 +295,20 @@ class Reader:
         lengths = records["length"].astype(np.uint64)
         statuses = self._transfer(records, lease.parts, starts, lengths, addresses, digests)
         self._settle(records, statuses)
+        if lease.parts:
+            tally = self._state.counters[lease.parts[0].segment.namespace_id]
+            _native.tally(records, None, statuses, tally.read)
         good: Mask = (statuses == 0) & (records["length"] > 0)
-        self._state.counters.bytes_read += int(lengths[good].sum())
         return good
+
+    def _count_misses(self, namespace_id: int, missed: int, there: Mask, usable: Mask) -> None:
+        """Count blocks that were not copied, by what the first look had found."""
+        tally = self._state.counters[namespace_id]
+        absent = int(np.count_nonzero(~there))
+        short = int(np.count_nonzero(there & ~usable))
+        tally.misses_absent += absent
+        tally.misses_room += short
+        tally.misses_unreadable += max(0, missed - absent - short)  # one may have come meanwhile
 
     def _transfer(
         self,
@@ -380,17 +402,19 @@ class Reader:
             chosen = records[fresh]
             with self._state.lock:
                 self._state.index(_namespace_of(chosen)).mark_verified(chosen)
-            self._state.counters.blocks_verified += int(fresh.sum())
+            tally = self._state.counters[_namespace_of(chosen)]
+            tally.blocks_verified += len(chosen)
         bad = hits & (statuses != 0)
         if bad.any():
             self._drop_bad(records[bad], statuses[bad])
 
     def _drop_bad(self, records: RecordArray, statuses: npt.NDArray[np.int32]) -> None:
-        counters = self._state.counters
-        mismatches = int(np.count_nonzero(statuses == 1))
-        counters.checksum_errors += mismatches
-        counters.media_errors += len(statuses) - mismatches
-        self._state.forget(_namespace_of(records), np.ascontiguousarray(records))
+        namespace_id = _namespace_of(records)
+        tally = self._state.counters[namespace_id]
+        for device, status in zip(records["device"].tolist(), statuses.tolist(), strict=True):
+            (tally.bad_checksums if status == 1 else tally.bad_reads)[device] += 1
+        self._state.forget(namespace_id, np.ascontiguousarray(records))
+        self._state.count_broken_pins(namespace_id, np.ascontiguousarray(records["key"]))
 
 
 def _namespace_of(records: RecordArray) -> int:

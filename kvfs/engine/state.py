@@ -56,7 +56,7 @@ class EngineState:
     options: PoolOptions
     clock: Clock
     lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
-    counters: Counters = dataclasses.field(default_factory=Counters)
+    counters: Counters = dataclasses.field(init=False)
     indexes: dict[int, BlockIndex] = dataclasses.field(default_factory=dict)
     namespaces: dict[int, NamespaceSpec] = dataclasses.field(default_factory=dict)
     pins: dict[bytes, int] = dataclasses.field(default_factory=dict)
@@ -66,7 +66,8 @@ class EngineState:
         self._by_index = {device.info.index: device for device in self.devices}
         for device in self.devices:
             device.failures_max = self.options.device_failures_max
-        self.activity = Activity(self.lock)
+        self.activity = Activity(self.lock, self.clock)
+        self.counters = Counters(max(self._by_index, default=0) + 1)
 
     _by_index: dict[int, DeviceState] = dataclasses.field(init=False)
     activity: Activity = dataclasses.field(init=False)
@@ -90,6 +91,7 @@ class EngineState:
         """Make a namespace known; replacing a spec keeps its blocks."""
         with self.lock:
             self.namespaces[namespace.namespace_id] = namespace
+            self.counters.begin(namespace.namespace_id)
             if namespace.namespace_id not in self.indexes:
                 self.indexes[namespace.namespace_id] = BlockIndex(self.ranks())
 
@@ -179,6 +181,16 @@ class EngineState:
             ):
                 return self.device(segment.handle.device_index).discard(segment)
             return True
+
+    def count_broken_pins(self, namespace_id: int, keys: KeyArray) -> None:
+        """Count the pinned ones among blocks that are lost for good: those without another copy.
+
+        For the rare loss alone: it looks at them one by one.
+        """
+        with self.lock:
+            missing = self.index(namespace_id).lookup(keys)["length"] == 0
+            broken = sum(key.tobytes() in self.pins for key in keys[missing])
+            self.counters[namespace_id].pins_broken += broken
 
     def mark_dead(self, records: RecordArray) -> None:
         """Count the entries that these records name as dead. REQUIRES: `lock`; not in the index."""

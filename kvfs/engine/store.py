@@ -118,18 +118,24 @@ class Store(StoreFiles):
             tokens=np.asarray(tokens if tokens is not None else np.zeros(count), np.uint32),
             flags=np.where(partial, EntryFlag.PARTIAL, 0).astype(np.uint8),
         )
-        with self.state.activity.during(namespace_id):
+        times = self.state.counters[namespace_id].times
+        with self.state.activity.during(namespace_id, times["put"]):
             return self._writer.put(namespace, batch, durability, self.reader.verified)
 
     def lookup(self, namespace_id: int, keys: KeyArray) -> RecordArray:
         """Return the fastest copy of each block; length 0 for a miss."""
-        with self.state.activity.during(namespace_id):
+        times = self.state.counters[namespace_id].times
+        with self.state.activity.during(namespace_id, times["lookup"]):
             return self.reader.lookup(namespace_id, keys)
 
     def match_prefix(self, namespace_id: int, keys: KeyArray) -> int:
         """Return how many leading keys are resident."""
-        with self.state.activity.during(namespace_id):
-            return self.state.index(namespace_id).match_prefix(keys)
+        tally = self.state.counters[namespace_id]
+        with self.state.activity.during(namespace_id, tally.times["match_prefix"]):
+            matched = self.state.index(namespace_id).match_prefix(keys)
+        tally.prefix_asked += len(keys)
+        tally.prefix_matched += matched
+        return matched
 
     def removals(self, namespace_id: int) -> int:
         """Return a number; while it stays the same, what was resident before still is."""
@@ -140,14 +146,16 @@ class Store(StoreFiles):
         self, namespace_id: int, keys: KeyArray, addresses: Addresses, lengths: Addresses
     ) -> Mask:
         """Copy whole blocks to memory, verified; returns which were."""
-        with self.state.activity.during(namespace_id):
+        times = self.state.counters[namespace_id].times
+        with self.state.activity.during(namespace_id, times["read_into"]):
             return self.reader.read_into(namespace_id, keys, addresses, lengths)
 
     def lease(
         self, namespace_id: int, keys: KeyArray, *, verify: bool = True, device: int | None = None
     ) -> Lease:
         """Hold blocks for reading in place; give back with `release`. See Reader.lease."""
-        with self.state.activity.during(namespace_id):
+        times = self.state.counters[namespace_id].times
+        with self.state.activity.during(namespace_id, times["lease"]):
             return self.reader.lease(namespace_id, keys, verify=verify, device=device)
 
     def touch(self, namespace_id: int, keys: KeyArray) -> int:
@@ -313,6 +321,7 @@ class Store(StoreFiles):
                         failure = failure or OSError(f"{device.info.name} cannot free segments")
             with state.lock:
                 state.namespaces.pop(namespace_id, None)
+                state.counters.retire(namespace_id)
                 # Not closed: readers in flight may hold it; the last one releases the table.
                 state.indexes.pop(namespace_id, None)
         if failure is not None:

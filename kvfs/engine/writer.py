@@ -99,15 +99,19 @@ class Writer:
         firsts = np.empty(len(batch), np.int64)
         distinct = _native.distinct_keys(batch.keys, firsts)
         wanted = batch if distinct == len(batch) else batch.take(firsts[:distinct])
-        homes = self._homes(durability)
-        runs, fresh = self._missing(namespace, wanted, homes, trusted)
-        missing = wanted if len(fresh) == len(wanted) else wanted.take(fresh)
-        if len(missing):
-            runs += self._store(namespace, missing, homes)
-            self._store_extra(namespace, missing, homes)
+        try:
+            homes = self._homes(durability)
+            runs, fresh = self._missing(namespace, wanted, homes, trusted)
+            missing = wanted if len(fresh) == len(wanted) else wanted.take(fresh)
+            if len(missing):
+                runs += self._store(namespace, missing, homes)
+                self._store_extra(namespace, missing, homes)
+        except (NoSpaceError, UnavailableError, PoisonedError) as error:
+            self._count_refusal(namespace, error)
+            raise
         if durability is Durability.SYNC:
             self.persist_holding(runs)
-        return self._account(batch, missing)
+        return self._account(namespace, batch, missing)
 
     def _homes(self, durability: Durability) -> list[DeviceState]:
         """Return the devices whose copy is enough, in the order in which they are tried."""
@@ -119,8 +123,6 @@ class Writer:
             if durability is Durability.SYNC and homes and not homes[0].info.is_persistent:
                 raise UsageError("durability 'sync' needs a persistent device; this pool has none")
         if not homes:
-            with state.lock:
-                state.counters.puts_refused += 1
             raise UnavailableError(
                 f"no device in service takes blocks with durability {durability.value!r}; "
                 "see 'pool status'"
@@ -152,7 +154,7 @@ class Writer:
             NoSpaceError: Nothing more can be evicted.
             DeviceError: Writes failed on two segments in a row.
         """
-        settle = settle or self._publish
+        settle, state = settle or self._publish, self._state
         made: list[Run] = []
         done = failures = 0
         while done < len(batch):
@@ -164,11 +166,14 @@ class Writer:
                 part = batch if fits == len(batch) else batch.take(slice(done, done + fits))
                 with self._state.lock:  # growing replaces arrays that others change under the lock
                     log.state.reserve(log.state.entry_count + fits)
+                start = log.state.payload_end
                 try:
                     indices = log.append(part)
                     with self._state.lock:
                         log.require_writable()  # a persist may have failed meanwhile
                         settle(log.state, indices)
+                        tally = state.counters[namespace.namespace_id]
+                        tally.written[device.info.index] += log.state.payload_end - start
                     made.append((log.state, indices))
                 except (DeviceError, PoisonedError):
                     self._retire_poisoned(device, log)
@@ -248,8 +253,10 @@ class Writer:
                 for verified in (True, False):
                     chosen = np.flatnonzero(is_vouched == verified)
                     state.publish(segment, chosen, verified=verified)
-                state.counters.blocks_put += len(entries)
-                state.counters.bytes_put += nbytes
+                tally = state.counters[namespace.namespace_id]
+                tally.blocks_put += len(entries)
+                tally.bytes_put += nbytes
+                tally.written[device.info.index] += nbytes
         except OSError as error:
             self._count_failure(device)
             raise DeviceError(f"adoption failed: {device.info.name}: {error}") from error
@@ -293,9 +300,15 @@ class Writer:
             except (NoSpaceError, UnavailableError, PoisonedError) as error:
                 failure = error
         assert failure is not None, "there is a home, or it was refused before"
-        with self._state.lock:
-            self._state.counters.puts_refused += 1
         raise failure
+
+    def _count_refusal(self, namespace: NamespaceSpec, error: KvfsError) -> None:
+        with self._state.lock:
+            tally = self._state.counters[namespace.namespace_id]
+            if isinstance(error, NoSpaceError):
+                tally.refused_no_space += 1
+            else:
+                tally.refused_no_device += 1
 
     def _store_extra(
         self, namespace: NamespaceSpec, batch: Batch, homes: list[DeviceState]
@@ -436,6 +449,7 @@ class Writer:
         """
         state = self._state
         state.counters.blocks_lost += len(lost)
+        state.counters[segment.namespace_id].blocks_lost += len(lost)
         keys = segment.keys(lost)
         state.forget(segment.namespace_id, segment.records(lost))
         if state.device(segment.handle.device_index).info.is_persistent:
@@ -443,6 +457,7 @@ class Writer:
             for device in state.devices:
                 if not device.info.is_persistent:
                     state.forget(segment.namespace_id, index.lookup(keys, device.info.index))
+        state.count_broken_pins(segment.namespace_id, keys)
 
     def _unverify(self, segment: SegmentState) -> None:
         """Make readers verify again, from the medium. REQUIRES: the state's lock."""
@@ -455,16 +470,16 @@ class Writer:
             self._state.counters.write_errors += 1
             device.note_failure()
 
-    def _account(self, batch: Batch, missing: Batch) -> PutResult:
+    def _account(self, namespace: NamespaceSpec, batch: Batch, missing: Batch) -> PutResult:
         stored = int(missing.lengths.sum())
         offered = stored if missing is batch else int(batch.lengths.sum())
         result = PutResult(len(missing), len(batch) - len(missing), stored, offered - stored)
         with self._state.lock:
-            counters = self._state.counters
-            counters.blocks_put += result.blocks_stored
-            counters.bytes_put += stored
-            counters.blocks_deduplicated += result.blocks_deduplicated
-            counters.bytes_deduplicated += result.bytes_deduplicated
+            tally = self._state.counters[namespace.namespace_id]
+            tally.blocks_put += result.blocks_stored
+            tally.bytes_put += stored
+            tally.blocks_deduplicated += result.blocks_deduplicated
+            tally.bytes_deduplicated += result.bytes_deduplicated
         return result
 
 

@@ -45,8 +45,6 @@ COUNTERS: Final = (
     "lookups_answered", "forwarded", "deadline_hits", "interrupts", "verify_failures", "faults",
     "respawns", "pending", "open_files", "threads", "page_cache_bytes",
 )  # fmt: skip
-GAUGES: Final = ("pending", "open_files", "threads", "page_cache_bytes")
-"""Counters that go down, too."""
 
 _HEADER: Final = struct.Struct("<IIQ")
 _ANSWER: Final = struct.Struct("<IIq")

@@ -26,6 +26,7 @@ import trio
 
 from kvfs.clock import Clock
 from kvfs.errors import KvfsError
+from kvfs.metrics import Histogram
 
 BYTES_PER_S_MIN: Final = 50_000_000  # the slowest medium that is not taken for a hung one
 _LONG_S: Final = 1.0
@@ -38,8 +39,7 @@ class RequestCounters:
     """Counts of a mount since it began. Counted by its loop alone."""
 
     def __init__(self) -> None:
-        self.requests: dict[str, int] = {}
-        self.busy_ns: dict[str, int] = {}
+        self.times: dict[str, Histogram] = {}
         self.errors: dict[int, int] = {}
         self.timeouts = 0
         self.bytes_read = 0
@@ -47,8 +47,10 @@ class RequestCounters:
 
     def note(self, name: str, nanoseconds: int) -> None:
         """Count one request that was answered."""
-        self.requests[name] = self.requests.get(name, 0) + 1
-        self.busy_ns[name] = self.busy_ns.get(name, 0) + nanoseconds
+        histogram = self.times.get(name)
+        if histogram is None:
+            histogram = self.times[name] = Histogram()
+        histogram.note(nanoseconds)
 
     def note_error(self, number: int) -> None:
         """Count one request that failed."""
@@ -56,9 +58,11 @@ class RequestCounters:
 
     def snapshot(self) -> dict[str, Any]:
         """Return what was counted, with names for people and machines. Any thread."""
+        times = dict(sorted(self.times.copy().items()))
         return {
-            "requests": dict(sorted(self.requests.copy().items())),
-            "busy_ns": dict(sorted(self.busy_ns.copy().items())),
+            "requests": {name: histogram.count for name, histogram in times.items()},
+            "busy_ns": {name: histogram.sum_ns for name, histogram in times.items()},
+            "times": times,
             "errors": {
                 errno.errorcode.get(number, str(number)): count
                 for number, count in sorted(self.errors.copy().items())

@@ -18,7 +18,7 @@ import pyfuse3
 
 from kvfs.engine.catalog_schema import STATUS_NAME
 from kvfs.errors import NotFoundError
-from kvfs.fuse.core_client import GAUGES
+from kvfs.exposition import render
 from kvfs.keys import KEY_BYTES, KeyArray
 from kvfs.pool import Pool
 
@@ -50,6 +50,7 @@ class StatusTree:
         """Show a pool, and the mount that shows it."""
         self._pool = pool
         self._mount_snapshot = mount_snapshot
+        pool.mount_snapshot = mount_snapshot
         self._begin_ns = pool.clock.wall_ns()
         self._blocks: dict[int, tuple[int, KeyArray, int]] = {}
         self._inode_of_key: dict[bytes, int] = {}
@@ -95,7 +96,7 @@ class StatusTree:
         if inode == STATUS_FILE:
             return json.dumps(self.status(), indent=1).encode() + b"\n"
         if inode == METRICS_FILE:
-            return render_metrics(self.status()).encode()
+            return render(self._pool)
         raise NotFoundError(f"no such inode: {inode:#x}")
 
     def entry(self, inode: int) -> pyfuse3.EntryAttributes:
@@ -124,10 +125,12 @@ class StatusTree:
 
     def status(self) -> dict[str, Any]:
         """Return the pool and the mount in figures."""
+        mount = self._mount_snapshot()
+        del mount["times"]  # for metrics: status.json has their counts and sums
         return {
             "schema": {"command": "status", "version": 1},
             "pool": dataclasses.asdict(self._pool.statistics()),
-            "mount": {"mounted_since_ns": self._begin_ns, **self._mount_snapshot()},
+            "mount": {"mounted_since_ns": self._begin_ns, **mount},
         }
 
     def _lookup_block(self, name: str) -> int:
@@ -148,46 +151,3 @@ class StatusTree:
             self._inode_of_key[raw] = inode
         self._blocks[inode] = (namespace_id, key, length)
         return inode
-
-
-def render_metrics(status: dict[str, Any]) -> str:
-    """Return a status in Prometheus' text format."""
-    pool, mount = status["pool"], status["mount"]
-    lines: list[str] = []
-
-    def metric(name: str, kind: str, samples: list[tuple[str, float]]) -> None:
-        lines.append(f"# TYPE kvfs_{name} {kind}")
-        lines.extend(f"kvfs_{name}{labels} {value}" for labels, value in samples)
-
-    for name in ("capacity_bytes", "used_bytes", "live_bytes", "namespaces", "contexts"):
-        metric(name, "gauge", [("", pool[name])])
-    metric("online", "gauge", [("", int(pool["state"] == "online"))])
-    for name, value in pool["counters"].items():
-        metric(f"{name}_total", "counter", [("", value)])
-    for name in ("capacity_bytes", "used_bytes", "live_bytes", "failures"):
-        metric(
-            f"device_{name}",
-            "gauge",
-            [
-                (f'{{device="{device["name"]}",tier="{device["tier"]}"}}', device[name])
-                for device in pool["devices"]
-            ],
-        )
-    for name, key, label in (
-        ("fuse_requests_total", "requests", "operation"),
-        ("fuse_busy_nanoseconds_total", "busy_ns", "operation"),
-        ("fuse_errors_total", "errors", "errno"),
-    ):
-        samples = [(f'{{{label}="{what}"}}', count) for what, count in mount[key].items()]
-        metric(name, "counter", samples)
-    for name in ("timeouts", "bytes_read", "bytes_written"):
-        metric(f"fuse_{name}_total", "counter", [("", mount[name])])
-    metric("fuse_open_handles", "gauge", [("", mount["open_handles"])])
-    for name, value in mount["views"].items():
-        kind = "counter" if name in ("views_built", "views_failed") else "gauge"
-        metric(f"{name}_total" if kind == "counter" else name, kind, [("", value)])
-    for name, value in mount["core"].items():
-        kind = "gauge" if name in GAUGES else "counter"
-        suffix = "" if kind == "gauge" else "_total"
-        metric(f"core_{name}{suffix}", kind, [("", value)])
-    return "\n".join(lines) + "\n"

@@ -61,14 +61,20 @@ def test_completion(shell, capsys):
         (["pool", "status", "--js"], {"--json"}),
         (["--json", "inspect", "s"], {"superblock", "segment", "summary"}),
         (["completion", "z"], {"zsh"}),
+        (["kvfs", "ser"], {"serve"}),
+        (["kvfs", "serve", "--js"], set()),
+        (["kvfs", "serve", "--log-format", "j"], {"json"}),
     ],
 )
 def test_completion_in_bash(words, expected, capsys):
     admin.main(["completion", "bash"])
     script = capsys.readouterr().out
-    line = " ".join(f"'{word}'" for word in ["kvfs-admin", *words])
+    function = "_kvfs_admin"
+    if words[0] == "kvfs":
+        function, words = "_kvfs", words[1:]
+    line = " ".join(f"'{word}'" for word in ["program", *words])
     script += (
-        f"COMP_WORDS=({line}); COMP_CWORD={len(words)}; _kvfs_admin\n"
+        f"COMP_WORDS=({line}); COMP_CWORD={len(words)}; {function}\n"
         'printf "%s\\n" "${COMPREPLY[@]}"\n'
     )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)

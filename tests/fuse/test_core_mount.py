@@ -84,7 +84,7 @@ def test_counters_are_shown(mounted: MountedPool) -> None:
     wait_until(lambda: mounted.core_counters().get("bytes_native_read", 0) >= SMALL, "a ping")
     wait_until(lambda: mounted.core_counters()["lookups_answered"], "the names are known")
     metrics = (mounted.path / ".kvfs/metrics").read_text()
-    assert "kvfs_core_requests_native_read_total " in metrics
+    assert "kvfs_core_native_reads_total " in metrics
     assert "# TYPE kvfs_core_open_files gauge" in metrics
 
 

@@ -346,8 +346,8 @@ def test_whole_or_absent_under_threads(tmp_path: Path, seed: int) -> None:
     pool = kvfs.create_pool(tmp_path / "pool", devices)
     chaos = Chaos(pool, seed)
     counters = pool.store.state.counters
-    chaos.run_until(lambda: counters.files_evicted > 5, "files evicted")
-    assert counters.checksum_errors == counters.media_errors == 0
+    chaos.run_until(lambda: counters.snapshot()["files_evicted"] > 5, "files evicted")
+    assert counters.snapshot()["checksum_errors"] == counters.snapshot()["media_errors"] == 0
     for name in chaos.NAMES:
         chaos.check(pool, name)
     assert leases(pool) == 0

@@ -176,3 +176,44 @@ def test_keys_arguments() -> None:
         _native.find_keys(bytes(32), bytes(31), bytearray(8))
     with pytest.raises(ValueError, match="positions"):
         _native.find_keys(bytes(32), bytes(32), bytearray(7))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 2)), max_size=50),
+    st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_tally_equals_oracle(items: list[Any], has_lengths: bool, has_statuses: bool) -> None:
+    records = np.zeros(len(items), RECORD)
+    records["device"] = [device for device, _, _ in items]
+    records["length"] = [length for _, length, _ in items]
+    lengths = np.arange(len(items), dtype=np.uint64) if has_lengths else None
+    statuses = np.array([status for _, _, status in items], np.int32) if has_statuses else None
+    counts = np.full((4, 2), 7, np.uint64)
+    expected = counts.copy()
+    for i, (device, length, status) in enumerate(items):
+        if length and not (has_statuses and status):
+            expected[device] += np.array([1, i if has_lengths else length], np.uint64)
+    counted = _native.tally(records, lengths, statuses, counts)
+    assert counts.tolist() == expected.tolist()
+    assert counted == int((expected - 7)[:, 0].sum())
+
+
+def test_tally_arguments() -> None:
+    records = np.zeros(2, RECORD)
+    records["length"], records["device"] = 5, [0, 3]
+    counts = np.zeros((3, 2), np.uint64)
+    with pytest.raises(ValueError, match="no room for a device"):
+        _native.tally(records, None, None, counts)
+    assert not counts.any()
+    with pytest.raises(ValueError, match="no room for a device"):
+        _native.tally(records, None, None, bytearray(16 * 257))
+    for arguments, name in (
+        ((bytes(65), None, None, bytearray(16)), "records"),
+        ((bytes(64), bytes(16), None, bytearray(16)), "lengths"),
+        ((bytes(64), None, bytes(3), bytearray(16)), "statuses"),
+        ((bytes(64), None, None, bytearray(15)), "counts"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            _native.tally(*arguments)
+    with pytest.raises((BufferError, TypeError)):
+        _native.tally(bytes(64), None, None, bytes(16))

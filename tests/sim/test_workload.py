@@ -102,7 +102,7 @@ class Day:
 
     def end(self) -> Figures:
         counters = self.bench.pool.store.state.counters
-        self.figures.evicted = counters.blocks_evicted
+        self.figures.evicted = counters.snapshot()["blocks_evicted"]
         self.figures.journal = self.bench.now
         self.bench.close()
         return self.figures

@@ -1,4 +1,4 @@
-# kvfs-admin completion for bash; load it with: source <(kvfs-admin completion bash)
+# completion of kvfs-admin and kvfs for bash; load it with: source <(kvfs-admin completion bash)
 _kvfs_admin() {
     local word path= candidates=
     for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
@@ -96,3 +96,40 @@ superblock segment summary block --help
     COMPREPLY=($(compgen -W "$candidates" -- "${COMP_WORDS[COMP_CWORD]}"))
 }
 complete -o default -F _kvfs_admin kvfs-admin
+_kvfs() {
+    local word path= candidates=
+    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+        case "$path/$word" in
+            /serve) path=/serve ;;
+            /mount) path=/mount ;;
+            /umount) path=/umount ;;
+            /demo) path=/demo ;;
+            /bench) path=/bench ;;
+        esac
+    done
+    case "$path" in
+        "") candidates="
+serve mount umount demo bench --help --version
+            " ;;
+        "/serve") candidates="
+--help --foreground --allow-moved --async-delay --pinned-share --no-verify-reads
+--metrics --log --log-format text json --verbose
+            " ;;
+        "/mount") candidates="
+--help --foreground --allow-moved --async-delay --pinned-share --no-verify-reads
+--metrics --log --log-format text json --verbose --allow-other --allow-nonempty
+--no-passthrough --page-cache --no-core
+            " ;;
+        "/umount") candidates="
+--help --timeout
+            " ;;
+        "/demo") candidates="
+--help
+            " ;;
+        "/bench") candidates="
+--help
+            " ;;
+    esac
+    COMPREPLY=($(compgen -W "$candidates" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -o default -F _kvfs kvfs
