@@ -81,11 +81,8 @@ class FileAdoption(FileWriting):
         self._note_adopted(adopted)
         if is_persisted:
             self._name([adopted])
-        writer.kept_version = version
         if writer.staged is None:
-            writer.kept_bytes = nbytes
-            if writer.has_readers:
-                self._hold_base(writer)
+            writer.kept_bytes, writer.kept_version = nbytes, version
 
     def _pin(self, adopted: Adopted) -> None:
         """Pin new content until it is named."""

@@ -117,8 +117,6 @@ class WriteHandle:
     """Wrote since its last flush: more may come."""
     grant: Grant | None = None
     """Somebody else may write through it: counts as active."""
-    is_reader: bool = False
-    """Only reads what the writers see."""
     is_barred: bool = False
     """Nobody else may write through it: whoever is told of its writes must be told of all."""
 
@@ -190,16 +188,6 @@ class FileWriter:
         if handle.grant is not None and end_bytes <= handle.grant.credit_bytes:
             return True
         return any(other.grant is not None for other in self.handles if other is not handle)
-
-    @property
-    def has_writers(self) -> bool:
-        """Whether anybody may write still; else those who only read are left, if anybody."""
-        return any(not handle.is_reader for handle in self.handles)
-
-    @property
-    def has_readers(self) -> bool:
-        """Whether anybody only reads what the writers see."""
-        return any(handle.is_reader for handle in self.handles)
 
     @property
     def is_raw(self) -> bool:

@@ -9,7 +9,6 @@ Layer: L4.
 Locks: a writer's `lock`, then those of `FileContents`. A revocation is called with the lock held.
 """
 
-import contextlib
 import errno
 import logging
 import os
@@ -165,14 +164,14 @@ class FileWriting(FileContents):
 
         Raises:
             NoSpaceError: Not even `upto_bytes` can be had. Nothing has failed yet; a write will.
-            BusyError: Somebody reads what is being written, through kvfs; or grants were barred.
+            BusyError: Grants were barred.
         """
         writer = handle.writer
         with writer.lock:
             if writer.failure is not None:
                 raise writer.failure
-            if writer.has_readers or handle.is_barred:
-                raise BusyError(f"others read what is written: {writer.node.name!r}; use write")
+            if handle.is_barred:
+                raise BusyError(f"every write is to be seen: {writer.node.name!r}; use write")
             self._staged(writer, writer.size_bytes)
             if any(other.grant is not None for other in writer.handles if other is not handle):
                 writer.digests.is_contested = True
@@ -398,12 +397,6 @@ class FileWriting(FileContents):
                 )
             writer.base = base
         return writer.base
-
-    def _hold_base(self, writer: FileWriter) -> None:
-        """Keep the content so far for those who only read, if nothing is staged."""
-        if writer.staged is None and writer.kept_bytes and not writer.is_removed:
-            with contextlib.suppress(KvfsError):  # it is gone; who reads it will be told
-                self._opened_base(writer)
 
     def _close_base(self, writer: FileWriter) -> None:
         if writer.base is not None:

@@ -6,8 +6,7 @@ Layer: L4.
   it, or before when somebody who needs it whole comes and no writer is at work. Small ones are
   appended to the log, large ones become a file segment. A crash before leaves no file, or its
   former content.
-- Until then only its writers see its bytes. Others get the former content; where there is none they
-  may `follow` the writers: they see what those do, and what was adopted last when those have gone.
+- Until then only its writers see its bytes. Others get the former content, or BusyError.
 - A file one of whose writes failed is not adopted: it would be neither whole nor absent.
 - What was adopted while its writers go on is opened again only if they ask for it. Eviction may be
   faster; then they get MediaError.
@@ -176,29 +175,6 @@ class Files(FileAdoption):
             raise
         return handle
 
-    def follow(self, node: Node) -> WriteHandle | None:
-        """Open for reading what the writers of a file see that has no content yet.
-
-        None: nobody writes it, or there is content, or there is none any more; `open_read` then.
-        The handle is for `read_staged` and `close_write`. Nobody gets a grant meanwhile.
-        """
-        handle = None
-        with self._lock:
-            writer = self._writers.get(node.node_id)
-            if writer is not None and writer.has_writers:
-                handle = WriteHandle(writer, is_reader=True)
-                writer.handles.append(handle)
-        if handle is None:
-            return None
-        writer = handle.writer
-        with writer.lock:
-            is_due = writer.is_dirty and writer.failure is None and not writer.is_removed
-            if is_due and writer.is_busy and not self._has_content(writer):
-                self._revoke_all(writer)
-                return handle
-        self.close_write(handle)
-        return None
-
     def truncate_node(self, node: Node, nbytes: int) -> None:
         """Cut or extend a file that the caller has not open."""
         handle = self.open_write(node, truncate=False)
@@ -292,11 +268,10 @@ class Files(FileAdoption):
             handle.is_active = False
             with self._lock:
                 writer.handles.remove(handle)
-                if writer.has_writers:
+                if writer.handles:
                     return
             try:
-                is_due = writer.is_dirty and not writer.is_removed and writer.failure is None
-                if is_due and not handle.is_reader:
+                if writer.is_dirty and not writer.is_removed and writer.failure is None:
                     self._adopt(writer)
             finally:
                 self._retire(writer)
@@ -331,7 +306,8 @@ class Files(FileAdoption):
         if writer is None:
             return
         with writer.lock:
-            if writer.is_ready and writer.staged is None and writer.kept_bytes:
+            is_open = writer.handles and writer.is_ready  # it may have been closed meanwhile
+            if is_open and writer.staged is None and writer.kept_bytes:
                 with contextlib.suppress(KvfsError):  # whoever asks for it will be told
                     self._opened_base(writer)
 
@@ -429,18 +405,11 @@ class Files(FileAdoption):
         self.raws.close(reader.node_id, reader.raw)
 
     def _retire(self, writer: FileWriter) -> None:
-        """Free what a writer holds, unless it was opened again meanwhile.
-
-        Those who only read keep what it holds, which nobody changes any more.
-        """
+        """Free what a writer holds, unless it was opened again meanwhile."""
         with self._lock:
-            if writer.has_writers:
+            if writer.handles:
                 return
-            if self._writers.get(writer.node.node_id) is writer:
-                del self._writers[writer.node.node_id]
-        if writer.has_readers:
-            self._hold_base(writer)
-            return
+            self._writers.pop(writer.node.node_id, None)
         self._close_base(writer)
         staged, writer.staged = writer.staged, None
         if staged is not None and staged.is_raw:

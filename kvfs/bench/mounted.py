@@ -144,7 +144,7 @@ def mounted(root: Path, *flags: str) -> Iterator[Mounted]:
             start_new_session=True,
         )  # fmt: skip
     try:
-        _wait_ready(process, log)
+        _wait_ready(process, log, root / "pool")
         yield Mounted(mount_point, root / _DEVICE, process.pid, _core_of(process.pid))
         _stop(process)
         if process.returncode:
@@ -202,13 +202,13 @@ def read_once(path: Path) -> None:
             pass
 
 
-def _wait_ready(process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_ready(process: subprocess.Popen[bytes], log: Path, pool: Path) -> None:
     """Wait until a mount's process says that it is mounted.
 
     Raises:
         SkipError: It has ended instead.
     """
-    while not any(line.startswith("mounted ") for line in log.read_text().splitlines()):
+    while f"mounted {pool}" not in log.read_text():
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_POLL_S)
             raise SkipError(f"kvfs mount failed: {_last_line(log)}")

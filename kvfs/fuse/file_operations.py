@@ -178,7 +178,7 @@ class FileOperations(Opening):
         handle = self._handles[fh]
         if isinstance(handle, FormerHandle) and handle.is_writing:
             raise FUSEError(errno.EIO)
-        if isinstance(handle, WritingHandle) and not handle.is_reader:
+        if isinstance(handle, WritingHandle):
             nbytes = handle.file.writer.size_bytes
             await self._runner.run(self._files.flush, handle.file, nbytes=nbytes)
             self._pool.note_written()
@@ -199,10 +199,10 @@ class FileOperations(Opening):
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         """Persist the bytes written; through a handle that only reads, all that is published."""
         handle = self._handles[fh]
-        if isinstance(handle, WritingHandle) and not handle.is_reader:
+        if isinstance(handle, WritingHandle):
             nbytes = handle.file.writer.size_bytes
             await self._runner.run(self._files.fsync, handle.file, nbytes=nbytes)
-        elif isinstance(handle, ReadHandle | WritingHandle):
+        elif isinstance(handle, ReadHandle):
             await self._runner.run(self._pool.sync)
 
     async def release_idle(self) -> None:
@@ -230,7 +230,7 @@ class FileOperations(Opening):
 
     def _writing_handle(self, fh: int) -> WritingHandle:
         handle = self._handles[fh]
-        if isinstance(handle, WritingHandle) and not handle.is_reader:
+        if isinstance(handle, WritingHandle):
             return handle
         raise FUSEError(errno.EIO if isinstance(handle, FormerHandle) else errno.EBADF)
 

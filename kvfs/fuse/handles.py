@@ -6,7 +6,7 @@ Layer: L5.
 - An inode whose name is gone lives on in its handles: getattr finds it here.
 - Two handles of one inode with different content must not share the kernel's page cache: the later
   one gets another inode number (`fuse.places`), or is opened past it (`must_bypass_cache`). All
-  handles of a raw file share it, and so do all writers of a file, and who follows them.
+  handles of a raw file share it, and so do all writers of a file.
 - While the kernel reads an inode's file itself (passthrough), every handle of the inode must be
   opened so, and on the same file; else it gets another inode number.
 - Another number is the node's id with a small number above it, so that each leads back to its node.
@@ -89,7 +89,7 @@ class ReadHandle:
 
 @dataclass(slots=True, eq=False)
 class WritingHandle:
-    """A file open for writing, or for reading what its writers see.
+    """A file open for writing.
 
     Attributes:
         is_direct: Opened past the kernel's page cache.
@@ -101,17 +101,9 @@ class WritingHandle:
     is_direct: bool = False
 
     @property
-    def is_reader(self) -> bool:
-        """Whether it only reads."""
-        return self.file.is_reader
-
-    @property
     def identity(self) -> Identity:
-        """What the file holds. When its writers have gone, it is what they adopted last."""
-        writer = self.file.writer
-        if writer.is_raw:
-            return RAW
-        return WRITTEN if writer.has_writers else (writer.kept_version, writer.size_bytes, 0)
+        """What the file holds: all who write it see the same."""
+        return RAW if self.file.writer.is_raw else WRITTEN
 
     @property
     def size_bytes(self) -> int:
@@ -275,14 +267,7 @@ class Handles:
 
     def is_written(self, inode: int) -> bool:
         """Say whether an inode is open for writing."""
-        return any(isinstance(h, WritingHandle) and not h.is_reader for h in self.of_inode(inode))
-
-    def has_direct_writer(self, inode: int) -> bool:
-        """Say whether somebody writes an inode past the page cache."""
-        return any(
-            isinstance(other, WritingHandle) and other.is_direct and not other.is_reader
-            for other in self.of_inode(inode)
-        )
+        return any(isinstance(h, WritingHandle) for h in self.of_inode(inode))
 
     def size_of(self, inode: int) -> int:
         """Return the size that the handles of an open inode share: that of its writers, if any."""

@@ -225,7 +225,7 @@ class Opening(pyfuse3.Operations):
     def _writing(
         self, number: int, inode: int, node: Node, file: WriteHandle, flags: int
     ) -> FileInfo:
-        """Return the answer to an open for writing, or for following those who write.
+        """Return the answer to an open for writing.
 
         Past the page cache if only written: each request then carries the caller's own pages, up to
         the largest size. A handle that reads too may be mapped shared, which needs the cache; so
@@ -235,8 +235,6 @@ class Opening(pyfuse3.Operations):
         is_raw = handle.identity == RAW
         if flags & os.O_ACCMODE == os.O_WRONLY and not is_raw:
             handle.is_direct = not self._handles.has_cached_writing(inode)
-        elif handle.is_reader:  # pages could hold what was before a write went past them
-            handle.is_direct = self._handles.has_direct_writer(inode)
         if self._handles.must_bypass_cache(inode, handle.identity):
             handle.is_direct = True
         is_kept = is_raw and not handle.is_direct and self._inodes.may_keep_cache(inode, RAW)
@@ -247,11 +245,6 @@ class Opening(pyfuse3.Operations):
 
     async def _open_read(self, inode: int, node: Node, caller: int) -> FileInfo:
         reader = None
-        if self._files.writer_of(node.node_id) is not None:
-            file = await self._runner.run(self._files.follow, node, undo=self._leave)
-            if file is not None:
-                number = self._handles.next_number()
-                return self._writing(number, inode, node, file, os.O_RDONLY)
         if node.block_count <= SMALL_BLOCKS:  # no bytes move; a thread would take longer
             reader = self._files.open_read_at_once(node)
         if reader is None:
@@ -295,11 +288,6 @@ class Opening(pyfuse3.Operations):
         handle.is_passthrough = plan is not None and plan.lane is Lane.PASSTHROUGH
         handle.is_direct = self._handles.must_bypass_cache(handle.inode, handle.identity)
         return self._handles.add(handle)
-
-    def _leave(self, file: WriteHandle | None) -> None:
-        """Stop following the writers of a file."""
-        if file is not None:
-            self._files.close_write(file)
 
     def _close_reader(self, number: int, handle: ReadHandle, plan: Plan | None = None) -> None:
         """Let go of what a handle for reading holds, here and in the core, and of its plan.

@@ -35,9 +35,9 @@ def test_hello_and_status(core: FakeCore) -> None:
 
 
 def test_refusals_are_errors(core: FakeCore) -> None:
-    core.answers[Kind.ALLOW] = lambda *_: (-errno.EINVAL, b"")
+    core.answers[Kind.STATUS] = lambda *_: (-errno.EINVAL, b"")
     with pytest.raises(OSError, match="Invalid"):
-        core.client.allow(5)
+        core.client.status()
     assert core.client.call(Message(Kind.NAMES)) == (0, b"")
 
 
@@ -77,10 +77,10 @@ def test_late_answer_is_no_answer_to_the_next(
     core: FakeCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(core_client, "_DEADLINE_S", 0.2)
-    core.answers[Kind.ALLOW] = lambda *_: None
+    core.answers[Kind.STATUS] = lambda *_: None
     with pytest.raises(kvfs.UnavailableError, match="did not answer"):
-        core.client.allow(1)
-    late = struct.pack("<IIq", Kind.ALLOW | core_client.ANSWER, 1, 99)
+        core.client.status()
+    late = struct.pack("<IIq", Kind.STATUS | core_client.ANSWER, 1, 99)
     core._socket.send(late)
     assert core.client.call(Message(Kind.NAMES)) == (0, b"")
     assert not core.client.has_ended

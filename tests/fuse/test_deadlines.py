@@ -91,7 +91,7 @@ def test_each_namespace_has_its_own(
         for thread in threads:
             thread.join(DEADLINE_S)
         assert results == {"quick": str(errno.EIO), "patient": "0"}
-        assert mounted_status(path)["mount"]["timeouts"] == 2
+        assert mounted_status(path)["mount"]["timeouts"] >= 2
 
 
 def test_deadline_is_an_attribute_that_stays(mounted: MountedPool) -> None:
@@ -185,7 +185,7 @@ def test_a_read_that_stalls_is_noted(
     may_go = threading.Event()
     with mount_in_background(pool, path, MountOptions(deadline_s=0.5, passthrough=False)):
         write_file(path / "f", b"x" * 3 * MIB)
-        monkeypatch.setattr(lanes.Lanes, "plan", lambda *_: None)
+        monkeypatch.setattr(lanes.Lanes, "plan", lambda *_, **__: None)
         monkeypatch.setattr(pool.files, "read_nowait", lambda *_: None)
         read_into = pool.files.read_into
 

@@ -105,7 +105,8 @@ def test_killed_core_fails_whoever_waits(mounted: MountedPool) -> None:
         for reader in readers:
             out, _ = reader.communicate("go\n", timeout=60)
             small, large, *names = out.split()
-            assert small in ("ENOTCONN", "ECONNABORTED", "EIO")
+            # "done": the kernel had all of it cached.
+            assert small in ("ENOTCONN", "ECONNABORTED", "EIO", "done")
             assert large == "done"
             assert set(names) <= {"ENOTCONN", "ENOENT"}
         assert busy.wait(60) != 0, "its map or its read has failed"
