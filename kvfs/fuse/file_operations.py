@@ -181,6 +181,7 @@ class FileOperations(Opening):
         if isinstance(handle, WritingHandle):
             nbytes = handle.file.writer.size_bytes
             await self._runner.run(self._files.flush, handle.file, nbytes=nbytes)
+            self._inodes.tell(handle.inode, handle.size_bytes)  # it has made it so long itself
             self._pool.note_written()
 
     @handler

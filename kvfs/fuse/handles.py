@@ -12,7 +12,8 @@ Layer: L5.
 - Another number is the node's id with a small number above it, so that each leads back to its node.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -158,6 +159,7 @@ class Handles:
         """Give out numbers above the first, which must be above those of an owner that died."""
         self._by_number: dict[int, Handle] = {}
         self._by_inode: dict[int, list[_OfInode]] = {}
+        self._expected: dict[int, list[Identity]] = {}
         self._last_number = first_number
 
     def __len__(self) -> int:
@@ -247,9 +249,22 @@ class Handles:
             if isinstance(other, FormerHandle) or other.identity != identity
         ]
 
+    @contextmanager
+    def expecting(self, inode: int, identity: Identity) -> Iterator[None]:
+        """Keep a place for a handle that is about to be opened: its like may join, others not."""
+        expected = self._expected.setdefault(inode, [])
+        expected.append(identity)
+        try:
+            yield
+        finally:
+            expected.remove(identity)
+            if not expected:
+                self._expected.pop(inode, None)
+
     def must_bypass_cache(self, inode: int, identity: Identity) -> bool:
         """Say whether a handle with this content needs its own view of bytes."""
-        return bool(self.of_other_content(inode, identity))
+        is_expected = any(other != identity for other in self._expected.get(inode, ()))
+        return is_expected or bool(self.of_other_content(inode, identity))
 
     def where(self, node_id: int, identity: Identity) -> int | None:
         """Return the inode number by which handles of a node have this content open, if any do."""
@@ -285,7 +300,7 @@ class Handles:
 
     def may_pass_through(self, inode: int, identity: Identity) -> bool:
         """Say whether a handle may be opened for passthrough: alone, or with its like."""
-        return all(
+        return inode not in self._expected and all(
             isinstance(other, ReadHandle) and other.is_passthrough and other.identity == identity
             for other in self.of_inode(inode)
         )
@@ -298,6 +313,7 @@ class Inodes:
         self._counts: dict[int, int] = {}
         self._namespaces: dict[int, int] = {}
         self._cached: dict[int, Identity] = {}
+        self._sizes: dict[int, int] = {}
         self._aliases: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -364,6 +380,7 @@ class Inodes:
             return False
         self._counts.pop(inode, None)
         self._cached.pop(inode, None)
+        self._sizes.pop(inode, None)
         self._namespaces.pop(inode, None)
         return True
 
@@ -372,6 +389,18 @@ class Inodes:
         is_same = self._cached.get(inode) == identity
         self._cached[inode] = identity
         return is_same
+
+    def tell(self, inode: int, nbytes: int) -> None:
+        """Note the size that the kernel takes a file to have."""
+        if inode in self._counts:
+            self._sizes[inode] = nbytes
+
+    def is_told(self, inode: int, nbytes: int) -> bool:
+        """Say whether the kernel takes a file to have this size, as far as is known.
+
+        It ends reads through its cache at the size that it was told last, until it asks again.
+        """
+        return self._sizes.get(inode, nbytes) == nbytes
 
     def drop_cache(self, inode: int) -> None:
         """Note that cached pages, if any, are of no known content."""

@@ -158,6 +158,7 @@ class Opening(pyfuse3.Operations):
             entry = self._entry_of(detour[1])
             entry.st_ino = pyfuse3.InodeT(detour[0])
         self._inodes.add(entry.st_ino, node.namespace_id)
+        self._inodes.tell(entry.st_ino, entry.st_size)
         return entry
 
     def _entry_of(self, node: Node, *, link_count: int = 1) -> pyfuse3.EntryAttributes:
@@ -171,7 +172,10 @@ class Opening(pyfuse3.Operations):
             if flags & os.O_TRUNC:
                 node = await self._cut(inode, node, caller, self._files.empty_node)
             return await self._open_read(inode, node, caller)
-        self._places.for_writing(inode, node, caller)
+        with self._places.writing(inode, node, caller):
+            return await self._open_write(inode, node, flags)
+
+    async def _open_write(self, inode: int, node: Node, flags: int) -> FileInfo:
         is_cut, number = bool(flags & os.O_TRUNC), self._handles.next_number()
         file = await self._runner.run(
             lambda: self._opened_to_write(number, inode, node, is_cut=is_cut),
@@ -179,7 +183,6 @@ class Opening(pyfuse3.Operations):
         )
         try:
             await self._revoke(inode)
-            self._places.require_no_passthrough(inode)
             info = self._writing(number, inode, node, file, flags)
             await self._bar_direct_writers(inode)
         except BaseException:
@@ -208,9 +211,9 @@ class Opening(pyfuse3.Operations):
         Raises:
             FUSEError: ESTALE: come by another number.
         """
-        self._places.for_writing(inode, node, caller)
-        await self._runner.run(function, node, *args, nbytes=2 * node.size_bytes)
-        await self._revoke(inode)  # the answer moves the end of the file in the kernel
+        with self._places.writing(inode, node, caller):
+            await self._runner.run(function, node, *args, nbytes=2 * node.size_bytes)
+            await self._revoke(inode)  # the answer moves the end of the file in the kernel
         self._inodes.drop_cache(inode)
         self._pool.note_written()
         return await self._node(node.node_id)
@@ -286,7 +289,6 @@ class Opening(pyfuse3.Operations):
         elif plan is None or plan.lane is not Lane.PASSTHROUGH:
             self._places.require_no_passthrough(handle.inode)
         handle.is_passthrough = plan is not None and plan.lane is Lane.PASSTHROUGH
-        handle.is_direct = self._handles.must_bypass_cache(handle.inode, handle.identity)
         return self._handles.add(handle)
 
     def _close_reader(self, number: int, handle: ReadHandle, plan: Plan | None = None) -> None:

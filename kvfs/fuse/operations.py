@@ -287,6 +287,7 @@ class KvfsOperations(FileOperations):
                     handle.names.pop()
                     return
                 self._inodes.add(entry.st_ino, node.namespace_id)
+                self._inodes.tell(entry.st_ino, entry.st_size)
             after = nodes[-1].name
 
     @handler
@@ -318,6 +319,7 @@ class KvfsOperations(FileOperations):
             node = with_changes(node, size_bytes=self._handles.size_of(inode))
         entry = self._entry_of(node, link_count=link_count)
         entry.st_ino = inode
+        self._inodes.tell(inode, entry.st_size)
         return entry
 
     async def _lane(self, inode: int) -> Lane:

@@ -19,6 +19,8 @@ Used by the mount's loop alone, without locks.
 """
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import replace as with_changes
 from typing import Final, NoReturn
@@ -28,7 +30,7 @@ from pyfuse3 import FUSEError
 from kvfs.clock import Clock
 from kvfs.engine.catalog_schema import Node, Origin
 from kvfs.errors import BusyError
-from kvfs.fuse.handles import RAW, WRITTEN, Handles, Inodes, ReadHandle, node_of
+from kvfs.fuse.handles import RAW, WRITTEN, Handles, Identity, Inodes, ReadHandle, node_of
 
 YIELD_NS: Final = 1_000_000_000
 LOCK_FILE_BYTES: Final = 4096
@@ -68,15 +70,23 @@ class Places:
         """Say whether somebody is about to open an inode who could not if it was passed through."""
         return self._yields.get(inode, 0) > self._clock.monotonic_ns()
 
-    def for_writing(self, inode: int, node: Node, caller: int) -> None:
-        """Let a caller write a node by this number, or tell it to come by another.
+    @contextmanager
+    def writing(self, inode: int, node: Node, caller: int) -> Iterator[None]:
+        """Keep a number for a caller that writes a node, or tell it to come by another.
+
+        Inside the block the caller may wait for what it does, and registers its handle.
 
         Raises:
             FUSEError: ESTALE.
         """
-        self.require_no_passthrough(inode)
         is_raw = node.is_raw or self._handles.where(node.node_id, RAW) is not None
         identity = RAW if is_raw else WRITTEN
+        self._choose_for_writing(inode, node, identity, caller)
+        with self._handles.expecting(inode, identity):
+            yield
+
+    def _choose_for_writing(self, inode: int, node: Node, identity: Identity, caller: int) -> None:
+        self.require_no_passthrough(inode)
         was_told = self._has_come_back(caller, node.node_id)
         taken = self._handles.where(node.node_id, identity)
         if taken is not None and taken != inode:  # what writers see is cached there alone
@@ -103,7 +113,13 @@ class Places:
         """
         node, identity = handle.node, handle.identity
         was_told = self._has_come_back(caller, node.node_id)
-        if was_told or not self._handles.must_bypass_cache(handle.inode, identity):
+        is_apart = self._handles.must_bypass_cache(handle.inode, identity)
+        is_known = self._inodes.is_told(handle.inode, handle.size_bytes)
+        if not is_known and not is_apart and not was_told:  # replaced since the kernel asked
+            current = self._inodes.current(node.node_id)
+            self._tell(caller, _Detour(current, None, 0), node.node_id)
+        handle.is_direct = is_apart or not is_known
+        if was_told or not is_apart:
             return
         if node.origin is not Origin.FILE or handle.size_bytes <= LOCK_FILE_BYTES:
             return
