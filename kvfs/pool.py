@@ -156,14 +156,14 @@ class Pool:
             state.add_namespace(_spec(info))
         self._layouts = {info.namespace_id: info.layout for info in catalog.namespaces()}
         self.deadlines_ms: dict[int, int] = {}
-        self._load_deadlines()
         self.files = Files(
             self.store, catalog, self._layouts.__getitem__, clock, options.staging_memory_bytes
         )
         self.pins = Pins(self.store, catalog, lambda number: self._layouts[number].stride)
         self.files.on_gone = self.pins.release
         self.recovery = self.store.load()
-        self._reconcile(self.recovery)
+        self._reconcile(self.recovery)  # writes, so that a former schema is this one from here on
+        self._load_deadlines()
         self._background: Background | None = None
         catalog.on_checkpoint_due = self.note_written
 
