@@ -113,7 +113,7 @@ def test_scattered_context_is_passed_through(mount: tuple[Pool, Mount], tail: in
     assert read_all_ways(path, data) == "passthrough"
     assert views(path)["views_built"] == 1
     metrics = (mounted.mountpoint / ".kvfs/metrics").read_text()
-    assert "kvfs_views_built_total 1\n" in metrics
+    assert "kvfs_mount_views_built_total 1.0\n" in metrics
 
 
 def views(path: Path) -> dict[str, int]:
