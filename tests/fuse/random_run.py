@@ -361,9 +361,10 @@ class Run:
         try:
             mapped = mmap.mmap(slot.real, 0)
         except OSError as error:
-            # Opened past the cache: somebody else has a small file, with other content.
-            if error.errno != errno.ENODEV or len(slot.file.slots) < 2:
+            # Opened past the cache, as a small file of which another handle had other content.
+            if error.errno != errno.ENODEV:
                 raise
+            self.counts["maps refused"] += 1
             return False
         self._note_write(slot)
         with mmap.mmap(slot.copy, 0) as copy:
