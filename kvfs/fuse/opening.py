@@ -216,7 +216,9 @@ class Opening(pyfuse3.Operations):
             await self._revoke(inode)  # the answer moves the end of the file in the kernel
         self._inodes.drop_cache(inode)
         self._pool.note_written()
-        return await self._node(node.node_id)
+        node = await self._node(node.node_id)
+        self._inodes.tell(inode, node.size_bytes)
+        return node
 
     def _opened_to_write(self, number: int, inode: int, node: Node, *, is_cut: bool) -> WriteHandle:
         """Open for writing, and let the core write what is empty so far. Any thread; may wait."""
