@@ -13,10 +13,9 @@ Directory of a pool: `catalog.sqlite` (and its -wal, -shm), `lock`, `control.soc
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from kvfs.background import Background
 from kvfs.clock import Clock
@@ -37,7 +36,7 @@ from kvfs.engine.recovery import (
     reap_unnamed_files,
 )
 from kvfs.engine.state import EngineState
-from kvfs.engine.store import DeviceStatistics, Store
+from kvfs.engine.store import Store
 from kvfs.errors import (
     ClosedError,
     DeviceError,
@@ -49,10 +48,15 @@ from kvfs.errors import (
 from kvfs.files import Files
 from kvfs.keys import KeyArray, new_namespace_id
 from kvfs.layout import OPAQUE, Layout
-from kvfs.metrics import LossReports
+from kvfs.local import LocalBackend
+from kvfs.metrics import LossListener, LossReports
 from kvfs.namespace import Namespace
 from kvfs.pins import Pins
+from kvfs.statistics import PoolStatistics
 from kvfs.units import format_bytes
+
+if TYPE_CHECKING:
+    from kvfs.backend import Backend
 
 CATALOG_NAME: Final = "catalog.sqlite"
 LOCK_NAME: Final = "lock"
@@ -60,23 +64,6 @@ CONTROL_NAME: Final = "control.sock"
 DEFAULT_NAMESPACE: Final = "default"
 SEGMENTS_MIN: Final = 4
 _log = logging.getLogger("kvfs.pool")
-
-
-@dataclass(frozen=True, slots=True)
-class PoolStatistics:
-    """A pool in figures. Sizes in bytes; counters since open."""
-
-    name: str
-    uuid: str
-    path: str
-    state: str
-    devices: tuple[DeviceStatistics, ...]
-    namespaces: int
-    contexts: int
-    capacity_bytes: int
-    used_bytes: int
-    live_bytes: int
-    counters: dict[str, int]
 
 
 class _CatalogNames:
@@ -119,6 +106,8 @@ class Pool:
         store: Blocks (for kvfs's own layers).
         files: Files on the mount (for kvfs's own layers).
         pins: Pinned contexts (for kvfs's own layers).
+        losses: Who has heard of lost blocks.
+        backend: What namespaces, contexts and views of it use.
         recovery: What opening found.
     """
 
@@ -144,8 +133,8 @@ class Pool:
         names = _CatalogNames(catalog, lambda node_id: self.files.awaits_content(node_id), clock)
         state = EngineState(self.uuid, list(devices), names, options, clock)
         self.store = Store(state)
-        self._losses = LossReports(state.counters)
-        self._losses.listen()
+        self.losses = LossReports(state.counters)
+        self.losses.listen()
         for info in catalog.namespaces():
             state.add_namespace(_spec(info))
         self._layouts = {info.namespace_id: info.layout for info in catalog.namespaces()}
@@ -154,6 +143,7 @@ class Pool:
         )
         self.pins = Pins(self.store, catalog, lambda number: self._layouts[number].stride)
         self.files.on_gone = self.pins.release
+        self.backend: Backend = LocalBackend(self)
         self.recovery = self.store.load()
         self._reconcile(self.recovery)
         self._background: Background | None = None
@@ -179,7 +169,7 @@ class Pool:
         Durability: persist (a new namespace survives a crash on return).
         """
         self._require_open()
-        self._losses.listen()
+        self.losses.listen()
         if layout is not None:
             self._check_layout(layout)
         info = self.catalog.namespace_by_name(name)
@@ -294,11 +284,13 @@ class Pool:
         self.catalog.sync()
         self.store.state.add_namespace(_spec(self.namespace(name).info))
 
-    def make_context(self, info: NamespaceInfo, path: str) -> Node:
-        """Return the context at a path, made with the directories above it if it is not there."""
+    def make_context(self, info: NamespaceInfo, path: str, *, uid: int, gid: int) -> Node:
+        """Return the context at a path, made with the directories above it if it is not there.
+
+        What is made belongs to `uid` and `gid`.
+        """
         self._require_open()
         now = self.clock.wall_ns()
-        uid, gid = os.getuid(), os.getgid()
         name = path
         with self.catalog.transaction():
             parent = info.root_node_id
@@ -329,8 +321,11 @@ class Pool:
         self._require_open()
         self.files.publish()
 
-    def sync(self) -> None:
+    def sync(self, losses: LossListener | None = None) -> None:
         """Make everything done so far survive a power cut: blocks, then names. Durability: persist.
+
+        Args:
+            losses: Who is told of losses; this thread when missing.
 
         Raises:
             DeviceError: A persist failed, now or before: blocks put before are lost. Every thread
@@ -340,7 +335,7 @@ class Pool:
         """
         self.flush()
         self.catalog.sync()
-        if count := self._losses.news():
+        if count := (losses or self.losses.listen()).news():
             raise DeviceError(
                 f"{count} blocks were lost by failed persists since this thread's last sync; "
                 "put them again"
@@ -348,7 +343,7 @@ class Pool:
 
     def note_written(self) -> None:
         """Tell the background that something of this thread's waits to be persisted."""
-        self._losses.listen()
+        self.losses.listen()
         if self._background is not None:
             self._background.wake()
 
