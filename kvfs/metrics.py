@@ -69,6 +69,10 @@ class LossReports:
         """How many blocks were lost since open."""
         return self._counters.blocks_lost
 
+    def new_listener(self) -> LossListener:
+        """Return one who hears of what is lost from now on, and of what nobody has heard of yet."""
+        return LossListener(self)
+
     def listen(self) -> LossListener:
         """Let this thread hear of what is lost from now on, and of what nobody has heard of yet."""
         if not hasattr(self._own, "listener"):

@@ -2,12 +2,13 @@
 
 Layer: L4.
 
-- One process owns an open pool. A second opener gets BusyError with the owner's pid.
+- One process owns an open pool. A second opener becomes its client (`kvfs.opening`) if the owner
+  serves it (`clients.server`), and gets BusyError with the owner's pid if not.
 - Open: lock, catalog, devices (claimed one by one), all summaries, then names are reconciled with
   blocks: files whose blocks are gone lose their names, file segments without a name are freed.
 - Close: new files are published, everything is flushed, superblocks note the clean end.
 
-Directory of a pool: `catalog.sqlite` (and its -wal, -shm), `lock`, `control.sock`.
+Directory of a pool: `catalog.sqlite` (and its -wal, -shm), `lock`, `control.sock`, `clients.sock`.
 """
 
 import logging
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 CATALOG_NAME: Final = "catalog.sqlite"
 LOCK_NAME: Final = "lock"
 CONTROL_NAME: Final = "control.sock"
+CLIENTS_NAME: Final = "clients.sock"
 DEFAULT_NAMESPACE: Final = "default"
 SEGMENTS_MIN: Final = 4
 _log = logging.getLogger("kvfs.pool")
@@ -152,7 +154,13 @@ class Pool:
     # --- namespaces
 
     def namespace(
-        self, name: str, layout: Layout | None = None, *, retention: Retention = "cache"
+        self,
+        name: str,
+        layout: Layout | None = None,
+        *,
+        retention: Retention = "cache",
+        uid: int | None = None,
+        gid: int | None = None,
     ) -> Namespace:
         """Return a namespace, made if it is not there and `layout` is given.
 
@@ -161,6 +169,8 @@ class Pool:
             layout: What its blocks hold. Must equal that of an existing namespace.
             retention: "cache": a full pool drops it. "durable": what a name reaches is kept. For
                 new ones only.
+            uid: Whose a new one is; this process's user's when missing.
+            gid: As `uid`.
 
         Raises:
             NotFoundError: It does not exist and no layout is given.
@@ -177,7 +187,7 @@ class Pool:
             if layout is None:
                 raise NotFoundError(f"no such namespace: {name!r}; give a layout to make it")
             try:
-                info = self.make_namespace(name, layout, retention=retention)
+                info = self.make_namespace(name, layout, retention=retention, uid=uid, gid=gid)
             except ExistsError:
                 info = self.catalog.namespace_by_name(name)
                 if info is None:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from kvfs import _native
 from kvfs.backend import Backend, Held
-from kvfs.errors import ClosedError, MediaError, NotFoundError, UsageError
+from kvfs.errors import ClosedError, KvfsError, MediaError, NotFoundError, UsageError
 from kvfs.keys import KeyArray
 from kvfs.units import MIB, PAGE
 
@@ -168,16 +168,19 @@ class View:
         return self._mapping is not None and self._mapping.has_failed
 
     def check(self) -> None:
-        """Raise if any byte seen so far may be a zero page put in for an unreadable one.
+        """Raise if any byte seen so far may be another than it was.
 
         Raises:
-            MediaError: A page failed; compute the context again.
+            MediaError: A page failed, and a zero page was put in; compute the context again.
+            LeaseExpiredError: In a client: the owner has taken the blocks back meanwhile.
         """
         if self.has_failed:
             raise MediaError(
                 f"a page of the view could not be read: {len(self._open_mapping().faults)} faults; "
                 "what was computed from it is void"
             )
+        if self._mapping is not None:
+            self._lease.check()
 
     def close(self) -> None:
         """Unmap and give the leases back; idempotent.
@@ -197,14 +200,18 @@ class View:
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
-        has_failed = self.has_failed
+        failure: KvfsError | None = None
+        try:
+            self.check()
+        except KvfsError as found:
+            failure = found
         try:
             self.close()
         except BufferError:
             if kind is None:
                 raise
-        if has_failed and kind is None:
-            raise MediaError("a page of the view could not be read; what was computed is void")
+        if failure is not None and kind is None:
+            raise failure
 
     def __del__(self) -> None:
         if getattr(self, "_mapping", None) is not None:

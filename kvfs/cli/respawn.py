@@ -63,12 +63,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 @contextmanager
 def owned(plan: Plan) -> "Iterator[Pool]":
-    """Open the pool, and answer on its control socket, while the block runs."""
+    """Open the pool, answer on its control socket, and serve clients, while the block runs."""
+    from kvfs.clients.server import ClientServer
     from kvfs.control import ControlServer
     from kvfs.lifecycle import open_pool
 
     pool = open_pool(plan.pool, options=plan.pool_options, allow_moved=plan.allow_moved)
-    with pool, ControlServer(pool, mount=plan.directory):
+    with pool, ClientServer(pool), ControlServer(pool, mount=plan.directory):
         yield pool
 
 

@@ -202,7 +202,7 @@ class Reader:
         return good
 
     def verify_again(self, namespace_id: int, keys: KeyArray) -> Mask:
-        """Verify blocks that did not hold for a client, whatever is known of them; drop bad ones."""
+        """Verify blocks that did not hold for a client, known or not; drop bad ones."""
         lease = self.lease(namespace_id, keys, verify=False)
         try:
             lease.records["flags"] &= ~np.uint16(VERIFIED)
