@@ -8,7 +8,7 @@ Layer: L4.
 - Sizes in bytes, times in nanoseconds since 1970 UTC.
 """
 
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -26,6 +26,9 @@ PLACES_MAX: Final = 64  # segments asked for at once, each answered with a descr
 REGIONS_MAX: Final = 64  # of memory that one connection may share
 REQUEST_BYTES_MAX: Final = 16 << 20
 REPLY_BYTES_MAX: Final = 16 << 20
+
+
+Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Request(msgspec.Struct, frozen=True, tag_field="request", tag=str.lower):
@@ -65,7 +68,7 @@ class NamespaceOpen(Request, frozen=True):
 class Attach(Request, frozen=True):
     """Let me read a namespace: answered with a descriptor of its index."""
 
-    namespace_id: int
+    namespace_id: Number
 
 
 class Segments(Request, frozen=True):
@@ -74,7 +77,7 @@ class Segments(Request, frozen=True):
     `places`: u64[n], as in a lease page. `known`: places of earlier answers that are still mapped.
     """
 
-    namespace_id: int
+    namespace_id: Number
     places: bytes
     known: bytes = b""
 
@@ -82,7 +85,7 @@ class Segments(Request, frozen=True):
 class Verify(Request, frozen=True):
     """Verify these blocks, from the medium if need be; `again`: they did not hold for me."""
 
-    namespace_id: int
+    namespace_id: Number
     keys: bytes
     again: bool = False
 
@@ -105,7 +108,7 @@ class Put(Request, frozen=True, kw_only=True):
     `parents`: empty for none; `counts`: u32[n], tokens per block.
     """
 
-    namespace_id: int
+    namespace_id: Number
     keys: bytes
     parents: bytes
     regions: bytes
@@ -118,7 +121,7 @@ class Put(Request, frozen=True, kw_only=True):
 class ContextOpen(Request, frozen=True):
     """Which node is at this path below the namespace?"""
 
-    namespace_id: int
+    namespace_id: Number
     path: bytes
     create: bool
 
@@ -126,34 +129,34 @@ class ContextOpen(Request, frozen=True):
 class ContextList(Request, frozen=True):
     """Which contexts are there? `skip`: so many were told before."""
 
-    namespace_id: int
-    skip: int = 0
+    namespace_id: Number
+    skip: Number = 0
 
 
 class ContextNode(Request, frozen=True):
     """How is a context now?"""
 
-    node_id: int
+    node_id: Number
 
 
 class ContextPath(Request, frozen=True):
     """What is its path, with its namespace's name in front?"""
 
-    node_id: int
+    node_id: Number
 
 
 class ContextKeys(Request, frozen=True):
     """Which are its keys from `start` on?"""
 
-    node_id: int
-    start: int
+    node_id: Number
+    start: Number
 
 
 class ContextTokens(Request, frozen=True):
     """Which are its token ids, from `start` on?"""
 
-    node_id: int
-    start: int
+    node_id: Number
+    start: Number
 
 
 class ContextAppend(Request, frozen=True, kw_only=True):
@@ -162,7 +165,7 @@ class ContextAppend(Request, frozen=True, kw_only=True):
     `tokens`: u32 token ids, or None if they are not known.
     """
 
-    node_id: int
+    node_id: Number
     put: Put
     tokens: bytes | None
     replace_tail: bool
@@ -171,14 +174,14 @@ class ContextAppend(Request, frozen=True, kw_only=True):
 class ContextPin(Request, frozen=True):
     """Keep its blocks from eviction, or stop doing so."""
 
-    node_id: int
+    node_id: Number
     is_pinned: bool
 
 
 class ContextDrop(Request, frozen=True):
     """Remove its name."""
 
-    node_id: int
+    node_id: Number
 
 
 class Flush(Request, frozen=True):

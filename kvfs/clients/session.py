@@ -91,7 +91,10 @@ class Session:
 
     def answer(self, request: msg.Request, connection: Connection) -> Any:
         """Answer a request; the type of the answer is `messages.ANSWERS[type(request)]`."""
-        handler: Callable[[Session, Any, Connection], Any] = _HANDLERS[type(request)]
+        handler: Callable[[Session, Any, Connection], Any] | None
+        handler = _HANDLERS.get(type(request))
+        if handler is None:
+            raise UsageError("the session has begun already")
         return handler(self, request, connection)
 
     def drain(self) -> int:
