@@ -177,7 +177,7 @@ class View:
         if self.has_failed:
             raise MediaError(
                 f"a page of the view could not be read: {len(self._open_mapping().faults)} faults; "
-                "what was computed from it is void"
+                "what was computed is void"
             )
         if self._mapping is not None:
             self._lease.check()

@@ -20,11 +20,12 @@ class Unit(Enum):
     KEYS_PER_S = "keys_per_s"
     READS_PER_S = "reads_per_s"
     NANOSECONDS = "ns"
+    CPU_SHARE = "cpu_share"
 
     @property
     def is_rate(self) -> bool:
         """Whether more is better."""
-        return self is not Unit.NANOSECONDS
+        return self not in (Unit.NANOSECONDS, Unit.CPU_SHARE)
 
 
 class GoalKind(Enum):

@@ -138,6 +138,8 @@ def _value(value: float, unit: Unit) -> str:
         return f"{value / GIB:.2f} GiB/s"
     if unit is Unit.NANOSECONDS:
         return format_duration(round(value))
+    if unit is Unit.CPU_SHARE:
+        return f"{100 * value:.0f} %"
     word = "keys" if unit is Unit.KEYS_PER_S else "reads"
     return f"{value / 1e6:.2f} M {word}/s" if value >= 1e6 else f"{value / 1e3:.1f} k {word}/s"
 

@@ -33,6 +33,7 @@ NAMES: Final = {
     "read": "read_into against plain copies",
     "view": "opening a view, and a sum through it against an ordinary mmap",
     "lookup": "lookup and match_prefix in batches of 1,000 keys",
+    "clients": "other processes on the pool: lookup, put, read_into; the owner's share",
     "reopen": "opening a pool of small blocks whose owner was killed",
     "mount": "reading a file of the mount against reading the file behind it",
 }
@@ -101,7 +102,7 @@ def _amounts(arguments: argparse.Namespace) -> tuple[int, int, int]:
 
 def _benches() -> "dict[str, Callable[[Session], Iterator[Figure]]]":
     """Import what measures; `--help` must not wait for it."""
-    from kvfs.bench import directory, lookup, mount, put, read, reopen, view
+    from kvfs.bench import clients, directory, lookup, mount, put, read, reopen, view
 
     return {
         "put": put.measure,
@@ -109,6 +110,7 @@ def _benches() -> "dict[str, Callable[[Session], Iterator[Figure]]]":
         "read": read.measure,
         "view": view.measure,
         "lookup": lookup.measure,
+        "clients": clients.measure,
         "reopen": reopen.measure,
         "mount": mount.measure,
     }

@@ -21,10 +21,10 @@ import kvfs
 from kvfs.clients.server import ClientServer
 from kvfs.lifecycle import open_pool
 
-LAYOUT = kvfs.Layout("uint8", (4096,), 4, model="victim")  # blocks of 16 KiB
+LAYOUT = kvfs.Layout("uint8", (32768,), 4, model="victim")  # blocks of 128 KiB
 SPACE = "victim"
 OPTIONS = kvfs.PoolOptions(async_delay_ms=1, client_timeout_s=0.2, client_share=0.6)
-OPERATIONS_MAX = 150  # of one process: what all write must fit the device
+OPERATIONS_MAX = 60  # of one process: what all write must fit the device
 
 
 def expected(name: str, number: int) -> tuple[list[int], np.ndarray]:

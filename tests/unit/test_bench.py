@@ -33,6 +33,15 @@ EXPECTED = {
         "view sum",
     },
     "lookup": {"lookup", "match_prefix"},
+    "clients": {
+        "client lookup",
+        "client lookup, p99",
+        *(
+            f"clients {kind}{what}"
+            for kind in ("put", "put, shared", "read_into")
+            for what in ("", ": owner")
+        ),
+    },
     "reopen": {"reopen", "reopen, process"},
     "mount": {"mount read, in order", "mount read, at random"},
 }
