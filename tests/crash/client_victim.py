@@ -23,6 +23,8 @@ from kvfs.lifecycle import open_pool
 
 LAYOUT = kvfs.Layout("uint8", (32768,), 4, model="victim")  # blocks of 128 KiB
 SPACE = "victim"
+JUNK = "junk"  # blocks in memory alone, so many that some are always evicted
+JUNK_BLOCKS, JUNK_NUMBERS = 16, 200
 OPTIONS = kvfs.PoolOptions(async_delay_ms=1, client_timeout_s=0.2, client_share=0.6)
 OPERATIONS_MAX = 60  # of one process: what all write must fit the device
 
@@ -60,6 +62,7 @@ def use(root: Path, name: str, first: int, seed: str) -> None:
     rng = random.Random(seed)
     pool = _attach(root)
     space = _until_there(lambda: pool.namespace(SPACE))
+    junk = _until_there(lambda: pool.namespace(JUNK))
     print("ready", flush=True)
     for number in itertools.count(first):
         if number - first < OPERATIONS_MAX:
@@ -70,24 +73,38 @@ def use(root: Path, name: str, first: int, seed: str) -> None:
                 k, d, parents=p, durability="sync"))  # fmt: skip
             print(f"done {number}", flush=True)
         for _ in range(4):
-            _read(space, name, rng.randrange(number + 1), rng)
+            _read(space, *expected(name, rng.randrange(number + 1)), rng)
+        tokens, payloads = waste(rng.randrange(JUNK_NUMBERS))
+        keys, parents = junk.keys(tokens)
+        _until_there(lambda k=keys, d=payloads, p=parents: junk.put(
+            k, d, parents=p, durability="none"))  # fmt: skip
+        _read(junk, *waste(rng.randrange(JUNK_NUMBERS)), rng)
 
 
-def _read(space: kvfs.Namespace, name: str, number: int, rng: random.Random) -> None:
-    tokens, payloads = expected(name, number)
+def waste(number: int) -> tuple[list[int], np.ndarray]:
+    """Return tokens and payloads of junk; the same in every process."""
+    tokens = [number * 4 * JUNK_BLOCKS + i for i in range(4 * JUNK_BLOCKS)]
+    words = np.arange(JUNK_BLOCKS * LAYOUT.block_bytes // 8, dtype=np.uint64)
+    words += np.uint64(number << 32)
+    return tokens, words.view(np.uint8).reshape(JUNK_BLOCKS, LAYOUT.block_bytes)
+
+
+def _read(
+    space: kvfs.Namespace, tokens: list[int], payloads: np.ndarray, rng: random.Random
+) -> None:
     keys, _ = space.keys(tokens)
     if rng.random() < 0.5:
         out = np.zeros_like(payloads)
         found = _until_there(lambda: space.read_into(keys, out))
         if (out[found] != payloads[found]).any():
-            print(f"corrupt {number}", flush=True)
+            print(f"corrupt {tokens[0]}", flush=True)
         return
     try:
         with _until_there(lambda: space.view(keys)) as view:
             same = (view.numpy(np.uint8, payloads.shape) == payloads).all()
             view.check()
             if not same:
-                print(f"corrupt {number}", flush=True)
+                print(f"corrupt {tokens[0]}", flush=True)
     except (kvfs.NotFoundError, kvfs.LeaseExpiredError):
         return
 

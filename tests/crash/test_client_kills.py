@@ -15,7 +15,7 @@ import pytest
 import kvfs
 from kvfs.engine.checker import Severity, check_pool
 from kvfs.lifecycle import open_pool
-from tests.crash.client_victim import LAYOUT, SPACE, expected
+from tests.crash.client_victim import JUNK, LAYOUT, SPACE, expected
 from tests.invariants import check_engine
 
 _ROOT = Path(__file__).parents[2]
@@ -122,7 +122,15 @@ class Scene:
                 self.clients[victim] = self._start_client(victim)
 
     def end(self) -> dict[str, int]:
-        """Kill the clients; return what the owner says is left of them."""
+        """Kill the clients; return what the owner says is left of them.
+
+        Before that the last owner lives long enough to evict what one of them holds, frozen.
+        """
+        threading.Event().wait(0.6)
+        frozen = self.clients[self.rng.choice(CLIENTS)]
+        frozen.child.send_signal(signal.SIGSTOP)
+        threading.Event().wait(0.6)
+        frozen.child.send_signal(signal.SIGCONT)
         for name, process in self.clients.items():
             process.kill()
             self.collect(name)
@@ -166,6 +174,7 @@ def _rounds(tmp_path: Path, rng: random.Random, rounds: int) -> None:
         ]
         with kvfs.create_pool(root, devices) as pool:
             pool.namespace(SPACE, LAYOUT)
+            pool.namespace(JUNK, LAYOUT)
         scene = Scene(root, rng)
         for _ in range(min(_ROUNDS_PER_POOL, rounds - start)):
             scene.round()
