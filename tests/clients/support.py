@@ -22,7 +22,8 @@ LAYOUT = kvfs.Layout("uint8", (BLOCK // 4,), 4, model="clients")
 def served(path: Path, *urls: str, **options: object) -> Iterator[tuple[kvfs.Pool, ClientServer]]:
     """Make a pool and serve it, both in this process."""
     devices = list(urls) or [f"dir:{path}/device?size=256MiB&segment=16MiB"]
-    made = kvfs.create_pool(path / "pool", devices, options=PoolOptions(**options))  # type: ignore[arg-type]
+    chosen = PoolOptions(**options)  # type: ignore[arg-type]
+    made = kvfs.create_pool(path / "pool", devices, options=chosen)
     with made as pool, ClientServer(pool) as server:
         yield pool, server
 
