@@ -190,12 +190,13 @@ static void fuse_short(uint8_t *target, const uint8_t *source, size_t nbytes,
                        uint8_t digest[KVFS_DIGEST_BYTES], int cached)
 {
     uint8_t copy[XXH3_MIDSIZE_MAX];
-    memcpy(copy, source, nbytes);
+    if (nbytes > 0) /* an empty item may lie at address 0 */
+        memcpy(copy, source, nbytes);
     ops_hash128(copy, nbytes, digest);
-    if (cached)
-        memcpy(target, copy, nbytes);
-    else
+    if (!cached)
         ops_copy(target, copy, nbytes);
+    else if (nbytes > 0)
+        memcpy(target, copy, nbytes);
 }
 
 static inline void fused(uint8_t *target, const uint8_t *source, size_t nbytes,
