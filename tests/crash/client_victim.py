@@ -42,8 +42,8 @@ def own(root: Path) -> None:
     with open_pool(root, options=OPTIONS) as pool, ClientServer(pool) as server:
         print("ready", flush=True)
         for _ in sys.stdin:
-            while server.statistics():
-                pass  # until the last one is known to be dead
+            while server.statistics() or server._connections:
+                pass  # until the last one is known to be dead, and what it asked for is done
             state = pool.store.state
             state.free_drained()
             with state.lock:
