@@ -189,7 +189,7 @@ static inline void hash_piece(xxh_u64 *acc, const uint8_t *data, size_t nbytes, 
 static void fuse_short(uint8_t *target, const uint8_t *source, size_t nbytes,
                        uint8_t digest[KVFS_DIGEST_BYTES], int cached)
 {
-    uint8_t copy[XXH3_MIDSIZE_MAX];
+    uint8_t copy[XXH3_MIDSIZE_MAX] = {0};
     if (nbytes > 0) /* an empty item may lie at address 0 */
         memcpy(copy, source, nbytes);
     ops_hash128(copy, nbytes, digest);
