@@ -19,9 +19,11 @@ that no answer is given once the pool begins to close.
 import contextlib
 import logging
 import os
+import select
 import socket
 import threading
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -72,8 +74,9 @@ class ClientServer:
 
         Args:
             pool: Open; stays open until `stop` has returned.
-            listener: A socket that listens already, as systemd hands it over; it is closed by
-                `stop`, its file stays. Made in the pool's directory when missing.
+            listener: A socket that listens already, as systemd hands it over; `stop` closes the
+                descriptor, and leaves file and socket as they are for the next owner. Made in the
+                pool's directory when missing.
             timeout_s: How long a message may take once it has begun.
         """
         self._pool = pool
@@ -84,6 +87,7 @@ class ClientServer:
         self._connections: dict[socket.socket, Session | None] = {}
         self._threads: list[threading.Thread] = []
         self._listener: socket.socket | None = None
+        self._wake_fd = -1  # readable once the accepting thread is to end
         self._is_stopping = threading.Event()
         self._decoder = msgspec.msgpack.Decoder(msg.AnyRequest)
 
@@ -103,8 +107,10 @@ class ClientServer:
                 listener.close()
                 raise
         self._listener = listener
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._is_stopping.clear()
-        for target, name in ((self._accept, "kvfs-clients"), (self._tick, "kvfs-clients-tick")):
+        accept = partial(self._accept, listener)
+        for target, name in ((accept, "kvfs-clients"), (self._tick, "kvfs-clients-tick")):
             thread = threading.Thread(target=target, name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -118,8 +124,7 @@ class ClientServer:
             with contextlib.suppress(OSError), channel.socket_address(self._pool.path) as address:
                 os.unlink(address)
         self._is_stopping.set()
-        with contextlib.suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)  # wakes the accepting thread
+        os.eventfd_write(self._wake_fd, 1)
         with self._lock:
             for connection in self._connections:
                 with contextlib.suppress(OSError):
@@ -131,6 +136,7 @@ class ClientServer:
             sessions = list(self._sessions.values())
         for session in sessions:
             self._end(session)
+        os.close(self._wake_fd)
         listener.close()
 
     def statistics(self) -> list[ClientStatistics]:
@@ -183,14 +189,20 @@ class ClientServer:
             except Exception:  # noqa: BLE001 - an edge: the thread must outlive whatever happens
                 _log.exception("clients could not be looked after")
 
-    def _accept(self) -> None:
-        while (listener := self._listener) is not None:
+    def _accept(self, listener: socket.socket) -> None:
+        """Accept until `stop`. Shutting the listener down would end one that is not ours alone."""
+        poll = select.poll()
+        for fd in (listener.fileno(), self._wake_fd):
+            poll.register(fd, select.POLLIN)
+        while True:
+            poll.poll()
+            if self._is_stopping.is_set():
+                return
             try:
                 connection, _ = listener.accept()
-            except OSError as error:
-                if self._listener is not None:  # out of descriptors or memory: try again
-                    _log.warning("client not accepted: %s", error)
-                    self._is_stopping.wait(_RETRY_S)
+            except OSError as error:  # out of descriptors or memory: try again
+                _log.warning("client not accepted: %s", error)
+                self._is_stopping.wait(_RETRY_S)
                 continue
             connection.settimeout(self._timeout_s)
             thread = threading.Thread(

@@ -77,6 +77,11 @@ class Holds:
         if holder in self._holders:
             self._holders.remove(holder)
 
+    @property
+    def count(self) -> int:
+        """How many clients there are."""
+        return len(self._holders)
+
     def is_held(self, segment: SegmentState) -> bool:
         """Say whether a client holds a segment. REQUIRES: its blocks have left the index."""
         if not self._holders:
