@@ -417,6 +417,12 @@ class Pool:
             counters=self.store.state.counters.snapshot(),
         )
 
+    def client_figures(self) -> tuple[int, int, int]:
+        """Return how many clients there are, segments they hold, and revocations since open."""
+        state = self.store.state
+        with state.lock:
+            return state.holds.count, len(state.holds.snapshot()), state.holds.revoked
+
     def close(self) -> None:
         """Publish, flush, close; idempotent.
 

@@ -327,7 +327,7 @@ def fill(pool: kvfs.Pool | kvfs.RemotePool, count: int) -> kvfs.Context:
     return context
 
 
-def test_second_process_is_a_client(pool_path):
+def test_second_process_is_a_client(pool_path, capsys):
     with Serving(pool_path, "--metrics", "127.0.0.1:0") as service:
         line = service.line_with("http://")
         with kvfs.open_pool(pool_path) as pool, kvfs.open_pool(pool_path) as other:
@@ -339,6 +339,8 @@ def test_second_process_is_a_client(pool_path):
                 found = scrape(line)
             assert (found["kvfs_clients"], found["kvfs_client_segments"]) == (2, 1)
             assert found["kvfs_client_revocations_total"] == 0
+            status = Admin(capsys, pool_path)("pool", "status")
+            assert "clients   2, they hold 0 segments\n" in status.out
             service.end()
             assert not (pool_path / "clients.sock").exists()
             with pytest.raises(kvfs.UnavailableError):
@@ -364,7 +366,8 @@ def test_socket_of_the_service_manager_outlives_its_owner(pool_path):
                     assert pool.statistics().contexts == 3 + count
                     if count == 1:
                         fill(pool, 1)
-                assert "not used" not in service.end()
+                service.line_with("serving")
+                service.end()
                 assert service.process.returncode == 0
             assert (pool_path / "clients.sock").exists()
 
