@@ -147,7 +147,6 @@ class Pool:
             state.add_namespace(_spec(info))
         self._layouts = {info.namespace_id: info.layout for info in catalog.namespaces()}
         self.deadlines_ms: dict[int, int] = {}
-        self._load_deadlines()
         self.files = Files(
             self.store, catalog, self._layouts.__getitem__, clock, options.staging_memory_bytes
         )
@@ -155,7 +154,8 @@ class Pool:
         self.files.on_gone = self.pins.release
         self.backend: Backend = LocalBackend(self)
         self.recovery = self.store.load()
-        self._reconcile(self.recovery)
+        self._reconcile(self.recovery)  # writes, so that a former schema is this one from here on
+        self._load_deadlines()
         self._background: Background | None = None
         catalog.on_checkpoint_due = self.note_written
 
