@@ -112,8 +112,6 @@ class CatalogAttributes(CatalogNodes):
 
     def attributes_named(self, name: bytes) -> dict[int, bytes]:
         """Return the values of an attribute by the node that has it."""
-        if not self._read("SELECT 1 FROM sqlite_schema WHERE name = 'attributes'"):
-            return {}  # a catalog of version 1 that nobody has written to since
         rows = self._read("SELECT node_id, value FROM attributes WHERE name = ?", (name,))
         return {row[0]: bytes(row[1]) for row in rows}
 
