@@ -33,9 +33,11 @@ from kvfs.errors import (
 from kvfs.layout import Layout
 
 if TYPE_CHECKING:
+    from kvfs.clients.remote import RemotePool
     from kvfs.config import PoolOptions
-    from kvfs.lifecycle import create_pool, destroy_pool, open_pool
+    from kvfs.lifecycle import create_pool, destroy_pool
     from kvfs.namespace import Context, Namespace
+    from kvfs.opening import open_pool
     from kvfs.pool import Pool
     from kvfs.views import View
 
@@ -46,10 +48,11 @@ _LAZY = {
     "Namespace": "kvfs.namespace",
     "Pool": "kvfs.pool",
     "PoolOptions": "kvfs.config",
+    "RemotePool": "kvfs.clients.remote",
     "View": "kvfs.views",
     "create_pool": "kvfs.lifecycle",
     "destroy_pool": "kvfs.lifecycle",
-    "open_pool": "kvfs.lifecycle",
+    "open_pool": "kvfs.opening",
 }
 
 
@@ -66,6 +69,6 @@ __all__ = [
     "BusyError", "ClosedError", "Context", "CorruptionError", "DataError", "DeviceError",
     "ExistsError", "FormatVersionError", "KvfsError", "Layout", "LeaseExpiredError", "MediaError",
     "Namespace", "NoSpaceError", "NotFoundError", "PoisonedError", "Pool", "PoolOptions",
-    "RefusedError", "UnavailableError", "UsageError", "View", "create_pool", "destroy_pool",
-    "open_pool",
+    "RefusedError", "RemotePool", "UnavailableError", "UsageError", "View", "create_pool",
+    "destroy_pool", "open_pool",
 ]  # fmt: skip

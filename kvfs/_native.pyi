@@ -234,6 +234,8 @@ class Index:
 
         Takes over seed and ranks. ValueError if capacity is less than the count.
         """
+    def retire(self) -> None:
+        """Mark it superseded, without a successor: what it says is no longer true."""
     def close(self) -> None:
         """Refuse new calls (ValueError); running ones end first. Idempotent."""
 
@@ -259,6 +261,51 @@ class AccessRing:
         """Note the access of n index records (64 bytes each; misses are skipped)."""
     def drain(self, limit: int = 65536) -> bytes: ...
     def close(self) -> None: ...
+
+@final
+class LeasePage:
+    """What one client process holds, in two memfds: places it publishes, and whether they were revoked.
+
+    A place means one life of one segment: device u8 << 56 | slot u24 << 32 | generation u32, never 0.
+    native/lease_page.h says how the two sides use it. `hold` and `release` are serialised by an inner mutex.
+    OSError EROFS where a method belongs to the other side.
+    """
+    def __init__(self, slots: int) -> None:
+        """As the owner: make it, for at most so many places (up to 65536)."""
+    @staticmethod
+    def attach(fd: int, notice_fd: int) -> LeasePage:
+        """As the client: map it; the descriptors are duplicated.
+
+        Validates seals, magic, version, size (ValueError).
+        """
+    @property
+    def fd(self) -> int: ...
+    @property
+    def notice_fd(self) -> int:
+        """Sealed: whoever gets it can only read."""
+    @property
+    def heartbeat_ns(self) -> int:
+        """When the client's heart last beat (CLOCK_MONOTONIC), by its own word; 0: it never did."""
+    @property
+    def is_revoked(self) -> bool:
+        """Whether the owner has taken all places away. Ordered after all reads of this thread before."""
+    def hold(self, records: Buffer) -> bytes:
+        """Client: hold the places of n index records (misses are skipped); a full fence ends it.
+
+        Returns the places for `release`, n x 8 bytes at most. OSError ENOSPC: too many places; none is held.
+        """
+    def release(self, places: bytes) -> None:
+        """Client: undo a `hold`."""
+    def beat(self, interval_ms: int) -> None:
+        """Client: start a native thread that beats until `close`; a stopped or hung process does not."""
+    def is_held(self, place: int) -> bool:
+        """Owner: whether the client holds a place. After a full fence; False once revoked."""
+    def places(self) -> bytes:
+        """Owner: all places held, n x 8 bytes."""
+    def revoke(self) -> None:
+        """Owner: take all places away."""
+    def close(self) -> None:
+        """Refuse new calls (ValueError); running ones end first. Idempotent."""
 
 # --- views ---------------------------------------------------------------------------------
 @final
@@ -308,8 +355,14 @@ class Arena:
         """Unmap. BufferError while exports exist."""
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
-def memfd(name: str, nbytes: int) -> int:
-    """A memfd of fixed size (F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL), close-on-exec."""
+def memfd(name: str, nbytes: int, is_final: bool = True) -> int:
+    """A memfd of mode 0600, close-on-exec, of fixed size (F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL).
+
+    Without `is_final` it is not sealed yet; see `seal_memfd`.
+    """
+
+def seal_memfd(fd: int) -> None:
+    """Fix the size of a memfd and forbid new writers (F_SEAL_FUTURE_WRITE): maps made before go on writing."""
 
 def poison(address: int, nbytes: int) -> None:
     """Test aid: make pages of a private anonymous or memfd mapping raise SIGBUS (UFFDIO_POISON); OSError if unsupported."""

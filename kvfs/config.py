@@ -109,6 +109,9 @@ class PoolOptions:
         device_failures_max: Write failures after which a device leaves service.
         staging_memory_bytes: Memory that small files may take while they are being written; beyond
             it they are written to their device at once, and once more when they are stored.
+        client_timeout_s: How long a client process may give no sign of life before it loses what it
+            holds, if that is needed.
+        client_share: Largest share of a device that one client may hold while others need room.
     """
 
     async_delay_ms: int = 50
@@ -117,12 +120,18 @@ class PoolOptions:
     copy_to_dram: bool = True
     device_failures_max: int = 3
     staging_memory_bytes: int = 256 * MIB
+    client_timeout_s: float = 10.0
+    client_share: float = 0.5
 
     def __post_init__(self) -> None:
         if not 1 <= self.async_delay_ms <= 60_000:
             raise UsageError(f"async_delay_ms must be 1 to 60000, found {self.async_delay_ms}")
         if not 0.0 <= self.pinned_share <= 1.0:
             raise UsageError(f"pinned_share must be between 0 and 1, found {self.pinned_share}")
+        if not 0.0 <= self.client_share <= 1.0:
+            raise UsageError(f"client_share must be between 0 and 1, found {self.client_share}")
+        if self.client_timeout_s <= 0:
+            raise UsageError(f"client_timeout_s must be positive, found {self.client_timeout_s}")
         if self.staging_memory_bytes < 0:
             raise UsageError(
                 f"staging_memory_bytes must not be negative, found {self.staging_memory_bytes}"

@@ -10,7 +10,7 @@ Layer: L0.
       BusyError                     EBUSY   11   retry later: pool in use, extent pinned or leased
         LeaseExpiredError           ESTALE  11   acquire again, read again
       NoSpaceError                  ENOSPC  12
-      UnavailableError              EIO     13   device offline or failing; retry may help
+      UnavailableError              EIO     13   device offline, owner gone; retry may help
         DeviceError                 EIO     13   one operation failed; __cause__ is the OSError
           MediaError                EIO     14   one block could not be read back; it is a miss now
       DataError                     EIO     14
@@ -86,7 +86,7 @@ class NoSpaceError(KvfsError):
 
 
 class UnavailableError(KvfsError):
-    """Raised if a device is offline; other devices go on."""
+    """Raised if a device is offline: others go on; or if a client finds no owner of the pool."""
 
     errno = errno.EIO
     exit_code = 13

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfs import _native
+from kvfs.durability import Durability
 from kvfs.engine.catalog_schema import Node
-from kvfs.engine.writer import Durability
 from kvfs.errors import BusyError, DeviceError, NotFoundError
 from kvfs.file_contents import Adopted
 from kvfs.file_writer import FileWriter

@@ -4,8 +4,8 @@ Layer: L4.
 
 - One process owns an open pool: the lock is taken first and held until `Pool.close`.
 - Making a pool undoes what it did if it fails half-way.
-- A pool's directory holds `catalog.sqlite` (with its -wal and -shm), `lock` and `control.sock`, and
-  `catalog.sqlite.damaged` where a repair has replaced the catalog.
+- A pool's directory holds `catalog.sqlite` (with its -wal and -shm), `lock`, `control.sock`,
+  `clients.sock`, and `catalog.sqlite.damaged` where a repair has replaced the catalog.
 """
 
 import dataclasses
@@ -42,6 +42,7 @@ from kvfs.host import this_process
 from kvfs.keys import new_uuid
 from kvfs.pool import (
     CATALOG_NAME,
+    CLIENTS_NAME,
     CONTROL_NAME,
     DEFAULT_NAMESPACE,
     LOCK_NAME,
@@ -53,7 +54,7 @@ from kvfs.units import format_bytes
 _log = logging.getLogger("kvfs.pool")
 _OWN_NAMES: Final = (
     CATALOG_NAME, f"{CATALOG_NAME}-wal", f"{CATALOG_NAME}-shm", f"{CATALOG_NAME}.new",
-    f"{CATALOG_NAME}.new-wal", CONTROL_NAME, LOCK_NAME,
+    f"{CATALOG_NAME}.new-wal", CLIENTS_NAME, CONTROL_NAME, LOCK_NAME,
 )  # fmt: skip
 Step = Callable[[], object]
 

@@ -40,6 +40,10 @@ DEFINITIONS: Final = (
     Definition("kvfs_write_errors_total", "counter", "Writes and persists that failed."),
     Definition("kvfs_segments_poisoned_total", "counter",
                "Segments that take no more writes after a failed one."),
+    Definition("kvfs_clients", "gauge", "Other processes that use the pool."),
+    Definition("kvfs_client_segments", "gauge", "Segments that they hold for reading."),
+    Definition("kvfs_client_revocations_total", "counter",
+               "Times that what a client held was taken from it, because room was needed."),
     # --- devices
     Definition("kvfs_device_online", "gauge", "1 while the device takes writes.", _DEVICE),
     Definition("kvfs_device_capacity_bytes", "gauge", "Bytes that kvfs may use.", _DEVICE),

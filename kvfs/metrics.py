@@ -190,28 +190,45 @@ class Counters(dict[int, Tally]):
         }
 
 
-class LossReports:
-    """Tells every thread once of each loss, as Linux tells every descriptor of a failed write.
+class LossListener:
+    """One who hears of losses: a thread of the owner, or a client."""
 
-    A thread that deals with the pool only after a loss hears of it only if nobody has before: it
-    cannot have relied on what was lost.
+    def __init__(self, reports: "LossReports") -> None:
+        self._reports = reports
+        self._heard = reports.heard
+
+    def news(self) -> int:
+        """Return how many blocks were lost that this listener has not heard of."""
+        lost = self._reports.lost
+        count, self._heard = lost - self._heard, lost
+        self._reports.heard = max(self._reports.heard, lost)
+        return count
+
+
+class LossReports:
+    """Tells every listener once of each loss, as Linux tells every descriptor of a failed write.
+
+    Who deals with the pool only after a loss hears of it only if nobody has before: he cannot have
+    relied on what was lost.
     """
 
     def __init__(self, counters: Counters) -> None:
         self._counters = counters
-        self._heard = 0  # by some thread; needs no lock: a race makes a thread hear twice
+        self.heard = 0  # by somebody; needs no lock: a race makes somebody hear twice
         self._own = threading.local()
 
-    def listen(self) -> None:
-        """Let this thread hear of what is lost from now on, and of what nobody has heard of yet."""
-        if not hasattr(self._own, "heard"):
-            self._own.heard = self._heard
+    @property
+    def lost(self) -> int:
+        """How many blocks were lost since open."""
+        return self._counters.blocks_lost
 
-    def news(self) -> int:
-        """Return how many blocks were lost that this thread has not heard of."""
-        self.listen()
-        lost = self._counters.blocks_lost
-        count = lost - int(self._own.heard)
-        self._own.heard = lost
-        self._heard = max(self._heard, lost)
-        return count
+    def new_listener(self) -> LossListener:
+        """Return one who hears of what is lost from now on, and of what nobody has heard of yet."""
+        return LossListener(self)
+
+    def listen(self) -> LossListener:
+        """Let this thread hear of what is lost from now on, and of what nobody has heard of yet."""
+        if not hasattr(self._own, "listener"):
+            self._own.listener = LossListener(self)
+        listener: LossListener = self._own.listener
+        return listener

@@ -4,50 +4,34 @@ Layer: L4.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from kvfs.backend import AnyPool
 from kvfs.buffers import addresses_of
-from kvfs.engine.catalog_schema import (
-    NamespaceInfo,
-    Node,
-    NodeKind,
-    NodeState,
-    Origin,
-    name_bytes,
-)
+from kvfs.durability import DurabilityName, PutResult, as_durability
+from kvfs.engine.catalog_schema import NamespaceInfo, Node, NodeKind, Origin, name_bytes
 from kvfs.engine.index import RecordArray
-from kvfs.engine.writer import Durability, PutResult
 from kvfs.errors import ExistsError, NotFoundError, UsageError
 from kvfs.keys import NO_PARENT, KeyArray, as_key_array, as_u32_array, chain_keys
 from kvfs.layout import Layout
 from kvfs.views import View
-
-if TYPE_CHECKING:
-    from kvfs.pool import Pool
-
-DurabilityName = str
-
-
-def _durability(name: DurabilityName) -> Durability:
-    try:
-        return Durability(name)
-    except ValueError:
-        raise UsageError(f"durability {name!r}: expected 'none', 'async' or 'sync'") from None
 
 
 class Namespace:
     """One tenant and layout. Get it from `Pool.namespace`; cheap, holds nothing open. Thread-safe.
 
     Attributes:
+        pool: The pool it belongs to.
+        backend: Who has the blocks: the pool in this process, or its owner in another.
         info: Id, name, layout, fingerprint, retention.
     """
 
-    def __init__(self, pool: "Pool", info: NamespaceInfo) -> None:
-        self._pool = pool
-        self._store = pool.store
+    def __init__(self, pool: AnyPool, info: NamespaceInfo) -> None:
+        self.pool = pool
+        self.backend = pool.backend
         self.info = info
 
     @property
@@ -99,25 +83,22 @@ class Namespace:
         keys = as_key_array(keys, self.info.namespace_id)
         addresses, lengths = addresses_of(buffers, len(keys))
         counts = _token_counts(self.layout, len(keys), None, token_counts)
-        result = self._store.put(
+        return self.backend.put(
             self.info.namespace_id,
             keys,
             addresses,
             lengths,
             parents=None if parents is None else as_key_array(parents),
             tokens=counts,
-            durability=_durability(durability),
+            durability=as_durability(durability),
         )
-        if durability != "none":
-            self._pool.note_written()
-        return result
 
     def match_prefix(self, keys: Any) -> int:
         """Return how many leading blocks are resident.
 
         Lock-free; says nothing about the next moment.
         """
-        return self._store.match_prefix(
+        return self.backend.match_prefix(
             self.info.namespace_id, as_key_array(keys, self.info.namespace_id)
         )
 
@@ -128,7 +109,7 @@ class Namespace:
             a miss), tokens. A
         copy may move at any time; hold a `view` to keep it.
         """
-        return self._store.lookup(
+        return self.backend.lookup(
             self.info.namespace_id, as_key_array(keys, self.info.namespace_id)
         )
 
@@ -137,7 +118,9 @@ class Namespace:
 
         Returns how many of them are resident.
         """
-        return self._store.touch(self.info.namespace_id, as_key_array(keys, self.info.namespace_id))
+        return self.backend.touch(
+            self.info.namespace_id, as_key_array(keys, self.info.namespace_id)
+        )
 
     def read_into(self, keys: Any, buffers: Any) -> npt.NDArray[np.bool_]:
         """Copy blocks into memory, verifying checksums in the same pass.
@@ -152,7 +135,7 @@ class Namespace:
         """
         keys = as_key_array(keys, self.info.namespace_id)
         addresses, lengths = addresses_of(buffers, len(keys), writable=True)
-        return self._store.read_into(self.info.namespace_id, keys, addresses, lengths)
+        return self.backend.read_into(self.info.namespace_id, keys, addresses, lengths)
 
     def view(self, keys: Any) -> View:
         """Map resident blocks, in order, into one contiguous read-only range; see View.
@@ -163,7 +146,7 @@ class Namespace:
         """
         keys = as_key_array(keys, self.info.namespace_id)
         return View(
-            self._store, self.info.namespace_id, keys,
+            self.backend, self.info.namespace_id, keys,
             block_bytes=self.layout.block_bytes, stride=self.layout.stride,
         )  # fmt: skip
 
@@ -175,16 +158,13 @@ class Namespace:
             ExistsError: The name is a directory, or a file written through the mount.
             UsageError: It is no name.
         """
-        catalog = self._pool.catalog
         name_bytes(name)  # refuses what is no text
         path = name.strip("/")
         if not path:
             raise UsageError("a context needs a name")
-        node = catalog.resolve(self.info.root_node_id, path)
+        node = self.backend.open_context(self.info, path, create=create)
         if node is None:
-            if not create:
-                raise NotFoundError(f"no such context: {self.info.name}/{path}")
-            node = self._pool.make_context(self.info, path)
+            raise NotFoundError(f"no such context: {self.info.name}/{path}")
         if node.kind is not NodeKind.CONTEXT or node.origin is not Origin.API:
             raise ExistsError(
                 f"name is taken by a directory or plain file: {self.info.name}/{path}"
@@ -193,17 +173,11 @@ class Namespace:
 
     def contexts(self) -> Iterator["Context"]:
         """Yield all contexts made through the API, depth first, by name."""
-        for node in self._pool.walk(self.info.root_node_id):
-            if node.origin is Origin.API and node.state is NodeState.ACTIVE:
-                yield Context(self, node)
+        for node in self.backend.contexts(self.info):
+            yield Context(self, node)
 
     def __repr__(self) -> str:
         return f"Namespace({self.info.name!r})"
-
-    @property
-    def pool(self) -> "Pool":
-        """The pool it belongs to."""
-        return self._pool
 
 
 class Context:
@@ -220,26 +194,22 @@ class Context:
         Raises:
             NotFoundError: The context was dropped.
         """
-        try:
-            return self.namespace.pool.catalog.node(self._node_id)
-        except NotFoundError:
-            raise NotFoundError(f"context was dropped: node {self._node_id}") from None
+        return self.namespace.backend.node(self._node_id)
 
     @property
     def name(self) -> str:
         """Its path inside the namespace."""
-        catalog = self.namespace.pool.catalog
-        return catalog.path_of(self.node.node_id).partition("/")[2]
+        return self.namespace.backend.path_of(self._node_id).partition("/")[2]
 
     @property
     def keys(self) -> KeyArray:
         """All its keys, (n, 32) uint8; some blocks may have been evicted, see `resident_blocks`."""
-        return self.namespace.pool.catalog.keys(self.node.node_id)
+        return self.namespace.backend.keys(self._node_id)
 
     @property
     def tokens(self) -> npt.NDArray[np.uint32] | None:
         """The token ids given to `append`, or None where those of some block were not given."""
-        return self.namespace.pool.catalog.tokens(self.node.node_id)
+        return self.namespace.backend.tokens(self._node_id)
 
     @property
     def token_count(self) -> int:
@@ -279,43 +249,25 @@ class Context:
             BusyError: The context is pinned and has outgrown its share; the blocks are appended,
                 as durable as asked, and the new ones are not pinned.
         """
-        pool, layout = self.namespace.pool, self.namespace.layout
-        keys = as_key_array(keys, self.namespace.info.namespace_id)
+        info, layout = self.namespace.info, self.namespace.layout
+        keys = as_key_array(keys, info.namespace_id)
         addresses, lengths = addresses_of(buffers, len(keys))
         if not len(keys):
             return PutResult(0, 0, 0, 0)
         if (lengths[:-1] < layout.block_bytes).any():
             raise UsageError("only the last block of a context may be partial")
         token_ids = None if tokens is None else as_u32_array(tokens, "tokens")
-        counts = _token_counts(layout, len(keys), token_ids, token_counts)
-        node, namespace_id = self.node, self.namespace.info.namespace_id
-        kept = node.block_count - int(replace_tail)
-        parent = pool.catalog.keys(node.node_id, kept - 1, kept) if kept > 0 else None
-        if parent is None:
-            parent = np.zeros((1, keys.shape[1]), np.uint8)
-        with pool.store.being_named(namespace_id, keys):
-            result = self.namespace.put(
-                keys,
-                list(zip(addresses.tolist(), lengths.tolist(), strict=True)),
-                parents=np.concatenate([parent, keys[:-1]]),
-                token_counts=counts,
-                durability=durability,
-            )
-            pool.catalog.append_blocks(
-                self._node_id,
-                keys,
-                block_bytes=layout.block_bytes,
-                stride=layout.stride,
-                tail_bytes=int(lengths[-1]),
-                token_counts=counts,
-                tokens=token_ids,
-                now_ns=pool.clock.wall_ns(),
-                replace_tail=replace_tail,
-            )
-        if durability == "sync":
-            pool.catalog.sync()
-        pool.pins.follow(self.node)
-        return result
+        return self.namespace.backend.append(
+            info,
+            self._node_id,
+            keys,
+            addresses,
+            lengths,
+            counts=_token_counts(layout, len(keys), token_ids, token_counts),
+            token_ids=token_ids,
+            durability=as_durability(durability),
+            replace_tail=replace_tail,
+        )
 
     def link(self, keys: Any) -> int:
         """Add blocks that are stored already to the end of the context.
@@ -330,27 +282,9 @@ class Context:
             UsageError: The context ends in a partial block.
             BusyError: As in `append`.
         """
-        pool, layout = self.namespace.pool, self.namespace.layout
-        namespace_id = self.namespace.info.namespace_id
-        keys = as_key_array(keys, namespace_id)
-        with pool.store.being_named(namespace_id, keys):
-            records = self.namespace.lookup(keys)
-            stops = np.flatnonzero(records["length"] < layout.block_bytes)
-            count = int(stops[0]) if len(stops) else len(keys)
-            count += int(count < len(keys) and records["length"][count] > 0)
-            if not count:
-                return 0
-            pool.catalog.append_blocks(
-                self._node_id,
-                keys[:count],
-                block_bytes=layout.block_bytes,
-                stride=layout.stride,
-                tail_bytes=int(records["length"][count - 1]),
-                token_counts=records["tokens"][:count],
-                now_ns=pool.clock.wall_ns(),
-            )
-        pool.pins.follow(self.node)
-        return count
+        info = self.namespace.info
+        keys = as_key_array(keys, info.namespace_id)
+        return self.namespace.backend.link(info, self._node_id, keys) if len(keys) else 0
 
     def view(self) -> View:
         """Map the whole context; see Namespace.view."""
@@ -358,15 +292,15 @@ class Context:
 
     def pin(self) -> None:
         """Keep the blocks from eviction until `unpin`, across restarts."""
-        self.namespace.pool.pins.pin(self.node)
+        self.namespace.backend.set_pinned(self._node_id, True)
 
     def unpin(self) -> None:
         """Let the blocks be evicted again."""
-        self.namespace.pool.pins.unpin(self.node)
+        self.namespace.backend.set_pinned(self._node_id, False)
 
     def drop(self) -> None:
         """Remove the name. Blocks stay as cache until evicted; other contexts may share them."""
-        self.namespace.pool.files.remove(self.node)
+        self.namespace.backend.drop(self._node_id)
 
     def __repr__(self) -> str:
         return f"Context({self.namespace.info.name!r}, node {self._node_id})"

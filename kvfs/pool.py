@@ -2,21 +2,21 @@
 
 Layer: L4.
 
-- One process owns an open pool. A second opener gets BusyError with the owner's pid.
+- One process owns an open pool. A second opener becomes its client (`kvfs.opening`) if the owner
+  serves it (`clients.server`), and gets BusyError with the owner's pid if not.
 - Open: lock, catalog, devices (claimed one by one), all summaries, then names are reconciled with
   blocks: files whose blocks are gone lose their names, file segments without a name are freed.
 - Close: new files are published, everything is flushed, superblocks note the clean end.
 
-Directory of a pool: `catalog.sqlite` (and its -wal, -shm), `lock`, `control.sock`.
+Directory of a pool: `catalog.sqlite` (and its -wal, -shm), `lock`, `control.sock`, `clients.sock`.
 """
 
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from kvfs.background import Background
 from kvfs.clock import Clock
@@ -39,7 +39,7 @@ from kvfs.engine.recovery import (
     reap_unnamed_files,
 )
 from kvfs.engine.state import EngineState
-from kvfs.engine.store import DeviceStatistics, Store
+from kvfs.engine.store import Store
 from kvfs.errors import (
     ClosedError,
     DeviceError,
@@ -51,34 +51,23 @@ from kvfs.errors import (
 from kvfs.files import Files
 from kvfs.keys import KeyArray, new_namespace_id
 from kvfs.layout import OPAQUE, Layout
-from kvfs.metrics import LossReports
+from kvfs.local import LocalBackend
+from kvfs.metrics import LossListener, LossReports
 from kvfs.namespace import Namespace
 from kvfs.pins import Pins
+from kvfs.statistics import PoolStatistics
 from kvfs.units import format_bytes
+
+if TYPE_CHECKING:
+    from kvfs.backend import Backend
 
 CATALOG_NAME: Final = "catalog.sqlite"
 LOCK_NAME: Final = "lock"
 CONTROL_NAME: Final = "control.sock"
+CLIENTS_NAME: Final = "clients.sock"
 DEFAULT_NAMESPACE: Final = "default"
 SEGMENTS_MIN: Final = 4
 _log = logging.getLogger("kvfs.pool")
-
-
-@dataclass(frozen=True, slots=True)
-class PoolStatistics:
-    """A pool in figures. Sizes in bytes; counters since open."""
-
-    name: str
-    uuid: str
-    path: str
-    state: str
-    devices: tuple[DeviceStatistics, ...]
-    namespaces: int
-    contexts: int
-    capacity_bytes: int
-    used_bytes: int
-    live_bytes: int
-    counters: dict[str, int]
 
 
 class _CatalogNames:
@@ -121,6 +110,8 @@ class Pool:
         store: Blocks (for kvfs's own layers).
         files: Files on the mount (for kvfs's own layers).
         pins: Pinned contexts (for kvfs's own layers).
+        losses: Who has heard of lost blocks.
+        backend: What namespaces, contexts and views of it use.
         recovery: What opening found.
         deadlines_ms: Longest that requests of a mount may take, of namespaces by id that have a
             limit of their own; see `set_deadline`.
@@ -150,8 +141,8 @@ class Pool:
         names = _CatalogNames(catalog, lambda node_id: self.files.awaits_content(node_id), clock)
         state = EngineState(self.uuid, list(devices), names, options, clock)
         self.store = Store(state)
-        self._losses = LossReports(state.counters)
-        self._losses.listen()
+        self.losses = LossReports(state.counters)
+        self.losses.listen()
         for info in catalog.namespaces():
             state.add_namespace(_spec(info))
         self._layouts = {info.namespace_id: info.layout for info in catalog.namespaces()}
@@ -161,6 +152,7 @@ class Pool:
         )
         self.pins = Pins(self.store, catalog, lambda number: self._layouts[number].stride)
         self.files.on_gone = self.pins.release
+        self.backend: Backend = LocalBackend(self)
         self.recovery = self.store.load()
         self._reconcile(self.recovery)  # writes, so that a former schema is this one from here on
         self._load_deadlines()
@@ -178,7 +170,13 @@ class Pool:
     # --- namespaces
 
     def namespace(
-        self, name: str, layout: Layout | None = None, *, retention: Retention = "cache"
+        self,
+        name: str,
+        layout: Layout | None = None,
+        *,
+        retention: Retention = "cache",
+        uid: int | None = None,
+        gid: int | None = None,
     ) -> Namespace:
         """Return a namespace, made if it is not there and `layout` is given.
 
@@ -187,6 +185,8 @@ class Pool:
             layout: What its blocks hold. Must equal that of an existing namespace.
             retention: "cache": a full pool drops it. "durable": what a name reaches is kept. For
                 new ones only.
+            uid: Whose a new one is; this process's user's when missing.
+            gid: As `uid`.
 
         Raises:
             NotFoundError: It does not exist and no layout is given.
@@ -195,7 +195,7 @@ class Pool:
         Durability: persist (a new namespace survives a crash on return).
         """
         self._require_open()
-        self._losses.listen()
+        self.losses.listen()
         if layout is not None:
             self._check_layout(layout)
         info = self.catalog.namespace_by_name(name)
@@ -203,7 +203,7 @@ class Pool:
             if layout is None:
                 raise NotFoundError(f"no such namespace: {name!r}; give a layout to make it")
             try:
-                info = self.make_namespace(name, layout, retention=retention)
+                info = self.make_namespace(name, layout, retention=retention, uid=uid, gid=gid)
             except ExistsError:
                 info = self.catalog.namespace_by_name(name)
                 if info is None:
@@ -327,11 +327,13 @@ class Pool:
         self.catalog.sync()
         self._load_deadlines()
 
-    def make_context(self, info: NamespaceInfo, path: str) -> Node:
-        """Return the context at a path, made with the directories above it if it is not there."""
+    def make_context(self, info: NamespaceInfo, path: str, *, uid: int, gid: int) -> Node:
+        """Return the context at a path, made with the directories above it if it is not there.
+
+        What is made belongs to `uid` and `gid`.
+        """
         self._require_open()
         now = self.clock.wall_ns()
-        uid, gid = os.getuid(), os.getgid()
         name = path
         with self.catalog.transaction():
             parent = info.root_node_id
@@ -362,8 +364,11 @@ class Pool:
         self._require_open()
         self.files.publish()
 
-    def sync(self) -> None:
+    def sync(self, losses: LossListener | None = None) -> None:
         """Make everything done so far survive a power cut: blocks, then names. Durability: persist.
+
+        Args:
+            losses: Who is told of losses; this thread when missing.
 
         Raises:
             DeviceError: A persist failed, now or before: blocks put before are lost. Every thread
@@ -373,7 +378,7 @@ class Pool:
         """
         self.flush()
         self.catalog.sync()
-        if count := self._losses.news():
+        if count := (losses or self.losses.listen()).news():
             raise DeviceError(
                 f"{count} blocks were lost by failed persists since this thread's last sync; "
                 "put them again"
@@ -381,7 +386,7 @@ class Pool:
 
     def note_written(self) -> None:
         """Tell the background that something of this thread's waits to be persisted."""
-        self._losses.listen()
+        self.losses.listen()
         if self._background is not None:
             self._background.wake()
 
@@ -411,6 +416,12 @@ class Pool:
             live_bytes=sum(d.live_bytes for d in devices),
             counters=self.store.state.counters.snapshot(),
         )
+
+    def client_figures(self) -> tuple[int, int, int]:
+        """Return how many clients there are, segments they hold, and revocations since open."""
+        state = self.store.state
+        with state.lock:
+            return state.holds.count, len(state.holds.snapshot()), state.holds.revoked
 
     def close(self) -> None:
         """Publish, flush, close; idempotent.

@@ -20,9 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfs import _native
-from kvfs.engine.reader import Lease
-from kvfs.engine.store import Store
-from kvfs.errors import ClosedError, MediaError, NotFoundError, UsageError
+from kvfs.backend import Backend, Held
+from kvfs.errors import ClosedError, KvfsError, MediaError, NotFoundError, UsageError
 from kvfs.keys import KeyArray
 from kvfs.units import MIB, PAGE
 
@@ -59,17 +58,17 @@ class View:
     """
 
     def __init__(
-        self, store: Store, namespace_id: int, keys: KeyArray, *, block_bytes: int, stride: int
+        self, backend: Backend, namespace_id: int, keys: KeyArray, *, block_bytes: int, stride: int
     ) -> None:
         """Map blocks in order; see Namespace.view."""
         if not len(keys):
             raise UsageError("a view needs at least one block")
-        self._store = store
+        self._backend = backend
         self._stride = stride
         self._mapping: _native.Mapping | None = None
-        self._lease = store.lease(namespace_id, keys)
+        self._lease = backend.lease(namespace_id, keys)
         self._hold = _Hold()
-        self._release = weakref.finalize(self._hold, store.release, self._lease)
+        self._release = weakref.finalize(self._hold, backend.release, self._lease)
         self._release.atexit = False
         try:
             missing = np.flatnonzero(self._lease.records["length"] == 0)
@@ -92,13 +91,13 @@ class View:
             self.close()
             raise
 
-    def _map(self, mapping: _native.Mapping, lease: Lease) -> bool:
+    def _map(self, mapping: _native.Mapping, lease: Held) -> bool:
         """Map every extent; copy all of them where the process is out of maps."""
         records = lease.records
         positions = np.arange(len(records), dtype=np.uint64) * np.uint64(self._stride)
         offsets = records["page"].astype(np.uint64) * np.uint64(PAGE)
         lengths = records["length"].astype(np.uint64)
-        fds = self._descriptors(lease)
+        fds = lease.descriptors()
         try:
             mapping.map(positions, fds, offsets, lengths)
         except OSError as error:
@@ -108,19 +107,13 @@ class View:
             return True
         base = mapping.map_anonymous(0, mapping.nbytes)
         numbers = np.arange(len(records))
-        read = self._store.read_ranges(
+        read = self._backend.read_ranges(
             lease, numbers, np.zeros(len(records), np.uint64), lengths, np.uint64(base) + positions
         )
         if not read.all():
             raise MediaError(f"block could not be read: number {int(np.argmin(read))}")
         mapping.protect()
         return False
-
-    def _descriptors(self, lease: Lease) -> npt.NDArray[np.int32]:
-        fds = np.full(len(lease.records), -1, np.int32)
-        for part in lease.parts:
-            fds[part.positions] = part.segment.handle.fd
-        return fds
 
     def __len__(self) -> int:
         return self.nbytes
@@ -175,16 +168,19 @@ class View:
         return self._mapping is not None and self._mapping.has_failed
 
     def check(self) -> None:
-        """Raise if any byte seen so far may be a zero page put in for an unreadable one.
+        """Raise if any byte seen so far may be another than it was.
 
         Raises:
-            MediaError: A page failed; compute the context again.
+            MediaError: A page failed, and a zero page was put in; compute the context again.
+            LeaseExpiredError: In a client: the owner has taken the blocks back meanwhile.
         """
         if self.has_failed:
             raise MediaError(
                 f"a page of the view could not be read: {len(self._open_mapping().faults)} faults; "
-                "what was computed from it is void"
+                "what was computed is void"
             )
+        if self._mapping is not None:
+            self._lease.check()
 
     def close(self) -> None:
         """Unmap and give the leases back; idempotent.
@@ -204,14 +200,18 @@ class View:
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
-        has_failed = self.has_failed
+        failure: KvfsError | None = None
+        try:
+            self.check()
+        except KvfsError as found:
+            failure = found
         try:
             self.close()
         except BufferError:
             if kind is None:
                 raise
-        if has_failed and kind is None:
-            raise MediaError("a page of the view could not be read; what was computed is void")
+        if failure is not None and kind is None:
+            raise failure
 
     def __del__(self) -> None:
         if getattr(self, "_mapping", None) is not None:

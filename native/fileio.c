@@ -7,6 +7,7 @@
 
 #include <errno.h>
 #include <stdbool.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -18,18 +19,22 @@ enum { STEP = 1 << 18, ZEROES = 1 << 16 };
 
 static const uint8_t zeroes[ZEROES];
 
-/* One step of hashing, as a guarded body. */
+/* One step of hashing, as a guarded body. With `copy` the data is copied there first and hashed
+ * there, so that what is hashed is what is written, also if somebody changes the data meanwhile. */
 struct step {
     const struct kvfs_hash_ops *ops;
     struct kvfs_hash_state state;
     const uint8_t *data;
+    uint8_t *copy;
     size_t nbytes;
 };
 
 static void hash_step(void *argument)
 {
     struct step *step = argument;
-    step->ops->update(&step->state, step->data, step->nbytes);
+    if (step->copy != NULL)
+        memcpy(step->copy, step->data, step->nbytes);
+    step->ops->update(&step->state, step->copy != NULL ? step->copy : step->data, step->nbytes);
 }
 
 static int32_t status_of_errno(void)
@@ -72,13 +77,16 @@ static bool is_file_range(uint64_t offset, uint64_t length, uint64_t padding)
 }
 
 static int32_t write_item(int fd, uint64_t offset, const uint8_t *source, uint64_t length,
-                          uint64_t padding, uint8_t digest[KVFS_DIGEST_BYTES])
+                          uint64_t padding, uint8_t *scratch,
+                          uint8_t digest[KVFS_DIGEST_BYTES])
 {
     if (!is_file_range(offset, length, padding))
         return -EOVERFLOW;
     if (length > SIZE_MAX - (uintptr_t)source)
         return -EFAULT;
-    struct step step = {.ops = kvfs_hash_ops()};
+    if (source == NULL && length > 0)
+        return KVFS_FAULT;
+    struct step step = {.ops = kvfs_hash_ops(), .copy = scratch};
     step.ops->reset(&step.state);
     uint64_t done = 0;
     do {
@@ -88,7 +96,7 @@ static int32_t write_item(int fd, uint64_t offset, const uint8_t *source, uint64
         if (nbytes > 0 && !kvfs_guard_run(hash_step, &step))
             return KVFS_FAULT;
         bool is_last = done + nbytes == length;
-        int32_t status = write_all(fd, (off_t)(offset + done), step.data, nbytes,
+        int32_t status = write_all(fd, (off_t)(offset + done), scratch, nbytes,
                                    is_last ? padding : 0);
         if (status != KVFS_DONE)
             return status;
@@ -101,15 +109,19 @@ static int32_t write_item(int fd, uint64_t offset, const uint8_t *source, uint64
 size_t kvfs_pwrite_hash(const struct kvfs_write_batch *batch)
 {
     size_t failed = 0;
+    uint8_t *scratch = malloc(STEP);
     for (size_t i = 0; i < batch->count; i++) {
         uint64_t length = kvfs_get64(batch->lengths, i);
         uint8_t digest[KVFS_DIGEST_BYTES] = {0};
-        int32_t status = write_item(batch->fd, kvfs_get64(batch->offsets, i),
-                                    (const uint8_t *)kvfs_get64(batch->sources, i), length,
-                                    kvfs_padding(length, batch->pad_to), digest);
+        int32_t status = -ENOMEM;
+        if (scratch != NULL)
+            status = write_item(batch->fd, kvfs_get64(batch->offsets, i),
+                                (const uint8_t *)kvfs_get64(batch->sources, i), length,
+                                kvfs_padding(length, batch->pad_to), scratch, digest);
         memcpy((char *)batch->digests + i * KVFS_DIGEST_BYTES, digest, KVFS_DIGEST_BYTES);
         failed += kvfs_put_status(batch->statuses, i, status);
     }
+    free(scratch);
     return failed;
 }
 

@@ -382,6 +382,19 @@ static PyObject *index_grow(PyObject *object, PyObject *args, PyObject *kwargs)
     return result;
 }
 
+static PyObject *index_retire(PyObject *object, PyObject *args)
+{
+    Index *self = (Index *)object;
+    (void)args;
+    if (!kvfs_enter(&self->life, "index"))
+        return NULL;
+    int status = kvfs_table_retire(&self->table);
+    index_release(self, kvfs_leave(&self->life));
+    if (status != 0)
+        return raise_write(status);
+    Py_RETURN_NONE;
+}
+
 #define METHOD(name, more) \
     {#name, (PyCFunction)(void (*)(void))index_##name, METH_VARARGS | METH_KEYWORDS | (more), NULL}
 
@@ -396,6 +409,7 @@ static PyMethodDef methods[] = {
     METHOD(set_flags, 0),
     {"snapshot", index_snapshot, METH_NOARGS, NULL},
     METHOD(grow, 0),
+    {"retire", index_retire, METH_NOARGS, NULL},
     {"close", index_close, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -5,6 +5,7 @@
 #include <linux/userfaultfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -47,7 +48,8 @@ int kvfs_memfd(const char *name, uint64_t nbytes, bool is_final)
         fd = memfd_create(name, flags | MFD_NOEXEC_SEAL);
     if (fd < 0)
         return -errno;
-    int status = ftruncate(fd, (off_t)nbytes) == 0 ? 0 : -errno;
+    /* Who gets a descriptor that only reads could open it anew for more: a memfd's mode is 0777. */
+    int status = ftruncate(fd, (off_t)nbytes) == 0 && fchmod(fd, 0600) == 0 ? 0 : -errno;
     if (status == 0 && is_final)
         status = kvfs_memfd_seal(fd, false);
     if (status == 0)

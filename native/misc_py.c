@@ -76,16 +76,31 @@ static PyObject *py_buffer_address(PyObject *module, PyObject *args, PyObject *k
 
 static PyObject *py_memfd(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"name", "nbytes", NULL};
+    static char *names[] = {"name", "nbytes", "is_final", NULL};
     const char *name;
     PyObject *nbytes_object;
     uint64_t nbytes;
+    int is_final = 1;
     (void)module;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO", names, &name, &nbytes_object) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO|p", names, &name, &nbytes_object,
+                                     &is_final) ||
         !kvfs_parse_u64(nbytes_object, "nbytes", 0, (uint64_t)INT64_MAX, &nbytes))
         return NULL;
-    int fd = kvfs_memfd(name, nbytes, true);
+    int fd = kvfs_memfd(name, nbytes, is_final != 0);
     return fd < 0 ? kvfs_raise(fd) : PyLong_FromLong(fd);
+}
+
+static PyObject *py_seal_memfd(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"fd", NULL};
+    int fd;
+    (void)module;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "i", names, &fd))
+        return NULL;
+    int status = kvfs_memfd_seal(fd, true);
+    if (status != 0)
+        return kvfs_raise(status);
+    Py_RETURN_NONE;
 }
 
 static PyObject *py_poison(PyObject *module, PyObject *args, PyObject *kwargs)
@@ -131,6 +146,7 @@ PyMethodDef kvfs_misc_methods[] = {
     METHOD(xxh3_128),
     METHOD(buffer_address),
     METHOD(memfd),
+    METHOD(seal_memfd),
     METHOD(poison),
     {"cpu_features", py_cpu_features, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},

@@ -2,7 +2,7 @@
 # Run the native core under sanitizers.
 #
 #   native/run_sanitized.sh asan [pytest arguments]   ASan + UBSan under tests/native
-#   native/run_sanitized.sh tsan [changes]            TSan under native/tests/index_stress.c
+#   native/run_sanitized.sh tsan [changes]            TSan under native/tests/*_stress.c
 #   native/run_sanitized.sh core-asan [pytest arguments]   kvfs-core under tests/core
 #   native/run_sanitized.sh core-tsan [pytest arguments]
 #   native/run_sanitized.sh fuzz [seed [seconds]]     ASan + UBSan under arbitrary messages
@@ -76,11 +76,12 @@ END
     ;;
 tsan)
     configure thread
-    "$cmake" --build "build/$mode" --target index_stress
+    "$cmake" --build "build/$mode" --target index_stress lease_stress
     # Without address randomisation: GCC 12's TSan cannot place its shadow where
     # vm.mmap_rnd_bits is large.
     export TSAN_OPTIONS=halt_on_error=1
-    exec setarch "$(uname -m)" -R "build/$mode/index_stress" "${1:-200000}"
+    setarch "$(uname -m)" -R "build/$mode/index_stress" "${1:-200000}"
+    exec setarch "$(uname -m)" -R "build/$mode/lease_stress" "${1:-200000}"
     ;;
 *)
     echo "usage: $0 asan|tsan|core-asan|core-tsan|fuzz [arguments]" >&2

@@ -213,3 +213,13 @@ int kvfs_table_grow(struct kvfs_table *table, uint64_t capacity, struct kvfs_tab
     pthread_mutex_unlock(&table->lock);
     return status;
 }
+
+int kvfs_table_retire(struct kvfs_table *table)
+{
+    if (!table->is_writable || table->owner != getpid())
+        return -EROFS;
+    pthread_mutex_lock(&table->lock);
+    atomic_store_explicit(&table->header->is_superseded, 1, memory_order_release);
+    pthread_mutex_unlock(&table->lock);
+    return 0;
+}

@@ -118,4 +118,7 @@ int64_t kvfs_table_set_flags(struct kvfs_table *table, const uint8_t *records, s
  * Returns 0, -ENOSPC if capacity is below the count, or -errno; the old one is unchanged then. */
 int kvfs_table_grow(struct kvfs_table *table, uint64_t capacity, struct kvfs_table *fresh);
 
+/* Mark superseded without a successor: what it says is no longer true. */
+int kvfs_table_retire(struct kvfs_table *table);
+
 #endif

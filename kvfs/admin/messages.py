@@ -121,7 +121,8 @@ class PoolStatusAnswer(msgspec.Struct, frozen=True):
     """A pool in figures.
 
     `owner_pid`: 0 if it was opened only to be asked. `problems`: sentences for the operator.
-    `counters`: since it was opened.
+    `counters`: since it was opened. `clients`: processes that use it, besides the owner;
+    `client_segments`: segments they hold; `client_revocations`: times that was taken from one.
     """
 
     pool_name: str
@@ -140,6 +141,9 @@ class PoolStatusAnswer(msgspec.Struct, frozen=True):
     devices: list[DeviceAnswer]
     counters: dict[str, int]
     problems: list[str]
+    clients: int = 0
+    client_segments: int = 0
+    client_revocations: int = 0
 
 
 class ContextAnswer(msgspec.Struct, frozen=True):

@@ -98,6 +98,7 @@ def pool_status(pool: Pool, owner: Owner, question: msg.PoolStatus) -> msg.PoolS
     del question
     figures = pool.statistics()
     devices = _devices(pool)
+    clients, segments, revocations = pool.client_figures()
     return msg.PoolStatusAnswer(
         pool_name=figures.name,
         pool_uuid=figures.uuid,
@@ -115,6 +116,9 @@ def pool_status(pool: Pool, owner: Owner, question: msg.PoolStatus) -> msg.PoolS
         devices=devices,
         counters=figures.counters,
         problems=list(_problems(pool, devices, figures.counters)),
+        clients=clients,
+        client_segments=segments,
+        client_revocations=revocations,
     )
 
 

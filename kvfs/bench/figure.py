@@ -24,6 +24,7 @@ class Unit(Enum):
     FACTOR = "factor"
     BYTES = "bytes"
     NANOSECONDS = "ns"
+    CPU_SHARE = "cpu_share"
 
     @property
     def is_rate(self) -> bool:

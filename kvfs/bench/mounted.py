@@ -173,7 +173,7 @@ def pair(
                 fill_context(session, pool, nbytes)
                 namespace = pool.namespace(NAMESPACE)
                 for number in range(name_count):
-                    pool.make_context(namespace.info, f"many/{number:06}")
+                    namespace.context(f"many/{number:06}")
             mount = stack.enter_context(mounted(root / name, *flags))
             for file in files:
                 write_file(session, mount.path / file, nbytes if file == FILE else SMALL_BYTES)

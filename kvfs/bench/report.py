@@ -158,6 +158,8 @@ def _value(value: float, unit: Unit) -> str:
         return format_duration(round(value))
     if unit is Unit.BYTES:
         return format_bytes(round(value))
+    if unit is Unit.CPU_SHARE:
+        return f"{100 * value:.0f} %"
     if unit in (Unit.COUNT, Unit.FACTOR):
         return f"{value:.0f}" if unit is Unit.COUNT else f"{value:.3f}"
     word = {Unit.KEYS_PER_S: "keys", Unit.READS_PER_S: "reads", Unit.OPS_PER_S: "ops"}[unit]

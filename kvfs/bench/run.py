@@ -35,6 +35,7 @@ NAMES: Final = {
     "read": "read_into against plain copies",
     "view": "opening a view, and a sum through it against an ordinary mmap",
     "lookup": "lookup and match_prefix in batches of 1,000 keys",
+    "clients": "other processes on the pool: lookup, put, read_into; the owner's share",
     "reopen": "opening a pool of small blocks whose owner was killed",
     "mount-file": "reading one whole file of the mount against the file behind it",
     "mount-context": "reading scattered blocks of the mount against plain pyfuse3",
@@ -136,6 +137,7 @@ def _amounts(arguments: argparse.Namespace) -> tuple[int, int, int]:
 def _benches() -> "dict[str, Callable[[Session], Iterator[Figure]]]":
     """Import what measures; `--help` must not wait for it."""
     from kvfs.bench import (
+        clients,
         directory,
         lookup,
         mount_names,
@@ -154,6 +156,7 @@ def _benches() -> "dict[str, Callable[[Session], Iterator[Figure]]]":
         "read": read.measure,
         "view": view.measure,
         "lookup": lookup.measure,
+        "clients": clients.measure,
         "reopen": reopen.measure,
         "mount-file": mount_read.measure_file,
         "mount-context": mount_read.measure_context,

@@ -145,6 +145,10 @@ def _print_status(status: msg.PoolStatusAnswer, console: Console) -> None:
     live, capacity = console.size(status.live_bytes), console.size(status.capacity_bytes)
     held = f"{counted(status.contexts, 'context')} in {counted(status.namespaces, 'namespace')}"
     lines.append(("holds", f"{held}, {live} live of {capacity}"))
+    if status.clients or status.client_revocations:
+        revoked = f", {status.client_revocations} times revoked" * bool(status.client_revocations)
+        hold = counted(status.client_segments, "segment")
+        lines.append(("clients", f"{status.clients}, they hold {hold}{revoked}"))
     for title, text in lines:
         console.put(f"{title:>7}   {text}")
     console.put("")

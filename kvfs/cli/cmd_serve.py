@@ -18,7 +18,8 @@ _log = logging.getLogger("kvfs.service")
 def add_serve(parser: Parser) -> None:
     """Define `kvfs serve`."""
     parser.description = (
-        "Open a pool and own it, without a mount. Returns when the pool can be asked; the daemon "
+        "Open a pool and own it, without a mount, for other processes that open it "
+        "(kvfs.open_pool): they become its clients. Returns when the pool can be used; the daemon "
         "stays its owner until SIGTERM or SIGINT, and has then written everything. Who owns what: "
         "'kvfs-admin pool list'."
     )

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kvfs.pool import Pool
 
 _DEFAULTS: Final = PoolOptions()
+_CLIENTS: Final = "clients"  # FileDescriptorName in contrib/systemd
 _log = logging.getLogger("kvfs.service")
 
 
@@ -179,14 +180,15 @@ def owned(service: Service, *, mount: str = "", is_taking_over: bool = False) ->
 def _doors(pool: "Pool", service: Service, mount: str, *, is_taking_over: bool) -> "Iterator[None]":
     """Keep everything open through which others reach the pool. Each door is a context manager.
 
-    A server for clients goes here, behind the control socket, and takes the socket that the service
-    manager has opened for it out of `inherited`, if there is one.
+    Clients come in by the socket that the service manager has opened for them, if there is one.
     """
+    from kvfs.clients.server import ClientServer
     from kvfs.control import ControlServer
 
     inherited = notify.inherited_sockets()
     with ExitStack() as doors:
         doors.enter_context(ControlServer(pool, mount=mount))
+        doors.enter_context(ClientServer(pool, listener=inherited.pop(_CLIENTS, None)))
         for name, unused in inherited.items():
             _log.warning("socket of the service manager is not used: %s", name)
             unused.close()

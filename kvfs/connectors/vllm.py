@@ -85,6 +85,7 @@ class KvfsTier(SecondaryTierManager):  # type: ignore[misc]
             self.options,
             namespace_name(self.options.namespace, fields),
             row_layout(fields, row_bytes, _chunk_tokens(offloading_spec)),
+            rows,
             self._counts,
             clock,
         )

@@ -18,9 +18,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 import kvfs
 from kvfs.clock import Clock
+from kvfs.connectors.vllm_memory import file_behind
 from kvfs.connectors.vllm_metrics import Counts
 from kvfs.connectors.vllm_options import Options
 from kvfs.errors import BusyError, KvfsError
@@ -80,13 +82,16 @@ class PoolLink:
     """
 
     def __init__(
-        self, options: Options, name: str, layout: Layout, counts: Counts, clock: Clock
-    ) -> None:
+        self, options: Options, name: str, layout: Layout, rows: npt.NDArray[Any], counts: Counts,
+        clock: Clock,
+    ) -> None:  # fmt: skip
+        """Bind to a pool; `rows` is what is put from, and stays where it is until `close`."""
         self.name = name
+        self._rows = rows
         self._options, self._layout = options, layout
         self._counts, self._clock = counts, clock
         self._lock = threading.Lock()
-        self._pool: kvfs.Pool | None = None
+        self._pool: kvfs.Pool | kvfs.RemotePool | None = None
         self._space: kvfs.Namespace | None = None
         self._next_ns: int | None = None
         self._is_told = self._is_closed = False
@@ -120,11 +125,20 @@ class PoolLink:
             except (KvfsError, OSError) as error:
                 self._counts.failed("closing the pool", error)
 
+    def _open(self) -> kvfs.Pool | kvfs.RemotePool:
+        """Open the pool, or become a client of its owner, who reads the rows where they are."""
+        pool = kvfs.open_pool(self._options.pool)
+        if isinstance(pool, kvfs.RemotePool):
+            with file_behind(self._rows.ctypes.data, self._rows.nbytes) as fd:
+                if fd is not None:
+                    pool.share(fd, self._rows)
+        return pool
+
     def _try_open(self) -> None:
         path = self._options.pool
         try:
             if self._pool is None:
-                self._pool = kvfs.open_pool(path)
+                self._pool = self._open()
             self._space = self._pool.namespace(
                 self.name, self._layout, retention=self._options.retention
             )
@@ -134,7 +148,7 @@ class PoolLink:
                 self._is_told = True
                 hint = ""
                 if isinstance(error, BusyError):
-                    hint = "; one process at a time has a pool: give each engine a pool of its own"
+                    hint = "; engines share a pool that 'kvfs serve' or 'kvfs mount' owns"
                 _log.warning("no KV cache from kvfs: every lookup is a miss until the pool can be "
                              "opened, which is tried again every %g s: %s%s",
                              self._options.retry_s, error, hint)  # fmt: skip

@@ -15,12 +15,12 @@ import signal
 import sys
 from typing import Any, Final
 
-import kvfs
 from kvfs.demo import prompts
 from kvfs.demo.cache import blocks_of, cache_to_tokens, tokens_to_cache
 from kvfs.demo.model import MODEL_NAME, Generation, Model, load, now_ns
 from kvfs.errors import KvfsError
 from kvfs.fuse.mount import mount_in_background
+from kvfs.lifecycle import open_pool
 from kvfs.namespace import Namespace
 
 NAMESPACE: Final = "smollm2-135m"
@@ -130,7 +130,7 @@ def answer(**fields: Any) -> None:
 def serve(arguments: argparse.Namespace) -> None:
     """Open, mount, load, then answer commands until standard input ends."""
     with (
-        kvfs.open_pool(arguments.pool) as pool,
+        open_pool(arguments.pool) as pool,
         mount_in_background(pool, arguments.mountpoint),
     ):
         started_ns = now_ns()

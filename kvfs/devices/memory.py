@@ -132,8 +132,10 @@ class MemoryDevice(MemoryFiles):
         nbytes = self.info.segment_bytes
         file = OSFile(-1)
         try:
-            file.fd = _native.memfd(f"kvfs-{self.info.name}", nbytes)
-            return Frame(file, _native.Arena(file.fd, nbytes, populate=True))
+            file.fd = _native.memfd(f"kvfs-{self.info.name}", nbytes, is_final=False)
+            arena = _native.Arena(file.fd, nbytes, populate=True)
+            _native.seal_memfd(file.fd)  # from here on only this map can be written to
+            return Frame(file, arena)
         except OSError as error:
             file.close()
             if error.errno not in (errno.ENOMEM, errno.ENOSPC, errno.EFAULT):
@@ -214,9 +216,11 @@ class MemoryDevice(MemoryFiles):
         assert len(data) <= distance, "summary bytes end beyond the segment"
         size = segment.nbytes if state.sidecar is None else len(state.sidecar)
         assert distance <= size, "summary bytes start before the segment"
-        if state.sidecar is None:
-            state.file.write(size - distance, data)
+        if state.frame is not None:
+            with memoryview(state.frame.arena) as memory:  # the descriptor is sealed against writes
+                memory[size - distance : size - distance + len(data)] = data
         else:
+            assert state.sidecar is not None, "a segment has a frame or a sidecar"
             state.sidecar[size - distance : size - distance + len(data)] = data
         self._count_written(len(data))
 

@@ -15,7 +15,7 @@ import errno
 import logging
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from kvfs.clock import Clock
@@ -61,6 +61,7 @@ class DeviceState:
         self.failures = 0
         self.failures_max: int | None = None  # the pool's; so many, and the device leaves service
         self.is_offline = False
+        self.is_held: Callable[[SegmentState], bool] = lambda _: False  # by a client; the pool's
         self._clock = clock
         self._next_generation = superblock.generation_limit
         self._next_slot = 0
@@ -196,13 +197,13 @@ class DeviceState:
     def discard(self, state: SegmentState) -> bool:
         """Give a segment back whose blocks have left the index; waits for leases by DRAINING.
 
-        False if the device cannot free it: it stays DRAINING, its space stays used, and eviction
-        tries again before it takes anything else.
+        What clients hold waits, too, until they do no more. False if the device cannot free it:
+        it stays DRAINING, its space used, and eviction tries again before it takes anything else.
         """
         if self.segments.get(state.handle.slot) is not state:
             return True  # it is gone already
         state.status = SegmentStatus.DRAINING
-        if state.leases == 0:
+        if state.leases == 0 and not self.is_held(state):
             try:
                 self.device.free(state.handle)
             except ClosedError:
@@ -213,6 +214,14 @@ class DeviceState:
                 return False
             del self.segments[state.handle.slot]
         return True
+
+    def waiting(self) -> list[SegmentState]:
+        """Return the segments that could not be given back, though no lease is left here."""
+        return [
+            segment
+            for segment in self.segments.values()
+            if segment.status is SegmentStatus.DRAINING and not segment.leases
+        ]
 
     def note_failure(self) -> None:
         """Count a failure; after too many the device takes no more writes."""

@@ -29,6 +29,7 @@ from kvfs import _native
 from kvfs.engine.ancestry import Standing, survey
 from kvfs.engine.device_state import DeviceState
 from kvfs.engine.held import HeldKeys, among
+from kvfs.engine.holds import place_of
 from kvfs.engine.log import Batch
 from kvfs.engine.policy import Candidate, choose_victims, spare, weighted_median
 from kvfs.engine.reader import Reader
@@ -42,6 +43,8 @@ _ROUND_SHARE = (
     64  # a round frees at least 1/64 of the device, so that its O(n) closure is amortised
 )
 _NEVER_NS = 1 << 62
+_DRAIN_POLL_S = 0.005
+_DRAIN_POLLS = 20
 Mask = npt.NDArray[np.bool_]
 
 
@@ -55,6 +58,7 @@ class _Victim:
     recency_ns: int
     kept_bytes: int
     reachable_bytes: int
+    is_held: bool
 
     def candidate(self, position: int) -> Candidate:
         """Show it to the policy."""
@@ -65,7 +69,7 @@ class _Victim:
             written_ns=self.segment.last_access_ns,
             kept_bytes=self.kept_bytes,
             reachable_bytes=self.reachable_bytes,
-            is_leased=self.segment.leases > 0,
+            is_leased=self.segment.leases > 0 or self.is_held,
         )
 
 
@@ -120,6 +124,7 @@ class Evictor:
         self._reader = reader
         self._writer: Writer | None = None
         self._round_lock = threading.Lock()
+        self._pause = threading.Event()  # never set
         self._owner = 0
 
     def bind(self, writer: Writer) -> None:
@@ -170,10 +175,9 @@ class Evictor:
         held, used_bytes = HeldKeys(self._state), device.device.used_bytes
         try:
             freed = self._round(device, wanted, held)
-            if not freed and self._state.on_pressure is not None:
+            if not freed:
                 before = device.device.used_bytes
-                self._state.on_pressure()
-                if self._free_stuck(device) or device.device.used_bytes < before:
+                if self._relieve(device) or device.device.used_bytes < before:
                     return True  # what was empty, or about to go, is gone
                 freed = self._round(device, wanted, held)
             if not freed and self._close_idle_log(device):
@@ -188,6 +192,26 @@ class Evictor:
         finally:
             held.close()
         return freed > 0
+
+    def _relieve(self, device: DeviceState) -> bool:
+        """Have leases given back that keep the device from freeing; whether it freed something."""
+        state = self._state
+        if state.on_pressure is not None:
+            state.on_pressure()
+        with state.lock:
+            state.holds.relieve(
+                list(device.segments.values()),
+                device.info.capacity_bytes,
+                state.clock.monotonic_ns(),
+            )
+        for _ in range(_DRAIN_POLLS):
+            if self._free_stuck(device):
+                return True
+            with state.lock:
+                if not device.waiting():
+                    break
+            self._pause.wait(_DRAIN_POLL_S)  # a client's copy takes milliseconds
+        return False
 
     def _round(
         self, device: DeviceState, wanted: int, held: HeldKeys, *, is_sparing: bool = True
@@ -239,8 +263,9 @@ class Evictor:
                 for segment in device.segments.values()
                 if segment.status is SegmentStatus.SEALED
             ]
+            clients = self._state.holds.snapshot()
             for limit in (warm_ns, _NEVER_NS) if is_sparing else (None,):
-                plans = [self._plan(device, s, standings[s.handle.slot], limit, held)
+                plans = [self._plan(device, s, standings[s.handle.slot], limit, held, clients)
                          for s in sealed]  # fmt: skip
                 if not is_sparing:
                     plans = [plan for plan in plans if not plan.kept_bytes]
@@ -254,7 +279,7 @@ class Evictor:
 
     def _plan(
         self, device: DeviceState, segment: SegmentState, standing: Standing, warm_ns: int | None,
-        held: HeldKeys,
+        held: HeldKeys, clients: set[tuple[int, int]],
     ) -> _Victim:  # fmt: skip
         lengths = standing.lengths
         keys = segment.keys(standing.indices)
@@ -276,6 +301,7 @@ class Evictor:
             recency_ns=int((standing.recency_ns * (lengths / total)).sum()),
             kept_bytes=int(lengths[survives].sum()),
             reachable_bytes=int(lengths[standing.reachable].sum()),
+            is_held=(segment.namespace_id, place_of(segment)) in clients,
         )
 
     def _close_idle_log(self, device: DeviceState) -> bool:
@@ -311,11 +337,14 @@ class Evictor:
                 segment = victim.segment
                 keys = segment.keys(victim.indices)
                 keep = victim.survives & ~among(keys, lost)
-                if self._relocate(device, segment, victim.indices[keep]):
-                    evicted += self._give_up(device, segment, held)
+                is_given_up = self._relocate(
+                    device, segment, victim.indices[keep]
+                ) and self._give_up(device, segment, held)
                 leased.remove(segment)
                 if not state.release(segment):
                     raise _unfreed(device)
+                # A client may have come to hold it since it was chosen.
+                evicted += is_given_up and device.segments.get(segment.handle.slot) is not segment
         finally:
             self._drop_lost(namespace_id, lost, held)
         return evicted
@@ -419,17 +448,14 @@ class Evictor:
                 self._state.counters[namespace_id].blocks_evicted += len(lost)
 
     def _free_stuck(self, device: DeviceState) -> bool:
-        """Free what could not be freed before; whether there was any."""
+        """Free what could not be freed before; whether anything was."""
         with self._state.lock:
-            stuck = [
-                segment
-                for segment in device.segments.values()
-                if segment.status is SegmentStatus.DRAINING and not segment.leases
-            ]
-            for segment in stuck:
+            freed = False
+            for segment in device.waiting():
                 if not device.discard(segment):
                     raise _unfreed(device)
-            return bool(stuck)
+                freed |= segment.handle.slot not in device.segments
+            return freed
 
     def _discard_empty(self, device: DeviceState) -> None:
         with self._state.lock:

@@ -95,6 +95,10 @@ class BlockIndex:
         """Return a copy of all records."""
         return np.frombuffer(self._table.snapshot(), RECORD)
 
+    def retire(self) -> None:
+        """Tell readers in other processes that what it says is no longer true."""
+        self._table.retire()
+
     def close(self) -> None:
         """Release the table."""
         self._table.close()

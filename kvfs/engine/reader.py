@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from kvfs import _native
 from kvfs.devices.base import AddressArray
-from kvfs.engine.index import RECORD, RecordArray
+from kvfs.engine.index import RECORD, VERIFIED, RecordArray
 from kvfs.engine.segment_table import SegmentState, group_by_segment, is_verified
 from kvfs.engine.state import EngineState
 from kvfs.keys import KeyArray
@@ -26,6 +26,11 @@ from kvfs.units import PAGE
 _ATTEMPTS = 3  # copies of one block tried before it is a miss
 _SCRATCH_BYTES = 8 << 20
 Mask = npt.NDArray[np.bool_]
+EventArray = npt.NDArray[np.void]
+EVENT = np.dtype([
+    ("device", "<u2"), ("phase", "u1"), ("flags", "u1"), ("segment", "<u4"), ("entry", "<u4"),
+    ("tag", "<u4"),
+])  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,16 @@ class Lease:
     records: RecordArray
     segments: list[SegmentState] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
+
+    def descriptors(self) -> npt.NDArray[np.int32]:
+        """Return the file that holds each record's bytes; -1 for a miss."""
+        fds = np.full(len(self.records), -1, np.int32)
+        for part in self.parts:
+            fds[part.positions] = part.segment.handle.fd
+        return fds
+
+    def check(self) -> None:
+        """Do nothing: what is held in this process is never taken away."""
 
 
 class Reader:
@@ -207,6 +222,29 @@ class Reader:
             self._drop_bad(records[bad], statuses[bad])
         good: Mask = (statuses == 0) & (records["length"] > 0)
         return good
+
+    def verify_again(self, namespace_id: int, keys: KeyArray) -> Mask:
+        """Verify blocks that did not hold for a client, known or not; drop bad ones."""
+        lease = self.lease(namespace_id, keys, verify=False)
+        try:
+            lease.records["flags"] &= ~np.uint16(VERIFIED)
+            return self.verified(lease.records)
+        finally:
+            self.release(lease)
+
+    def touch(self, events: EventArray, namespaces: set[int]) -> None:
+        """Note reads that a client reports; what names nothing of its namespaces is passed over."""
+        now_ns = self._state.clock.monotonic_ns()
+        places = events["device"].astype(np.uint64) << np.uint64(32) | events["segment"]
+        with self._state.lock:
+            for place in np.unique(places):
+                segment = self._state.segment_at(int(place) >> 32, int(place) & 0xFFFFFFFF)
+                if segment is None or segment.namespace_id not in namespaces:
+                    continue
+                entries = events["entry"][places == place]
+                entries = entries[entries < segment.entry_count]
+                segment.last_access_ns = now_ns
+                segment.accessed_ns[entries] = now_ns
 
     def verified(self, records: RecordArray) -> Mask:
         """Verify the payloads that were not verified yet; drop bad ones. Misses are False.

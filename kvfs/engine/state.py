@@ -21,6 +21,7 @@ from kvfs.clock import Clock
 from kvfs.config import PoolOptions
 from kvfs.engine.activity import Activity
 from kvfs.engine.device_state import DeviceState, NamespaceSpec
+from kvfs.engine.holds import Holds
 from kvfs.engine.index import VERIFIED, BlockIndex, RecordArray
 from kvfs.engine.segment_table import (
     SegmentState,
@@ -64,13 +65,16 @@ class EngineState:
 
     def __post_init__(self) -> None:
         self._by_index = {device.info.index: device for device in self.devices}
+        self.holds = Holds(self.options.client_timeout_s, self.options.client_share)
         for device in self.devices:
             device.failures_max = self.options.device_failures_max
+            device.is_held = self.holds.is_held
         self.activity = Activity(self.lock, self.clock)
         self.counters = Counters(max(self._by_index, default=0) + 1)
 
     _by_index: dict[int, DeviceState] = dataclasses.field(init=False)
     activity: Activity = dataclasses.field(init=False)
+    holds: Holds = dataclasses.field(init=False)
     unpinned: list[KeyArray] | None = None  # during a round of eviction: what it must still hold
     on_pressure: Callable[[], None] | None = None
     """Called by eviction, without the engine's lock, when leases may be what keeps it from freeing:
@@ -122,6 +126,11 @@ class EngineState:
     def segment_of(self, device: int, slot: int, generation: int) -> SegmentState | None:
         """Return the segment that records of this place mean, or None if it is gone."""
         return self._by_index[device].state_of(slot, generation)
+
+    def segment_at(self, device: int, slot: int) -> SegmentState | None:
+        """Return what lies in a slot now; None for nothing, and for numbers that are none."""
+        found = self._by_index.get(device)
+        return None if found is None else found.segments.get(slot)
 
     def publish(
         self, segment: SegmentState, indices: npt.NDArray[np.integer], *, verified: bool
@@ -191,6 +200,16 @@ class EngineState:
             missing = self.index(namespace_id).lookup(keys)["length"] == 0
             broken = sum(key.tobytes() in self.pins for key in keys[missing])
             self.counters[namespace_id].pins_broken += broken
+
+    def free_drained(self) -> int:
+        """Free what clients held and hold no more; return how many segments."""
+        freed = 0
+        with self.lock:
+            for device in self.devices:
+                for segment in device.waiting():
+                    device.discard(segment)
+                    freed += segment.handle.slot not in device.segments
+        return freed
 
     def mark_dead(self, records: RecordArray) -> None:
         """Count the entries that these records name as dead. REQUIRES: `lock`; not in the index."""

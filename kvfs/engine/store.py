@@ -10,7 +10,6 @@ Layer: L3.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from kvfs.buffers import Addresses
 from kvfs.devices.reflink import Extent
+from kvfs.durability import Durability, PutResult
 from kvfs.engine.device_state import DeviceState
 from kvfs.engine.evictor import Evictor
 from kvfs.engine.format import EntryFlag
@@ -28,32 +28,12 @@ from kvfs.engine.recovery import RecoveryReport, load_devices
 from kvfs.engine.segment_table import SegmentState, SegmentStatus
 from kvfs.engine.state import EngineState
 from kvfs.engine.store_files import StoreFiles
-from kvfs.engine.writer import Durability, PutResult, Writer
+from kvfs.engine.writer import Writer
 from kvfs.errors import BusyError, DeviceError, NoSpaceError, UsageError
 from kvfs.keys import KEY_BYTES, KeyArray
+from kvfs.statistics import DeviceStatistics
 
 _CLOSE_TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceStatistics:
-    """One device in figures. Sizes in bytes; errors counted since open."""
-
-    index: int
-    name: str
-    kind: str
-    tier: int
-    url: str
-    is_persistent: bool
-    state: str
-    capacity_bytes: int
-    used_bytes: int
-    live_bytes: int
-    segment_bytes: int
-    segment_count: int
-    block_count: int
-    bytes_written: int
-    failures: int
 
 
 class Store(StoreFiles):
@@ -306,6 +286,7 @@ class Store(StoreFiles):
         state = self.state
         state.activity.end(namespace_id)
         failure: Exception | None = None
+        state.index(namespace_id).retire()  # clients find nothing more, before a segment goes
         with self._evictor.paused():
             for device in state.devices:
                 self._discard_namespace(device, namespace_id)
@@ -316,8 +297,8 @@ class Store(StoreFiles):
                     device.note_failure()
                     failure = failure or error
                 with state.lock:
-                    if any(segment.namespace_id == namespace_id and not segment.leases
-                           for segment in device.segments.values()):  # fmt: skip
+                    if any(segment.namespace_id == namespace_id and not state.holds.is_held(segment)
+                           for segment in device.waiting()):  # fmt: skip
                         failure = failure or OSError(f"{device.info.name} cannot free segments")
             with state.lock:
                 state.namespaces.pop(namespace_id, None)

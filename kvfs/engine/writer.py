@@ -17,8 +17,6 @@ Locks: the log's lock, then its persist lock, then the state's lock.
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 
 import numpy as np
@@ -26,6 +24,7 @@ import numpy.typing as npt
 
 from kvfs import _native
 from kvfs.devices.base import Staging
+from kvfs.durability import Durability, PutResult
 from kvfs.engine import format as fmt
 from kvfs.engine.device_state import DeviceState, NamespaceSpec
 from kvfs.engine.index import RecordArray
@@ -43,24 +42,6 @@ from kvfs.errors import (
 from kvfs.units import PAGE, align_up
 
 _ROOM_ATTEMPTS = 16
-
-
-class Durability(Enum):
-    """What `put` promises on return: memory only; persisted within a bounded delay; persisted."""
-
-    NONE = "none"
-    ASYNC = "async"
-    SYNC = "sync"
-
-
-@dataclass(frozen=True, slots=True)
-class PutResult:
-    """What a put did. Byte counts are stored bytes, without padding."""
-
-    blocks_stored: int
-    blocks_deduplicated: int
-    bytes_stored: int
-    bytes_deduplicated: int
 
 
 Run = tuple[SegmentState, npt.NDArray[np.int64]]  # a segment and entries in it

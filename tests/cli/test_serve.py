@@ -27,10 +27,13 @@ from tests.cli.test_mount import DEADLINE_S, run, wait_for
 class Serving:
     """`kvfs serve -f` in a process, until the block ends."""
 
-    def __init__(self, pool: Path, *words: str, **environment: str) -> None:
+    def __init__(
+        self, pool: Path, *words: str, prefix: tuple[str, ...] = (), pass_fds: tuple[int, ...] = (),
+        **environment: str,
+    ) -> None:  # fmt: skip
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "kvfs.cli.kvfs", "serve", "-f", *words, str(pool)],
-            stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
+            [*prefix, sys.executable, "-m", "kvfs.cli.kvfs", "serve", "-f", *words, str(pool)],
+            stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL, pass_fds=pass_fds,
             env={**os.environ, **environment},
         )  # fmt: skip
 
@@ -313,6 +316,60 @@ def test_sockets_of_the_service_manager():
             pass_fds=[one.fileno(), two.fileno()],
         )  # fmt: skip
     assert done.stdout == "{'a': (3, 'AF_UNIX', False), '4': (4, 'AF_UNIX', False)}\n{}\n"
+
+
+def fill(pool: kvfs.Pool | kvfs.RemotePool, count: int) -> kvfs.Context:
+    space = pool.namespace("shared", LAYOUT)
+    keys, _ = space.keys(np.arange(64 * count))
+    data = np.arange(count, dtype=np.uint8).repeat(LAYOUT.block_bytes).reshape(count, -1)
+    context = space.context("chat")
+    context.append(keys, data, durability="sync")
+    return context
+
+
+def test_second_process_is_a_client(pool_path, capsys):
+    with Serving(pool_path, "--metrics", "127.0.0.1:0") as service:
+        line = service.line_with("http://")
+        with kvfs.open_pool(pool_path) as pool, kvfs.open_pool(pool_path) as other:
+            assert isinstance(pool, kvfs.RemotePool)
+            assert pool.statistics().contexts == 4
+            context = fill(pool, 3)
+            with other.namespace("shared").context("chat", create=False).view() as view:
+                assert view.numpy(np.uint8, (3, LAYOUT.block_bytes))[:, 0].tolist() == [0, 1, 2]
+                found = scrape(line)
+            assert (found["kvfs_clients"], found["kvfs_client_segments"]) == (2, 1)
+            assert found["kvfs_client_revocations_total"] == 0
+            status = Admin(capsys, pool_path)("pool", "status")
+            assert "clients   2, they hold 0 segments\n" in status.out
+            service.end()
+            assert not (pool_path / "clients.sock").exists()
+            with pytest.raises(kvfs.UnavailableError):
+                pool.sync()
+            with Serving(pool_path) as second:
+                second.line_with("serving")
+                assert context.resident_blocks == 3  # attached to the next owner
+                pool.sync()
+                second.end()
+
+
+def test_socket_of_the_service_manager_outlives_its_owner(pool_path):
+    """As with systemd: the socket is the manager's, listens before and after, and comes as 3."""
+    command = 'exec env LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=clients $0 3<&{} "$@"'
+    with socket.socket(socket.AF_UNIX) as manager:
+        manager.bind(str(pool_path / "clients.sock"))
+        manager.listen()
+        prefix = ("bash", "-c", command.format(manager.fileno()))
+        for count in (1, 2):
+            with Serving(pool_path, prefix=prefix, pass_fds=(manager.fileno(),)) as service:
+                with kvfs.open_pool(pool_path) as pool:  # waits for the owner
+                    assert isinstance(pool, kvfs.RemotePool)
+                    assert pool.statistics().contexts == 3 + count
+                    if count == 1:
+                        fill(pool, 1)
+                service.line_with("serving")
+                service.end()
+                assert service.process.returncode == 0
+            assert (pool_path / "clients.sock").exists()
 
 
 @pytest.mark.parametrize("text", ["x", ":9105", "70000", "1.2.3.4:", "-1", "127.0.0.1:x"])

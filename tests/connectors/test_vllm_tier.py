@@ -79,7 +79,7 @@ def test_what_cannot_be_loaded_is_a_miss_from_then_on(bench: Bench) -> None:
 def test_pool_of_another_owner_is_a_miss_until_it_is_free(
     bench: Bench, expected_warnings: list[str]
 ) -> None:
-    expected_warnings += ["no KV cache from kvfs: .*pool is in use.*a pool of its own",
+    expected_warnings += ["no KV cache from kvfs: .*pool is in use.*engines share a pool",
                           "the pool is open now"]  # fmt: skip
     keys, request = bench.keys(2), bench.request("a", bench.keys(2))
     bench.fill(1)

@@ -15,12 +15,12 @@ from kvfs.devices.directory import DirectoryDevice
 from kvfs.devices.memory import MemoryDevice
 from kvfs.devices.osfs import OSFileSystem
 from kvfs.devices.wrappers import Fault, FaultyDevice
+from kvfs.durability import Durability, PutResult
 from kvfs.engine.device_state import DeviceState, NamespaceSpec
 from kvfs.engine.recovery import Owner, claim_device, format_device
 from kvfs.engine.segment_table import SegmentState
 from kvfs.engine.state import EngineState
 from kvfs.engine.store import Store
-from kvfs.engine.writer import Durability, PutResult
 from kvfs.keys import KeyArray, chain_keys
 from kvfs.layout import Layout
 from tests.invariants import check_engine

@@ -52,6 +52,15 @@ EXPECTED = {
         "view sum",
     },
     "lookup": {"lookup", "match_prefix"},
+    "clients": {
+        "client lookup",
+        "client lookup, p99",
+        *(
+            f"clients {kind}{what}"
+            for kind in ("put", "put, shared", "read_into")
+            for what in ("", ": owner")
+        ),
+    },
     "reopen": {"reopen", "reopen, process"},
     "mount-file": {"mount read 1 MiB", "mount mmap sum", "mount O_DIRECT 1 MiB"},
     "mount-context": {"mount read 1 MiB", "mount mmap sum", "mount O_DIRECT 1 MiB"},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LOCKS = ("Lock", "RLock")
-NOT_PYTHON = ("_native.Index", "_native.AccessRing")
+NOT_PYTHON = ("_native.Index", "_native.AccessRing", "_native.LeasePage")
 
 
 def locks_in(source: str) -> Iterator[str]:

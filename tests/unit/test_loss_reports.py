@@ -59,8 +59,8 @@ def test_what_nobody_has_heard_of_is_told_to_the_first() -> None:
     counters, threads = Counters(), Threads()
     reports = LossReports(counters)
     counters.blocks_lost = 3
-    assert threads.run("first", reports.news) == 3
-    assert threads.run("second", reports.news) == 0
+    assert threads.run("first", lambda: reports.listen().news()) == 3
+    assert threads.run("second", lambda: reports.listen().news()) == 0
     counters.blocks_lost = 4
-    assert [threads.run(name, reports.news) for name in ("second", "first")] == [1, 1]
+    assert [threads.run(n, lambda: reports.listen().news()) for n in ("second", "first")] == [1, 1]
     threads.end()

@@ -8,7 +8,7 @@ import pytest
 
 from kvfs.buffers import addresses_of
 from kvfs.devices.wrappers import CountingDevice, Effect, Fault, Verb
-from kvfs.engine.writer import Durability
+from kvfs.durability import Durability
 from kvfs.errors import (
     DeviceError,
     PoisonedError,

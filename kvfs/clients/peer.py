@@ -1,0 +1,65 @@
+"""Who is at the other end of a UNIX socket, and what a namespace lets him do.
+
+Layer: L5.
+
+- A namespace is a directory of the mount, and its mode says who may do what: reading blocks needs
+  r, storing and naming needs w. The superuser may everything.
+"""
+
+import array
+import socket
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from kvfs.engine.catalog_schema import Node
+from kvfs.errors import RefusedError
+
+_CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
+_SO_PEERGROUPS: Final = 59
+_GROUPS_MAX: Final = 65536
+READ: Final = 4
+WRITE: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A process, as the kernel saw it when it connected."""
+
+    pid: int
+    uid: int
+    gid: int
+    groups: frozenset[int]
+
+    def may(self, node: Node, bits: int) -> bool:
+        """Say whether a directory's mode grants READ, WRITE or both."""
+        if self.uid == 0:
+            return True
+        if self.uid == node.uid:
+            granted = node.mode >> 6
+        elif self.gid == node.gid or node.gid in self.groups:
+            granted = node.mode >> 3
+        else:
+            granted = node.mode
+        return granted & bits == bits
+
+    def require(self, node: Node, bits: int) -> None:
+        """Raise RefusedError unless a namespace's root grants this."""
+        if not self.may(node, bits):
+            what = "written" if bits & WRITE else "read"
+            raise RefusedError(
+                f"namespace {node.name!r} may not be {what} by user {self.uid}: it has mode "
+                f"{node.mode:03o} and belongs to {node.uid}:{node.gid}; 'chmod' it on the mount"
+            )
+
+
+def peer_of(connection: socket.socket) -> Peer:
+    """Ask the kernel who has connected."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, gid = _CREDENTIALS.unpack(raw)
+    groups = array.array("I")
+    try:
+        groups.frombytes(connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_MAX * 4))
+    except OSError:
+        groups = array.array("I")  # a kernel before 4.13: its own group must do
+    return Peer(pid, uid, gid, frozenset(groups))

@@ -1,0 +1,74 @@
+"""`kvfs.open_pool`: the owner if nobody is, else a client of the owner.
+
+Layer: L4.
+
+- A client needs neither the engine nor the devices: it is asked first who serves the pool, and they
+  are imported only where nobody does.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvfs.clients.channel import SOCKET_NAME
+from kvfs.errors import BusyError, UnavailableError
+
+if TYPE_CHECKING:
+    from kvfs.clients.remote import RemotePool
+    from kvfs.clock import Clock
+    from kvfs.config import PoolOptions
+    from kvfs.pool import Pool
+
+
+def open_pool(
+    path: str | os.PathLike[str],
+    *,
+    options: "PoolOptions | None" = None,
+    clock: "Clock | None" = None,
+    allow_moved: bool = False,
+    background: bool = True,
+) -> "Pool | RemotePool":
+    """Open a pool: as its owner if nobody owns it, else as a client of its owner.
+
+    Args:
+        path: The pool's directory.
+        options: How this process runs it, as its owner.
+        clock: Time; the system's when missing.
+        allow_moved: As the owner, accept devices that were copied, moved, or left by another host.
+        background: As the owner, start the background thread; without it nothing persists async
+            blocks but `flush`.
+
+    Raises:
+        NotFoundError: There is no pool.
+        BusyError: Another process owns it and serves nobody; the message has its pid.
+        RefusedError: Another process serves it, but not this user.
+        FormatVersionError: Another process serves it, in another version of the protocol.
+        DataError: Catalog or superblock damaged, or of another format.
+    """
+    root = Path(path).absolute()
+    client = _attach(root)
+    if client is not None:
+        return client
+    from kvfs import lifecycle
+
+    try:
+        return lifecycle.open_pool(
+            root, options=options, clock=clock, allow_moved=allow_moved, background=background
+        )
+    except BusyError:
+        client = _attach(root)  # its owner may just have started to serve
+        if client is None:
+            raise
+        return client
+
+
+def _attach(root: Path) -> "RemotePool | None":
+    """Return a client of the pool's owner; None if nobody serves it."""
+    if not (root / SOCKET_NAME).exists():
+        return None
+    from kvfs.clients.remote import RemotePool
+
+    try:
+        return RemotePool(root)
+    except UnavailableError:
+        return None
