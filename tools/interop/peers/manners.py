@@ -337,7 +337,11 @@ _MANNERS: Final[dict[str, Callable[[Path], None]]] = {
 }
 
 # What kvfs refuses on purpose; no engine that was read needs it.
-_NOT_OFFERED: Final = {"O_TMPFILE and link", "symlink", "hard link"}
+_NOT_OFFERED: Final = {
+    "O_TMPFILE and link", "symlink", "hard link",
+    # Half a file would be taken for a whole one.
+    "reader maps a file while it is written", "append and follow",
+}  # fmt: skip
 
 PEER: Final = Peer("manners", "POSIX manners", "", lambda _: os.uname().release, _cases)
 
