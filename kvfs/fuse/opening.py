@@ -41,7 +41,7 @@ from kvfs.fuse.handles import (
     node_of,
 )
 from kvfs.fuse.lanes import Lane, Lanes, Plan
-from kvfs.fuse.places import Places
+from kvfs.fuse.places import NOBODY, Places
 from kvfs.fuse.requests import RequestCounters, Runner
 from kvfs.fuse.status import StatusTree
 from kvfs.fuse.write_lanes import WriteLanes
@@ -171,6 +171,7 @@ class Opening(pyfuse3.Operations):
         if flags & os.O_ACCMODE == os.O_RDONLY:
             if flags & os.O_TRUNC:
                 node = await self._cut(inode, node, caller, self._files.empty_node)
+                caller = NOBODY  # the kernel would not come back once more
             return await self._open_read(inode, node, caller)
         with self._places.writing(inode, node, caller):
             return await self._open_write(inode, node, flags)

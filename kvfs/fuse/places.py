@@ -34,6 +34,8 @@ from kvfs.fuse.handles import RAW, WRITTEN, Handles, Identity, Inodes, ReadHandl
 
 YIELD_NS: Final = 1_000_000_000
 LOCK_FILE_BYTES: Final = 4096
+NOBODY: Final = -1
+"""A caller that is not to be told to come by another number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,8 @@ class Places:
 
     def _has_come_back(self, caller: int, node_id: int) -> bool:
         """Say whether a caller was told to come by another number, and note that it has come."""
+        if caller == NOBODY:
+            return True
         detour = self._detours.pop((caller, node_id), None)
         return detour is not None and detour.end_ns > self._clock.monotonic_ns()
 
