@@ -17,7 +17,7 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -26,6 +26,7 @@ import msgspec
 
 import kvfs.errors
 from kvfs.admin import messages as msg
+from kvfs.clients import channel
 from kvfs.errors import (
     BusyError,
     FormatVersionError,
@@ -54,18 +55,9 @@ class Entry(msgspec.Struct, frozen=True):
     mount: str = ""
 
 
-@contextlib.contextmanager
-def socket_address(pool_path: Path) -> Iterator[str]:
-    """Yield a short path of the pool's control socket, valid inside the block.
-
-    Raises:
-        FileNotFoundError: There is no such directory.
-    """
-    fd = os.open(pool_path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{fd}/{SOCKET_NAME}"
-    finally:
-        os.close(fd)
+def socket_address(pool_path: Path) -> AbstractContextManager[str]:
+    """Give a short path of the pool's control socket; see kvfs.clients.channel."""
+    return channel.socket_address(pool_path, SOCKET_NAME)
 
 
 class ControlClient:

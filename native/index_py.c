@@ -49,11 +49,7 @@ static PyObject *index_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (self == NULL)
         return NULL;
     int status = kvfs_table_create(&self->table, capacity, seed);
-    self->life.is_open = status == 0;
-    if (status == 0)
-        return (PyObject *)self;
-    Py_DECREF(self);
-    return kvfs_raise(status);
+    return kvfs_opened((PyObject *)self, &self->life, status, NULL, NULL);
 }
 
 static PyObject *index_attach(PyObject *type, PyObject *args, PyObject *kwargs)
@@ -67,13 +63,7 @@ static PyObject *index_attach(PyObject *type, PyObject *args, PyObject *kwargs)
     if (self == NULL)
         return NULL;
     int status = kvfs_table_attach(&self->table, fd, &reason);
-    self->life.is_open = status == 0;
-    if (status == 0)
-        return (PyObject *)self;
-    Py_DECREF(self);
-    if (status != -EBADMSG)
-        return kvfs_raise(status);
-    return PyErr_Format(PyExc_ValueError, "not an index: %s", reason);
+    return kvfs_opened((PyObject *)self, &self->life, status, "an index", reason);
 }
 
 static void index_dealloc(PyObject *object)

@@ -35,11 +35,7 @@ static PyObject *page_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (self == NULL)
         return NULL;
     int status = kvfs_lease_page_create(&self->page, slots);
-    self->life.is_open = status == 0;
-    if (status == 0)
-        return (PyObject *)self;
-    Py_DECREF(self);
-    return kvfs_raise(status);
+    return kvfs_opened((PyObject *)self, &self->life, status, NULL, NULL);
 }
 
 static PyObject *page_attach(PyObject *type, PyObject *args, PyObject *kwargs)
@@ -53,13 +49,7 @@ static PyObject *page_attach(PyObject *type, PyObject *args, PyObject *kwargs)
     if (self == NULL)
         return NULL;
     int status = kvfs_lease_page_attach(&self->page, fd, notice_fd, &reason);
-    self->life.is_open = status == 0;
-    if (status == 0)
-        return (PyObject *)self;
-    Py_DECREF(self);
-    if (status != -EBADMSG)
-        return kvfs_raise(status);
-    return PyErr_Format(PyExc_ValueError, "not a lease page: %s", reason);
+    return kvfs_opened((PyObject *)self, &self->life, status, "a lease page", reason);
 }
 
 static void page_dealloc(PyObject *object)

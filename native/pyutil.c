@@ -108,6 +108,18 @@ PyObject *kvfs_alloc(PyTypeObject *type)
     return alloc(type, 0);
 }
 
+PyObject *kvfs_opened(PyObject *self, struct kvfs_life *life, int status, const char *what,
+                      const char *reason)
+{
+    life->is_open = status == 0;
+    if (status == 0)
+        return self;
+    Py_DECREF(self);
+    if (status != -EBADMSG || reason == NULL)
+        return kvfs_raise(status);
+    return PyErr_Format(PyExc_ValueError, "not %s: %s", what, reason);
+}
+
 void kvfs_free(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);

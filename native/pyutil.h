@@ -58,6 +58,11 @@ bool kvfs_shut(struct kvfs_life *life);
 /* Allocate an instance of a heap type, zeroed. */
 PyObject *kvfs_alloc(PyTypeObject *type);
 
+/* Finish opening an instance: begin its life, or drop it and raise what `status` means. `reason`
+ * (or NULL) says why a descriptor is not `what`. */
+PyObject *kvfs_opened(PyObject *self, struct kvfs_life *life, int status, const char *what,
+                      const char *reason);
+
 /* Free an instance of a heap type. */
 void kvfs_free(PyObject *self);
 

@@ -31,11 +31,7 @@ static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (self == NULL)
         return NULL;
     int status = kvfs_ring_create(&self->ring, capacity);
-    self->life.is_open = status == 0;
-    if (status == 0)
-        return (PyObject *)self;
-    Py_DECREF(self);
-    return kvfs_raise(status);
+    return kvfs_opened((PyObject *)self, &self->life, status, NULL, NULL);
 }
 
 static PyObject *ring_attach(PyObject *type, PyObject *args, PyObject *kwargs)
@@ -49,13 +45,7 @@ static PyObject *ring_attach(PyObject *type, PyObject *args, PyObject *kwargs)
     if (self == NULL)
         return NULL;
     int status = kvfs_ring_attach(&self->ring, fd, &reason);
-    self->life.is_open = status == 0;
-    if (status == 0)
-        return (PyObject *)self;
-    Py_DECREF(self);
-    if (status != -EBADMSG)
-        return kvfs_raise(status);
-    return PyErr_Format(PyExc_ValueError, "not an access ring: %s", reason);
+    return kvfs_opened((PyObject *)self, &self->life, status, "an access ring", reason);
 }
 
 static void ring_dealloc(PyObject *object)

@@ -25,15 +25,15 @@ _ANCILLARY: Final = socket.CMSG_SPACE(FDS_MAX * 4)
 
 
 @contextlib.contextmanager
-def socket_address(pool_path: Path) -> Iterator[str]:
-    """Yield a short path of the pool's client socket, valid inside the block.
+def socket_address(pool_path: Path, name: str = SOCKET_NAME) -> Iterator[str]:
+    """Yield a short path of a socket in the pool's directory, valid inside the block.
 
     Raises:
         FileNotFoundError: There is no such directory.
     """
     fd = os.open(pool_path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield f"/proc/self/fd/{fd}/{SOCKET_NAME}"
+        yield f"/proc/self/fd/{fd}/{name}"
     finally:
         os.close(fd)
 

@@ -93,7 +93,7 @@ class Places:
         taken = self._handles.where(node.node_id, identity)
         if taken is not None and taken != inode:  # what writers see is cached there alone
             self._inodes.point(node.node_id, taken)
-            self._tell(caller, _Detour(taken, None, 0), node.node_id)
+            self._tell(caller, node, taken)
         others = self._handles.of_other_content(inode, identity)
         is_alone = all(other.size_bytes <= LOCK_FILE_BYTES for other in others)
         if is_alone or was_told or taken == inode:
@@ -105,7 +105,7 @@ class Places:
             except BusyError:
                 return
             self._inodes.point(node.node_id, current)
-        self._tell(caller, _Detour(current, None, 0), node.node_id)
+        self._tell(caller, node, current)
 
     def for_reading(self, handle: ReadHandle, caller: int) -> None:
         """Let a caller open this for reading, or tell it to come by another number.
@@ -118,8 +118,7 @@ class Places:
         is_apart = self._handles.must_bypass_cache(handle.inode, identity)
         is_known = self._inodes.is_told(handle.inode, handle.size_bytes)
         if not is_known and not is_apart and not was_told:  # replaced since the kernel asked
-            current = self._inodes.current(node.node_id)
-            self._tell(caller, _Detour(current, None, 0), node.node_id)
+            self._tell(caller, node, self._inodes.current(node.node_id))
         handle.is_direct = is_apart or not is_known
         if was_told or not is_apart:
             return
@@ -131,8 +130,7 @@ class Places:
                 target = self._fresh(node.node_id)
             except BusyError:
                 return
-        shown = with_changes(node, size_bytes=handle.size_bytes)
-        self._tell(caller, _Detour(target, shown, 0), node.node_id)
+        self._tell(caller, node, target, with_changes(node, size_bytes=handle.size_bytes))
 
     def detour(self, caller: int, node_id: int) -> tuple[int, Node] | None:
         """Return the number, and what to show by it, if this caller was told to come by one."""
@@ -150,11 +148,11 @@ class Places:
         detour = self._detours.pop((caller, node_id), None)
         return detour is not None and detour.end_ns > self._clock.monotonic_ns()
 
-    def _tell(self, caller: int, detour: _Detour, node_id: int) -> NoReturn:
+    def _tell(self, caller: int, node: Node, inode: int, shown: Node | None = None) -> NoReturn:
         now_ns = self._clock.monotonic_ns()
         self._detours = {k: known for k, known in self._detours.items() if known.end_ns > now_ns}
-        self._detours[caller, node_id] = with_changes(detour, end_ns=now_ns + YIELD_NS)
-        self._keep_clear(detour.inode)
+        self._detours[caller, node.node_id] = _Detour(inode, shown, now_ns + YIELD_NS)
+        self._keep_clear(inode)
         raise FUSEError(errno.ESTALE)
 
     def _keep_clear(self, inode: int) -> None:
