@@ -132,6 +132,14 @@ class Files(FileAdoption):
         else:
             super().close_read(reader)
 
+    def close_read_at_once(self, reader: FileReader) -> bool:
+        """Close as `close_read` does, but only if that needs no waiting; say whether."""
+        with self._store.hold_at_once() as is_free:
+            if not is_free or reader.raw is not None or reader.node_id in self._orphans:
+                return False
+            self.close_read(reader)
+            return True
+
     def catch_up(self, reader: FileReader) -> None:
         """Let a reader grow to what its file has by now; see FileContents."""
         if reader.raw is not None:

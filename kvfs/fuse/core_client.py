@@ -6,7 +6,8 @@ Layer: L5.
   goes with it. The core answers each in order: u32 type | ANSWER, u32 sequence, i64 result,
   payload.
 - Any thread may call; one at a time talks. An answer that comes after its deadline, or that nobody
-  waits for (`post`), is thrown away when others are read.
+  waits for (`post`), is thrown away when others are read; that to the last of messages sent without
+  waiting (`post_at_once`) is handed to whom it concerns then.
 - A result below zero is the core's refusal and raises OSError with that number. No answer, or an
   end of the connection, raises UnavailableError.
 """
@@ -17,9 +18,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import IntEnum
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -28,109 +27,31 @@ import numpy.typing as npt
 from kvfs.clock import Clock
 from kvfs.errors import UnavailableError
 from kvfs.file_writer import DIGEST_BYTES
+from kvfs.fuse.core_messages import (
+    ANSWER_HEADER,
+    COUNTERS,
+    DIGESTS_MAX,
+    HANDLE,
+    HAS_FAILED,
+    HEADER,
+    HELLO,
+    IN_ORDER,
+    VERSION,
+    WRITTEN,
+    Hello,
+    Kind,
+    Message,
+    OpenFile,
+    Written,
+    table,
+)
 
-VERSION: Final = 2
-PAYLOAD_BYTES_MAX: Final = 65536 - 16
-ANSWER: Final = 0x8000_0000
-BLOCK: Final = np.dtype([
-    ("ref", "<u4"), ("flags", "<u4"), ("offset", "<u8"), ("stored", "<u8"),
-    ("digest", "u1", 16), ("reserved", "<u8"),
-])  # fmt: skip
-assert BLOCK.itemsize == 48
-BLOCK_VERIFIED: Final = 1
-VERIFY_READS: Final = 1  # hash blocks not yet verified at their first read
-SHORT_READS: Final = 2  # answer reads across the end too, with fewer bytes
-COUNTERS: Final = (
-    "requests_native_read", "bytes_native_read", "requests_native_write", "bytes_native_write",
-    "lookups_answered", "forwarded", "deadline_hits", "interrupts", "verify_failures", "faults",
-    "respawns", "pending", "open_files", "threads", "page_cache_bytes",
-)  # fmt: skip
-
-_HEADER: Final = struct.Struct("<IIQ")
-_ANSWER: Final = struct.Struct("<IIq")
-_HELLO: Final = struct.Struct("<IIIIQ")
-_HANDLE: Final = struct.Struct("<QQII")
-_WRITTEN: Final = struct.Struct("<QQQII")
-_IN_ORDER: Final = 1
-_HAS_FAILED: Final = 2
-_BLOCKS_MAX: Final = (PAYLOAD_BYTES_MAX - 8) // BLOCK.itemsize
-_DIGESTS_MAX: Final = (PAYLOAD_BYTES_MAX - _WRITTEN.size) // DIGEST_BYTES
 _IN_FLIGHT: Final = 16
-_DEADLINE_SHIFT: Final = 8  # of READ_BEGIN: above its flags
 _DEADLINE_S: Final = 5.0
 _CLOSE_ATTEMPTS: Final = 3  # the core waits a second each time
 _PACKET_BYTES: Final = 1 << 17
-
-
-class Kind(IntEnum):
-    """Types of messages."""
-
-    HELLO = 1
-    SEGMENT = 2
-    DROP_SEGMENT = 3
-    READ_BEGIN = 4
-    READ_BLOCKS = 5
-    READ_END = 6
-    WRITE = 7
-    CREDIT = 8
-    BACKING = 9
-    CLOSE = 10
-    NAMES = 11
-    STATUS = 12
-    STOP = 13
-    HANDLES = 14
-    ALLOW = 15
-    DIGESTS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One message. `fd` -1: no descriptor goes with it."""
-
-    kind: Kind
-    argument: int = 0
-    payload: bytes = b""
-    fd: int = -1
-
-
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """What the core says of itself, once it has mounted."""
-
-    has_passthrough: bool
-    max_write: int
-    device_minor: int
-
-
-@dataclass(frozen=True, slots=True)
-class OpenFile:
-    """A file that the kernel has open, as the core remembers it for a new owner."""
-
-    fh: int
-    inode: int
-    flags: int
-    is_passthrough: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What the core says of a file that it wrote.
-
-    Attributes:
-        high_water_bytes: Largest end offset; 0: nothing was written.
-        start_bytes: Where the first write was to go.
-        end_bytes: Up to where all writes came in order; as `start_bytes` if they did not.
-        is_in_order: They did, and were hashed.
-        has_failed: A write was answered with an error here.
-        digests: (n, 16) uint8, of each stride from the first that begins at or after `start_bytes`.
-    """
-
-    high_water_bytes: int
-    start_bytes: int
-    end_bytes: int
-    is_in_order: bool
-    has_failed: bool
-    digests: npt.NDArray[np.uint8]
+OnAnswer = Callable[[int], None]
+"""Told a result by whichever thread reads it. It must neither wait nor call the client."""
 
 
 class CoreClient:
@@ -141,6 +62,7 @@ class CoreClient:
         self._clock = clock
         self._lock = threading.Lock()
         self._sequence = 0
+        self._awaited: dict[int, OnAnswer] = {}
         self._has_ended = False
 
     def fileno(self) -> int:
@@ -155,7 +77,7 @@ class CoreClient:
     def hello(self) -> Hello:
         """Agree on a version; wait until the core has mounted."""
         _, raw = self.call(Message(Kind.HELLO, VERSION))
-        _, flags, max_write, minor, _ = _HELLO.unpack_from(raw)
+        _, flags, max_write, minor, _ = HELLO.unpack_from(raw)
         return Hello(bool(flags & 1), max_write, minor)
 
     def add_segment(self, ref: int, nbytes: int, fd: int) -> None:
@@ -174,15 +96,19 @@ class CoreClient:
 
         Flags: VERIFY_READS, SHORT_READS. `deadline_ms`: 0 for the mount's; below 2**24.
         """
-        flags |= deadline_ms << _DEADLINE_SHIFT
-        begin = struct.pack("<QQQII", inode, size_bytes, stride, len(blocks), flags)
-        messages = [Message(Kind.READ_BEGIN, fh, begin)]
-        for first in range(0, len(blocks), _BLOCKS_MAX):
-            part = blocks[first : first + _BLOCKS_MAX]
-            raw = struct.pack("<II", first, len(part)) + part.tobytes()
-            messages.append(Message(Kind.READ_BLOCKS, fh, raw))
-        messages.append(Message(Kind.READ_END, fh))
-        self._call_all(messages)
+        self._call_all(table(fh, inode, size_bytes, stride, blocks, flags, deadline_ms))
+
+    def install_read_at_once(
+        self, fh: int, inode: int, size_bytes: int, stride: int, blocks: npt.NDArray[np.void],
+        flags: int, deadline_ms: int, on_answer: OnAnswer,
+    ) -> bool:  # fmt: skip
+        """Do as `install_read` without waiting; see `post_at_once`."""
+        messages = table(fh, inode, size_bytes, stride, blocks, flags, deadline_ms)
+        return self.post_at_once(messages, on_answer)
+
+    def close_lane_at_once(self, fh: int, on_answer: OnAnswer) -> bool:
+        """Do as `close_lane` without waiting; see `post_at_once`."""
+        return self.post_at_once([Message(Kind.CLOSE, fh)], on_answer)
 
     def install_backing(self, fh: int, inode: int, fd: int) -> None:
         """Let the kernel read the file of a handle itself, from this descriptor."""
@@ -221,22 +147,22 @@ class CoreClient:
             OSError: EBUSY: they do not end.
         """
         ready = b""
-        while digest_count - len(ready) // DIGEST_BYTES > _DIGESTS_MAX:
+        while digest_count - len(ready) // DIGEST_BYTES > DIGESTS_MAX:
             first = len(ready) // DIGEST_BYTES
             _, raw = self.call(Message(Kind.DIGESTS, fh, struct.pack("<I", first)))
             # The last of all may be of a stride that grows still.
-            part = raw[_WRITTEN.size :][: _DIGESTS_MAX // 2 * DIGEST_BYTES]
-            if len(part) < _DIGESTS_MAX // 2 * DIGEST_BYTES:
+            part = raw[WRITTEN.size :][: DIGESTS_MAX // 2 * DIGEST_BYTES]
+            if len(part) < DIGESTS_MAX // 2 * DIGEST_BYTES:
                 break
             ready += part
         first = len(ready) // DIGEST_BYTES
         raw = self._close(Message(Kind.CLOSE, fh, struct.pack("<I", first)))
         if not raw:
             return None
-        high, start, end, flags, count = _WRITTEN.unpack_from(raw)
-        digests = np.frombuffer(ready + raw[_WRITTEN.size :], np.uint8).reshape(-1, DIGEST_BYTES)
-        is_in_order = bool(flags & _IN_ORDER) and len(digests) == count
-        return Written(high, start, end, is_in_order, bool(flags & _HAS_FAILED), digests)
+        high, start, end, flags, count = WRITTEN.unpack_from(raw)
+        digests = np.frombuffer(ready + raw[WRITTEN.size :], np.uint8).reshape(-1, DIGEST_BYTES)
+        is_in_order = bool(flags & IN_ORDER) and len(digests) == count
+        return Written(high, start, end, is_in_order, bool(flags & HAS_FAILED), digests)
 
     def install_names(self, fd: int, nbytes: int, timeout_ms: int) -> None:
         """Let the core deny names that a filter lacks."""
@@ -257,7 +183,7 @@ class CoreClient:
         found: list[OpenFile] = []
         while True:
             _, raw = self.call(Message(Kind.HANDLES, len(found)))
-            part = list(_HANDLE.iter_unpack(raw))
+            part = list(HANDLE.iter_unpack(raw))
             if not part:
                 return found
             found += [OpenFile(fh, inode, flags, lane == 3) for fh, inode, flags, lane in part]
@@ -285,6 +211,36 @@ class CoreClient:
             self._require()
             self._send(message, self._deadline_ns())
             self._discard_answers()
+
+    def post_at_once(self, messages: Sequence[Message], on_answer: OnAnswer) -> bool:
+        """Send messages if nothing need be waited for; False: none was sent.
+
+        `on_answer` is told the result of the last one, below zero if it was refused or not sent.
+        """
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            if self._has_ended:
+                return False
+            self._discard_answers()
+            sequence = 0
+            try:
+                for message in messages:
+                    sequence = self._send_now(message)
+            except OSError:
+                if sequence:
+                    on_answer(-errno.EAGAIN)
+                return bool(sequence)
+            self._awaited[sequence] = on_answer
+            return True
+        finally:
+            self._lock.release()
+
+    def read_answers(self) -> None:
+        """Read the answers that are there, so that those who wait for them are told."""
+        with self._lock:
+            if not self._has_ended:
+                self._discard_answers()
 
     def close(self) -> None:
         """Close the connection; idempotent."""
@@ -334,20 +290,32 @@ class CoreClient:
         """Read what nobody waits for, so that the core never waits for us."""
         self._socket.settimeout(0)
         with contextlib.suppress(OSError):  # there is none now; an end shows at the next message
-            while self._socket.recv(_PACKET_BYTES):
-                pass
+            while raw := self._socket.recv(_PACKET_BYTES):
+                self._tell(raw)
+
+    def _tell(self, raw: bytes) -> int:
+        """Hand a result to who awaits it; return the sequence number of its message."""
+        number, result = ANSWER_HEADER.unpack_from(raw)[1:]
+        on_answer = self._awaited.pop(number, None)
+        if on_answer is not None:
+            on_answer(result)
+        return int(number)
 
     def _send(self, message: Message, deadline_ns: int) -> int:
-        self._sequence = (self._sequence + 1) & 0xFFFF_FFFF
-        raw = _HEADER.pack(message.kind, self._sequence, message.argument) + message.payload
         self._limit(deadline_ns)
         try:
-            if message.fd < 0:
-                self._socket.send(raw)
-            else:
-                socket.send_fds(self._socket, [raw], [message.fd])
+            return self._send_now(message)
         except OSError as error:
             raise self._failure(error) from error
+
+    def _send_now(self, message: Message) -> int:
+        """Send within the socket's timeout; return the sequence number."""
+        self._sequence = (self._sequence + 1) & 0xFFFF_FFFF
+        raw = HEADER.pack(message.kind, self._sequence, message.argument) + message.payload
+        if message.fd < 0:
+            self._socket.send(raw)
+        else:
+            socket.send_fds(self._socket, [raw], [message.fd])
         return self._sequence
 
     def _receive(self, expected: int, deadline_ns: int) -> tuple[int, bytes]:
@@ -360,9 +328,8 @@ class CoreClient:
             if not raw:
                 self._has_ended = True
                 raise UnavailableError("kvfs-core has ended")
-            _, sequence, result = _ANSWER.unpack_from(raw)
-            if sequence == expected:
-                return result, raw[_ANSWER.size :]
+            if self._tell(raw) == expected:
+                return ANSWER_HEADER.unpack_from(raw)[2], raw[ANSWER_HEADER.size :]
 
     def _limit(self, deadline_ns: int) -> None:
         left_s = (deadline_ns - self._clock.monotonic_ns()) / 1e9

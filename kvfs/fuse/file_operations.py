@@ -194,7 +194,10 @@ class FileOperations(Opening):
             await self._runner.run(self._files.close_write, handle.file, nbytes=nbytes)
             self._pool.note_written()
         elif isinstance(handle, ReadHandle):
-            await self._runner.run(self._close_reader, fh, handle)
+            if not self._files.close_read_at_once(handle.reader):
+                await self._runner.run(self._close_reader, fh, handle)
+            elif self.lanes is not None and not self.lanes.close_at_once(fh):
+                await self._runner.run(self.lanes.close, fh)
 
     @handler
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:

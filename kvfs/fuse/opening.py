@@ -40,7 +40,8 @@ from kvfs.fuse.handles import (
     is_version,
     node_of,
 )
-from kvfs.fuse.lanes import Lane, Lanes, Plan
+from kvfs.fuse.lane_plans import Lane, Plan
+from kvfs.fuse.lanes import Lanes
 from kvfs.fuse.places import NOBODY, Places
 from kvfs.fuse.requests import RequestCounters, Runner
 from kvfs.fuse.status import StatusTree
@@ -346,11 +347,13 @@ class Opening(pyfuse3.Operations):
     async def _install(self, number: int, handle: ReadHandle, plan: Plan) -> None:
         """Install a lane for a registered handle, if the core agrees.
 
-        In a worker: the core is waited for, and the locks of the lanes and of the engine.
+        Here and now if nothing need be waited for, else in a worker.
         """
         assert self.lanes is not None
         lanes, inode = self.lanes, handle.inode
         plan.is_direct = handle.is_direct
+        if not self._is_contested(handle) and lanes.install_at_once(number, inode, plan):
+            return
         lane = await self._runner.run(
             lanes.install, number, inode, plan, unused=functools.partial(lanes.release, plan)
         )

@@ -24,7 +24,8 @@ from kvfs.fuse.attributes import Timeouts
 from kvfs.fuse.core import Core
 from kvfs.fuse.file_operations import FileOperations, bytes_of, require_mutable, text_of
 from kvfs.fuse.handles import DirectoryHandle, ReadHandle, WritingHandle, node_of
-from kvfs.fuse.lanes import Lane, Lanes
+from kvfs.fuse.lane_plans import Lane
+from kvfs.fuse.lanes import Lanes
 from kvfs.fuse.opening import LAZY_BYTES
 from kvfs.fuse.requests import handler
 from kvfs.fuse.status import is_virtual

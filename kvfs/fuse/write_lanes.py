@@ -19,7 +19,8 @@ from functools import partial
 from kvfs.errors import KvfsError, UnavailableError
 from kvfs.file_writer import HandedIn
 from kvfs.files import Files, WriteHandle
-from kvfs.fuse.core_client import CoreClient, Written
+from kvfs.fuse.core_client import CoreClient
+from kvfs.fuse.core_messages import Written
 
 _log = logging.getLogger("kvfs.fuse")
 

@@ -11,7 +11,8 @@ import numpy as np
 import xxhash
 
 from kvfs.clock import SystemClock
-from kvfs.fuse.core_client import ANSWER, BLOCK, CoreClient, Kind
+from kvfs.fuse.core_client import CoreClient
+from kvfs.fuse.core_messages import ANSWER, BLOCK, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Filesystems of a test's own, in image files: what /tmp is made of should not matter."""
+"""Filesystems of a test's own, in images and in memory: what /tmp is made of should not matter."""
 
 import os
 import shutil
@@ -41,3 +41,33 @@ def _run(command: list[str], what: str) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         pytest.skip(f"{what}: {result.stderr.strip()}")
+
+
+@contextmanager
+def zram_mount(base: Path, gib: int) -> Iterator[tuple[Path, Path]]:
+    """Mount ext4 on compressed memory; give its path, and that of the disk's counters.
+
+    Pages of one repeated word take no memory there: more can be written than the machine has. The
+    counters are those of Documentation/block/stat.rst.
+    """
+    control, command = Path("/sys/class/zram-control"), MAKERS["ext4"][0]
+    if os.geteuid() != 0 or not control.exists():
+        pytest.skip("a disk of compressed memory takes root and a kernel with zram")
+    try:
+        number = int((control / "hot_add").read_text())
+    except OSError as error:
+        pytest.skip(f"no disk of compressed memory can be made: {error}")
+    device, state = Path(f"/dev/zram{number}"), Path(f"/sys/block/zram{number}")
+    path = base / "zram"
+    path.mkdir()
+    try:
+        (state / "disksize").write_text(f"{gib << 30}")
+        _run([*command, str(device)], "no filesystem can be made in compressed memory")
+        _run(["mount", str(device), str(path)], "compressed memory cannot be mounted")
+        try:
+            yield path, state / "stat"
+        finally:
+            subprocess.run(["umount", str(path)], check=True)
+    finally:
+        (state / "reset").write_text("1")
+        (control / "hot_remove").write_text(str(number))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import kvfs
-from kvfs.fuse import core_client
-from kvfs.fuse.core_client import BLOCK, COUNTERS, Kind, Message
+from kvfs.fuse import core_client, core_messages
+from kvfs.fuse.core_messages import BLOCK, COUNTERS, Kind, Message
 from tests.fuse.fake_core import FakeCore
 
 
@@ -80,7 +80,7 @@ def test_late_answer_is_no_answer_to_the_next(
     core.answers[Kind.STATUS] = lambda *_: None
     with pytest.raises(kvfs.UnavailableError, match="did not answer"):
         core.client.status()
-    late = struct.pack("<IIq", Kind.STATUS | core_client.ANSWER, 1, 99)
+    late = struct.pack("<IIq", Kind.STATUS | core_messages.ANSWER, 1, 99)
     core._socket.send(late)
     assert core.client.call(Message(Kind.NAMES)) == (0, b"")
     assert not core.client.has_ended

@@ -13,7 +13,7 @@ import pytest
 from kvfs.devices.base import Device
 from kvfs.devices.wrappers import WrapperDevice
 from kvfs.errors import UsageError
-from kvfs.fuse import lanes
+from kvfs.fuse import lane_plans, lanes
 from kvfs.fuse.mount import MountOptions, mount_in_background
 from kvfs.pool import Pool
 from tests.fuse.mounting import DEADLINE_S, MIB, MountedPool, python, wait_until, write_file
@@ -164,7 +164,7 @@ def test_stalled_device_is_not_passed_through(
         assert mounted_status(path)["mount"]["stalled_devices"] == ["dir0"]
         for name in names:
             assert (path / name).read_bytes() == bytes(9 * MIB)
-        monkeypatch.setattr(lanes, "STALLED_NS", 0)
+        monkeypatch.setattr(lane_plans, "STALLED_NS", 0)
         assert [os.getxattr(path / name, LANE) for name in names] == [b"passthrough"] * 2
         assert mount.is_alive
 

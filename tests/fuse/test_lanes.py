@@ -3,8 +3,10 @@
 import errno
 import os
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ import kvfs
 from kvfs.engine.catalog_schema import Node, NodeState, Origin
 from kvfs.file_reading import FileReader
 from kvfs.fuse import lanes as lanes_module
-from kvfs.fuse.core_client import Kind
-from kvfs.fuse.lanes import Lane, Lanes
+from kvfs.fuse.core_messages import Kind
+from kvfs.fuse.lane_plans import Lane
+from kvfs.fuse.lanes import Lanes
 from kvfs.pool import Pool
 from tests.fuse.fake_core import FakeCore
 from tests.fuse.mounting import MIB
@@ -67,7 +70,7 @@ def test_small_file_is_read_by_the_core(pool: Pool, lanes: Lanes, core: FakeCore
     assert core.read(5, 0, len(data)) == data
     assert core.read(5, MIB - 3, 10) == data[MIB - 3 : MIB + 7]
     # The fastest copy: in DRAM, if it was put there too.
-    assert {device for device, _, _ in lanes._segments} == {
+    assert {device for device, _, _ in lanes._segments.places()} == {
         int(d) for d in pool.store.lookup(reader.namespace_id, reader.keys)["device"]
     }
     pool.files.close_read(reader)
@@ -242,3 +245,127 @@ def test_full_pool_takes_tables_back(tmp_path: Path, core: FakeCore) -> None:
             pool.files.close_read(reader)  # the lane outlives it for now
         assert pool.statistics().counters["segments_evicted"] > 5
         lanes.stop()
+
+
+class HeldElsewhere:
+    """Holds a lock in another thread."""
+
+    def __init__(self, lock: Any) -> None:
+        self._lock, self._is_held, self._is_over = lock, threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._hold)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+        assert self._is_held.wait(10)
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _hold(self) -> None:
+        with self._lock:
+            self._is_held.set()
+            self._is_over.wait(10)
+
+
+def at_once(lanes: Lanes, fh: int, reader: FileReader) -> bool:
+    """Install without waiting, as an open does; what cannot be is let go of."""
+    plan = lanes.plan(reader)
+    assert plan is not None
+    if lanes.install_at_once(fh, 7, plan):
+        return True
+    lanes.release(plan)
+    return False
+
+
+def settled(lanes: Lanes, core: FakeCore) -> None:
+    """Take note of the answers to all that was said."""
+    core.client.status()
+    lanes.sweep()
+
+
+def test_table_without_waiting(pool: Pool, lanes: Lanes, core: FakeCore) -> None:
+    data = random.Random(1).randbytes(3 * MIB + 5)
+    reader = pool.files.open_read(make_file(pool, "f", data))
+    # The core has to be given the segment first, which is waited for.
+    assert not at_once(lanes, 1, reader)
+    assert not core.said
+    assert install(lanes, 1, reader) is Lane.NATIVE
+    assert at_once(lanes, 2, reader)
+    assert lanes.lane_of(2) is Lane.NATIVE
+    assert not at_once(lanes, 2, reader)  # it has one
+    settled(lanes, core)
+    assert core.read(2, 5, 2 * MIB) == data[5 : 5 + 2 * MIB]
+    assert lanes.close_at_once(2)
+    assert lanes.close_at_once(3)  # nothing to do
+    assert lanes.lane_of(2) is Lane.NAMESPACE
+    settled(lanes, core)
+    assert list(core.tables) == [1]
+    # Room is made although nobody has asked for the answer yet.
+    assert lanes.close_at_once(1)
+    lanes.reclaim()
+    assert not core.segments
+    pool.files.close_read(reader)
+
+
+def test_at_once_does_not_wait(pool: Pool, lanes: Lanes, core: FakeCore) -> None:
+    reader = pool.files.open_read(make_file(pool, "f", b"x" * MIB))
+    assert install(lanes, 1, reader) is Lane.NATIVE
+    plan = lanes.plan(reader)
+    assert plan is not None
+    said = len(core.said)
+    for lock in (lanes._lock, pool.store.state.lock, core.client._lock):
+        with HeldElsewhere(lock):
+            assert not lanes.install_at_once(2, 7, plan)
+            assert lanes.close_at_once(1) is (lock is not lanes._lock)
+            if lock is pool.store.state.lock:
+                assert not pool.files.close_read_at_once(reader)
+    assert [kind for kind, _ in core.said[said:]] == [Kind.CLOSE]
+    lanes.release(plan)
+    assert pool.files.close_read_at_once(reader)
+    assert reader.is_closed
+
+
+def test_kernel_lanes_are_waited_for(pool: Pool, lanes: Lanes, core: FakeCore) -> None:
+    reader = pool.files.open_read(make_file(pool, "f", random.Random(2).randbytes(9 * MIB)))
+    assert not at_once(lanes, 1, reader)
+    assert install(lanes, 1, reader) is Lane.PASSTHROUGH
+    assert not lanes.close_at_once(1)
+    lanes.close(1)
+    assert not core.backings
+    pool.files.close_read(reader)
+
+
+def test_late_refusals(pool: Pool, lanes: Lanes, core: FakeCore) -> None:
+    reader = pool.files.open_read(make_file(pool, "f", b"x" * MIB))
+    assert install(lanes, 1, reader) is Lane.NATIVE
+    core.answers[Kind.READ_END] = lambda *_: (-errno.ENFILE, b"")
+    assert at_once(lanes, 2, reader)
+    settled(lanes, core)
+    assert lanes.lane_of(2) is Lane.NAMESPACE
+    assert not lanes.is_due(2, reader)  # not again at once
+    del core.answers[Kind.READ_END]
+    lanes.sweep()  # what the core may have of it is taken back
+    assert (Kind.CLOSE, 2) in core.said
+    # What the core may still read is not given back, and tried again.
+    core.answers[Kind.CLOSE] = lambda *_: (-errno.EBUSY, b"")
+    assert lanes.close_at_once(1)
+    core.client.status()
+    lanes.reclaim()
+    assert core.segments
+    del core.answers[Kind.CLOSE]
+    lanes.sweep()
+    lanes.reclaim()
+    assert not core.segments
+    pool.files.close_read(reader)
+
+
+def test_core_that_ends_before_it_answers(pool: Pool, lanes: Lanes, core: FakeCore) -> None:
+    reader = pool.files.open_read(make_file(pool, "f", b"x" * MIB))
+    assert install(lanes, 1, reader) is install(lanes, 2, reader) is Lane.NATIVE
+    core.answers[Kind.CLOSE] = lambda *_: None
+    assert lanes.close_at_once(1)
+    lanes.stop()
+    assert not lanes.close_at_once(2) or lanes.lane_of(2) is Lane.NAMESPACE
+    assert not sum(s.leases for d in pool.store.state.devices for s in d.segments.values())
+    pool.files.close_read(reader)

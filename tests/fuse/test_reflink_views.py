@@ -15,8 +15,9 @@ from kvfs.devices.reflink import Cloning, Extent
 from kvfs.file_reading import FileReader
 from kvfs.fuse import lanes as lanes_module
 from kvfs.fuse import reflink_views
-from kvfs.fuse.core_client import Kind
-from kvfs.fuse.lanes import Lane, Lanes
+from kvfs.fuse.core_messages import Kind
+from kvfs.fuse.lane_plans import Lane
+from kvfs.fuse.lanes import Lanes
 from kvfs.fuse.reflink_views import LINGER_NS, RETRY_NS, extents_of
 from kvfs.namespace import Namespace
 from tests.fuse.fake_core import FakeCore

@@ -11,7 +11,7 @@ import pytest
 from kvfs.engine.catalog_schema import Node
 from kvfs.errors import DeviceError
 from kvfs.files import WriteHandle
-from kvfs.fuse.core_client import Kind, Message
+from kvfs.fuse.core_messages import Kind, Message
 from kvfs.fuse.write_lanes import WriteLanes
 from kvfs.pool import Pool
 from kvfs.tree import Tree

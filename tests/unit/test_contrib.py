@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from kvfs.cli import kvfs
-from kvfs.fuse.core_client import COUNTERS
+from kvfs.fuse.core_messages import COUNTERS
 from kvfs.metric_list import BY_NAME, CORE_NAMES, DEFINITIONS, series
 
 ROOT = Path(__file__).parents[2]
