@@ -345,6 +345,7 @@ class Run:
             self._note_resize(slot.file, slot.copy, end)
             slot.is_active = slot.file.is_written = True
         _fallocate(slot.copy, mode, offset, size)
+        self._same(_shown(os.fstat(slot.real)), _shown(os.fstat(slot.copy)))
         return None
 
     def do_map_write(self, number, path, other, where, flags, offset, size, seed) -> Any:
