@@ -304,6 +304,13 @@ class FileContents(FileReading):
         if before is not None:
             self._give_up(before)
 
+    def _note_mtime(self, node_id: int, mtime_ns: int) -> None:
+        """Let content that is not in the catalog yet arrive there with this time."""
+        with self._lock:
+            adopted = self._adopted.get(node_id)
+            if adopted is not None:
+                adopted.mtime_ns = mtime_ns
+
     def _name(self, batch: list[Adopted]) -> None:
         """Let the catalog name persisted content, and release what it replaces.
 

@@ -166,9 +166,9 @@ class FileWriter:
 
     def take_mtime(self) -> None:
         """Note what somebody else's writes did to the time. REQUIRES: `lock`."""
-        if self.staged is not None and (changed_ns := self.staged.changed_ns()):
+        if self.staged is not None and self.staged.changed_ns():
             self.mtime_ns, self.has_own_mtime = self.shown_mtime_ns, False
-            self.staged.stamp_ns = changed_ns
+            self.staged.mark_unchanged()
 
     @property
     def is_busy(self) -> bool:

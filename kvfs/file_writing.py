@@ -9,6 +9,7 @@ Layer: L4.
 Locks: a writer's `lock`, then those of `FileContents`. A revocation is called with the lock held.
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -24,6 +25,7 @@ from kvfs.errors import (
     KvfsError,
     MediaError,
     NoSpaceError,
+    NotFoundError,
     UsageError,
 )
 from kvfs.file_contents import FileContents
@@ -118,6 +120,8 @@ class FileWriting(FileContents):
     def fallocate(self, handle: WriteHandle, mode: int, offset: int, nbytes: int) -> None:
         """Extend, as `truncate` does, in mode 0; with KEEP_SIZE reserve room until the last close.
 
+        The file's time becomes now in any case, as on other filesystems.
+
         Raises:
             UnsupportedError: Any other mode.
             NoSpaceError: Nothing more can be evicted.
@@ -126,14 +130,15 @@ class FileWriting(FileContents):
             raise UnsupportedError(f"fallocate is not supported here: mode {mode:#x}")
         writer, end = handle.writer, offset + nbytes
         with writer.lock:
-            if mode == 0:
-                if end > writer.size_bytes:
-                    self.truncate(handle, end)
+            if mode == 0 and end > writer.size_bytes:
+                self.truncate(handle, end)
                 return
-            staged = self._staged(writer, writer.size_bytes)
-            self._fit(writer, end)
-            self.staging.reserve(staged, end)
-            writer.reserved_bytes = max(writer.reserved_bytes, end)
+            if mode == FALLOC_KEEP_SIZE:
+                staged = self._staged(writer, writer.size_bytes)
+                self._fit(writer, end)
+                self.staging.reserve(staged, end)
+                writer.reserved_bytes = max(writer.reserved_bytes, end)
+            self._touch_unchanged(writer)
 
     # --- foreign writers
 
@@ -279,6 +284,18 @@ class FileWriting(FileContents):
     def _touch(self, writer: FileWriter) -> None:
         writer.has_own_mtime = False
         writer.mtime_ns = self._clock.wall_ns()
+
+    def _touch_unchanged(self, writer: FileWriter) -> None:
+        """Note that a file changed of whose bytes none did. REQUIRES: the writer's lock."""
+        self._touch(writer)
+        if writer.is_raw:
+            writer.is_dirty = True  # at its close its time goes to the catalog, and no bytes
+        elif not writer.is_dirty:  # no adoption will tell the catalog
+            now_ns = writer.mtime_ns
+            with contextlib.suppress(NotFoundError):  # it was removed
+                node_id = writer.node.node_id
+                self._catalog.set_attributes(node_id, mtime_ns=now_ns, now_ns=now_ns)
+            self._note_mtime(writer.node.node_id, now_ns)
 
     def _write(self, writer: FileWriter, offset: int, data: bytes | memoryview) -> None:
         staged = self._staged(writer, writer.size_bytes)

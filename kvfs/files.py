@@ -205,10 +205,7 @@ class Files(FileAdoption):
                     writer.is_dirty = writer.is_written = True
                 writer.take_mtime()
                 writer.mtime_ns, writer.has_own_mtime = mtime_ns, True
-        with self._lock:
-            adopted = self._adopted.get(node.node_id)
-            if adopted is not None:
-                adopted.mtime_ns = mtime_ns
+        self._note_mtime(node.node_id, mtime_ns)
 
     def fsync(self, handle: WriteHandle) -> None:
         """Persist the bytes. A file not adopted yet appears only when it is closed.
@@ -393,6 +390,7 @@ class Files(FileAdoption):
             return
         if writer.node.node_id in self.raws:
             writer.staged = self.raws.open(writer.node.node_id)
+            writer.staged.mark_unchanged()
         elif not self._has_content(writer):
             writer.is_dirty = True
         elif not truncate:

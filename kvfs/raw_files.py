@@ -127,7 +127,8 @@ class RawFiles:
         """
         assert not staged.in_memory
         self._store.keep_raw(staged.device_index, staged.file, node_id)
-        staged.is_raw = staged.is_shared = staged.is_growing = True
+        staged.is_raw = True
+        staged.start_growing()
         raw = _Raw(staged.device_index, staged.file.nbytes, staged, users=1)
         with self._lock:
             self._files[node_id] = raw

@@ -30,6 +30,7 @@ from kvfs.units import PAGE, align_up
 _COPY_BYTES: Final = 4 << 20
 _QUARTER: Final = 4
 _NO_DEVICE: Final = -1
+_UNCHANGED_NS: Final = 0
 
 
 class MemoryBudget:
@@ -68,7 +69,6 @@ class Staged:
         is_raw: A raw file.
         taken_bytes: What it has of the budget.
         is_growing: Somebody else may write now, so that only the file itself knows its size.
-        stamp_ns: The file's own mtime when that began, or when its time was last taken from there.
         guard: Held to ask the file for its size, and to end that; its descriptor stays until then.
     """
 
@@ -79,7 +79,6 @@ class Staged:
     is_raw: bool = False
     taken_bytes: int = 0
     is_growing: bool = False
-    stamp_ns: int = 0
     guard: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -94,16 +93,22 @@ class Staged:
             return os.fstat(self.file.fd).st_size if self.is_growing else self.file.nbytes
 
     def changed_ns(self) -> int:
-        """Return when somebody else wrote last; 0: not since `stamp_ns`. As above."""
+        """Return when somebody else wrote last; 0: not since `mark_unchanged`. As above."""
         with self.guard:
-            found_ns = os.fstat(self.file.fd).st_mtime_ns if self.is_growing else self.stamp_ns
-        return 0 if found_ns == self.stamp_ns else found_ns
+            return os.fstat(self.file.fd).st_mtime_ns if self.is_growing else _UNCHANGED_NS
+
+    def mark_unchanged(self) -> None:
+        """Let every write from now on be told by the file's own time.
+
+        By a time that no write gives it: the kernel's clock may stand still for milliseconds.
+        """
+        os.utime(self.file.fd, ns=(_UNCHANGED_NS, _UNCHANGED_NS))
 
     def start_growing(self) -> None:
         """Note that somebody else may write from now on."""
         with self.guard:
             if not self.is_growing:
-                self.stamp_ns = os.fstat(self.file.fd).st_mtime_ns
+                self.mark_unchanged()
             self.is_shared = self.is_growing = True
 
     def stop_growing(self) -> None:

@@ -8,7 +8,8 @@ Layer: L5.
 - `<pool>/clients.sock`, mode 0666: whoever reaches the pool's directory may connect. What he may do
   is for each namespace's mode to say (`peer`).
 - A thread accepts, one thread per connection answers, one request at a time. Connections are
-  bounded in number, messages in size and time. Who sends something else is told so, if he can be.
+  bounded in number, all and each user's, messages in size and time. Who sends something else is
+  told so, if he can be.
 - A thread looks several times a second at what clients read, and frees what they hold no more.
 - The caller holds the pool's lock, so a socket found at start was left by an owner that died.
 
@@ -46,6 +47,9 @@ from kvfs.pool import Pool
 
 SESSIONS_MAX: Final = 256
 CONNECTIONS_MAX: Final = 1024
+USER_SESSIONS_MAX: Final = 64
+"""Of one user, but root and the owner's: they could end the owner anyway."""
+USER_CONNECTIONS_MAX: Final = 256
 TIMEOUT_S: Final = 10.0
 _TICK_S: Final = 0.2
 _RETRY_S: Final = 0.1
@@ -85,6 +89,7 @@ class ClientServer:
         self._lock = threading.Lock()
         self._sessions: dict[bytes, Session] = {}
         self._connections: dict[socket.socket, Session | None] = {}
+        self._uids: dict[socket.socket, int] = {}  # who each of them is
         self._threads: list[threading.Thread] = []
         self._listener: socket.socket | None = None
         self._wake_fd = -1  # readable once the accepting thread is to end
@@ -208,18 +213,29 @@ class ClientServer:
             thread = threading.Thread(
                 target=self._serve, args=(connection,), name="kvfs-client", daemon=True
             )
+            uid = peer_of(connection).uid
             with self._lock:
-                is_welcome = not self._is_stopping.is_set() and (
-                    len(self._connections) < CONNECTIONS_MAX
-                )
-                if is_welcome:
-                    self._connections[connection] = None
+                refusal = self._refusal(uid)
+                if refusal is None:
+                    self._connections[connection], self._uids[connection] = None, uid
                     self._threads = [old for old in self._threads if old.is_alive()]
                     self._threads.append(thread)
                     thread.start()
-            if not is_welcome:
-                self._tell(connection, BusyError("too many connections; try again"))
+            if refusal is not None:
+                self._tell(connection, refusal)
                 connection.close()
+
+    def _refusal(self, uid: int) -> BusyError | None:
+        """Return why a user gets no connection more, if so. REQUIRES: the lock."""
+        if self._is_stopping.is_set() or len(self._connections) >= CONNECTIONS_MAX:
+            return BusyError("too many connections; try again")
+        mine = sum(other == uid for other in self._uids.values())
+        if _is_bounded(uid) and mine >= USER_CONNECTIONS_MAX:
+            return BusyError(
+                f"user {uid} has {mine} connections to this pool, the most that one may have; "
+                "close pools that are not used, or end idle clients"
+            )
+        return None
 
     def _serve(self, connection: socket.socket) -> None:
         state, session, is_first = Connection(), None, False
@@ -239,7 +255,7 @@ class ClientServer:
             channel.close_all(state.outgoing)
             state.regions.close()
             with self._lock:
-                del self._connections[connection]
+                del self._connections[connection], self._uids[connection]
             if is_first and session is not None:
                 self._end(session)
             connection.close()
@@ -271,6 +287,12 @@ class ClientServer:
             with self._lock:
                 if len(self._sessions) >= SESSIONS_MAX:
                     raise BusyError(f"more than {SESSIONS_MAX} clients; try again")
+                mine = sum(other.peer.uid == peer.uid for other in self._sessions.values())
+                if _is_bounded(peer.uid) and mine >= USER_SESSIONS_MAX:
+                    raise BusyError(
+                        f"user {peer.uid} has {mine} clients of this pool, the most that one may "
+                        "have; close pools that are not used, or end idle clients"
+                    )
                 self._sessions[session.token] = session
                 self._connections[connection] = session
             self._send(connection, session.welcome(state), state)
@@ -346,3 +368,7 @@ class ClientServer:
                         connection.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(ClosedError):
             session.end()
+
+
+def _is_bounded(uid: int) -> bool:
+    return uid not in (0, os.geteuid())

@@ -41,6 +41,8 @@ from kvfs.units import PAGE, align_up
 
 IDLE_LEASE_NS: Final = 1_000_000_000
 DROP_S: Final = 1.0
+FOR_CACHE: Final = 1 << 62
+"""In the offset of a read: the kernel wants a page for its cache (native/core/requests.c)."""
 _FALLOCATE: Final = struct.Struct("<QQQI4x")  # linux/fuse.h, struct fuse_fallocate_in
 _log = logging.getLogger("kvfs.fuse")
 _Context = pyfuse3.RequestContext
@@ -147,7 +149,10 @@ class FileOperations(Opening):
     @handler
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         """Read; a short answer is the end of the file."""
+        is_for_cache, off = bool(off & FOR_CACHE), off & ~FOR_CACHE
         handle = await self._own(fh)
+        if is_for_cache and isinstance(handle, ReadHandle | WritingHandle) and handle.is_direct:
+            self._require_own_cache(handle)
         data: bytes | bytearray | memoryview
         if isinstance(handle, ReadHandle):
             await self._install_again(fh, handle)
@@ -231,6 +236,16 @@ class FileOperations(Opening):
         )  # fmt: skip
 
     # --- internals
+
+    def _require_own_cache(self, handle: ReadHandle | WritingHandle) -> None:
+        """Let a private map of a handle past the page cache fill that cache, if it harms nobody.
+
+        Raises:
+            FUSEError: EIO: others of the inode have other bytes, and would be shown these.
+        """
+        if self._handles.of_other_content(handle.inode, handle.identity):
+            raise FUSEError(errno.EIO)
+        self._inodes.drop_cache(handle.inode)
 
     def _writing_handle(self, fh: int) -> WritingHandle:
         handle = self._handles[fh]

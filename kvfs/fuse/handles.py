@@ -94,12 +94,14 @@ class WritingHandle:
 
     Attributes:
         is_direct: Opened past the kernel's page cache.
+        may_be_mapped: Opened for reading, too.
     """
 
     inode: int
     node: Node
     file: WriteHandle
     is_direct: bool = False
+    may_be_mapped: bool = False
 
     @property
     def identity(self) -> Identity:

@@ -195,14 +195,16 @@ class Opening(pyfuse3.Operations):
         return info
 
     async def _bar_direct_writers(self, inode: int) -> None:
-        """Let those who write past the page cache write here, if somebody else uses it.
+        """Let those who write past the page cache write here, if anybody uses it.
 
         A write past it leaves pages behind that are stale then: they are dropped before the answer.
+        A handle that reads, too, uses it when it is mapped privately; those pages come from here.
         """
-        if not self._handles.has_cached_writing(inode):
-            return
+        is_cached = self._handles.has_cached_writing(inode)
         for other in self._handles.opened(inode):
-            if isinstance(other, WritingHandle) and other.is_direct and not other.file.is_barred:
+            if not isinstance(other, WritingHandle) or other.file.is_barred:
+                continue
+            if other.is_direct and (is_cached or other.may_be_mapped):
                 await self._runner.run(self._files.bar_grants, other.file)
 
     async def _cut(
@@ -239,8 +241,9 @@ class Opening(pyfuse3.Operations):
         do all of a raw file, which others may have mapped, and all beside one that uses the cache.
         """
         handle = WritingHandle(inode, node, file)
+        handle.may_be_mapped = flags & os.O_ACCMODE == os.O_RDWR
         is_raw = handle.identity == RAW
-        if flags & os.O_ACCMODE == os.O_WRONLY and not is_raw:
+        if not handle.may_be_mapped and not is_raw:
             handle.is_direct = not self._handles.has_cached_writing(inode)
         if self._handles.must_bypass_cache(inode, handle.identity):
             handle.is_direct = True

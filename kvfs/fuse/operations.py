@@ -23,7 +23,7 @@ from kvfs.fuse import status
 from kvfs.fuse.attributes import Timeouts
 from kvfs.fuse.core import Core
 from kvfs.fuse.file_operations import FileOperations, bytes_of, require_mutable, text_of
-from kvfs.fuse.handles import DirectoryHandle, ReadHandle, WritingHandle, node_of
+from kvfs.fuse.handles import DirectoryHandle, ReadHandle, WritingHandle, node_of, numbers_of
 from kvfs.fuse.lane_plans import Lane
 from kvfs.fuse.lanes import Lanes
 from kvfs.fuse.opening import LAZY_BYTES
@@ -175,9 +175,14 @@ class KvfsOperations(FileOperations):
                 "mtime_ns": attr.st_mtime_ns if fields.update_mtime else None,
             }
             try:
-                await self._runner.run(lambda: self._tree.set_attributes(node_of(inode), **changes))
+                node = await self._runner.run(
+                    lambda: self._tree.set_attributes(node_of(inode), **changes)
+                )
+                for number in numbers_of(node.node_id):
+                    for handle in self._handles.opened(number):
+                        handle.node = node  # what is shown once it has no name
             except NotFoundError:
-                self._set_unnamed(inode, changes)
+                await self._set_unnamed(inode, changes)
         return await self._attributes(inode)
 
     @handler
@@ -315,6 +320,9 @@ class KvfsOperations(FileOperations):
             if not handles:
                 raise
             node, link_count = handles[-1].node, 0
+            writer = self._files.writer_of(node_id)
+            if writer is not None:
+                node = with_changes(node, mtime_ns=writer.shown_mtime_ns)
         if handles and (not link_count or self._inodes.current(node_id) != inode):
             # All share the kernel's one size; where its writers append depends on it.
             node = with_changes(node, size_bytes=self._handles.size_of(inode))
@@ -351,7 +359,7 @@ class KvfsOperations(FileOperations):
         finally:
             self._files.close_read(reader)
 
-    def _set_unnamed(self, inode: int, changes: dict[str, Any]) -> None:
+    async def _set_unnamed(self, inode: int, changes: dict[str, Any]) -> None:
         """Change attributes of a file that lives on in its handles only."""
         handles = self._handles.opened(inode)
         if not handles:
@@ -359,6 +367,8 @@ class KvfsOperations(FileOperations):
         given = {name: value for name, value in changes.items() if value is not None}
         for handle in handles:
             handle.node = with_changes(handle.node, **given)
+        if "mtime_ns" in given:
+            await self._runner.run(self._files.set_mtime, handles[-1].node, given["mtime_ns"])
 
     async def _list_virtual(self, inode: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         names = self._status.names(inode)

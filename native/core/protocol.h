@@ -33,6 +33,15 @@ struct backing_map {
 #define UNIQUE_OWN (UINT64_C(1) << 62)
 #define UNIQUE_INTERRUPT UINT64_C(1)
 
+/* In the offset of a READ that goes to the owner: the kernel wants it for its page cache. It names
+ * whom it reads for otherwise; the owner's library passes neither on. */
+#define READ_FOR_CACHE (UINT64_C(1) << 62)
+
+static inline bool read_is_for_cache(const struct fuse_read_in *read)
+{
+    return !(read->read_flags & FUSE_READ_LOCKOWNER);
+}
+
 enum {
     IN_HEADER = sizeof(struct fuse_in_header),
     OUT_HEADER = sizeof(struct fuse_out_header),

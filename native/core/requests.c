@@ -65,6 +65,19 @@ static struct pending_request describe(const struct core *core, const struct rea
     return noted;
 }
 
+/* Mark the offset of a READ for the page cache, of which the owner's library says nothing. */
+static size_t mark_read(const struct request *request, uint8_t *bytes, size_t room)
+{
+    struct fuse_read_in read;
+    if (request->header.opcode != FUSE_READ || !BODY_GET(request, &read) ||
+        !read_is_for_cache(&read) || request->nbytes > room)
+        return 0;
+    read.offset |= READ_FOR_CACHE;
+    memcpy(bytes, request->bytes, request->nbytes);
+    memcpy(bytes + IN_HEADER, &read, sizeof read);
+    return request->nbytes;
+}
+
 void requests_forward(struct core *core, struct reader *reader, const struct request *request)
 {
     static struct log_limit limit;
@@ -78,7 +91,10 @@ void requests_forward(struct core *core, struct reader *reader, const struct req
             return;
         }
     }
-    int status = link_send(&core->link, is_noted ? unique : 0, request->bytes, request->nbytes);
+    uint8_t marked[IN_HEADER + sizeof(struct fuse_read_in)];
+    size_t nbytes = mark_read(request, marked, sizeof marked);
+    int status = link_send(&core->link, is_noted ? unique : 0,
+                           nbytes ? marked : request->bytes, nbytes ? nbytes : request->nbytes);
     if (status == 0)
         return;
     log_limited(&limit, "request of %zu bytes not sent to the owner: %s", request->nbytes,

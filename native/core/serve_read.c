@@ -230,6 +230,8 @@ static bool serve_segments(struct core *core, struct reader *reader, struct read
     uint64_t rounded = (lane->size + PAGE - 1) / PAGE * PAGE;
     if (in->offset > rounded || in->size > core->payload_max)
         return false;
+    if ((lane->flags & READ_SHORT) && read_is_for_cache(in))
+        return false; /* a private map of a handle past the cache: the owner decides */
     if (!(lane->flags & READ_SHORT) && in->size > rounded - in->offset)
         return false; /* the kernel believes the file to be longer: the owner decides */
     job.end = in->offset + size < lane->size ? in->offset + size : lane->size;

@@ -7,6 +7,7 @@ import random
 import socket
 import struct
 import threading
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -18,6 +19,7 @@ from kvfs.clients import channel
 from kvfs.clients import messages as msg
 from kvfs.clients.link import ask
 from tests.clients.support import BLOCK, LAYOUT, ROOT, child, client, payloads, served, tokens
+from tests.fuse.mounting import wait_until
 
 DRAM = "dram:?size=128MiB&segment=16MiB"
 
@@ -64,6 +66,14 @@ def reply(connection: socket.socket) -> msg.Reply | None:
         return None
     channel.close_all(received[1])
     return msgspec.msgpack.decode(received[0], type=msg.Reply)
+
+
+def open_to_all(folder: Path) -> None:
+    """Let every user reach a directory: pytest's own are closed to others."""
+    while folder != folder.parent:
+        with contextlib.suppress(PermissionError):
+            folder.chmod(folder.stat().st_mode | 0o055)
+        folder = folder.parent
 
 
 def descriptors() -> int:
@@ -225,6 +235,9 @@ def test_foreign_descriptors(place, tmp_path) -> None:
 
 def test_many_descriptors_are_not_kept(place) -> None:
     pool, server = place
+    for connection in begin(pool):  # whatever the first client makes the owner open for good
+        connection.close()
+    wait_until(lambda: not server._connections, "the first client has gone")
     before = descriptors()
     main, joined = begin(pool)
     raw = msgspec.msgpack.encode(msg.Ping())
@@ -234,9 +247,8 @@ def test_many_descriptors_are_not_kept(place) -> None:
             reply(joined)
     joined.close()
     main.close()
-    while server._connections:
-        pass
-    assert descriptors() <= before
+    wait_until(lambda: not server._connections, "all have gone")
+    wait_until(lambda: descriptors() <= before, "descriptors are closed")
 
 
 def test_truncated_memory_costs_its_own_put(place) -> None:
@@ -350,9 +362,54 @@ def test_floods_of_connections(place) -> None:
     connections = [connect(pool) for _ in range(200)]
     for connection in connections:
         connection.close()
-    while server._connections:
-        pass
+    wait_until(lambda: not server._connections, "all have gone")
     assert threading.active_count() < 60
+
+
+FLOOD = """
+import os, socket, struct, sys
+sys.path.insert(0, sys.argv[2])
+import msgspec
+from kvfs.clients import channel, messages as msg
+from kvfs.clients.link import ask
+import kvfs
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+kept, refused = [], []
+for _ in range(10):
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(20)
+    connection.connect(sys.argv[1])
+    kept.append(connection)
+    try:
+        ask(connection, msg.Hello(1, 1, "flood"))
+    except kvfs.BusyError as error:
+        refused.append(str(error))
+print(len(refused), set(refused), flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("what", ["CONNECTIONS", "SESSIONS"])
+def test_one_user_leaves_room_for_others(place, monkeypatch, what) -> None:
+    pool, server = place
+    monkeypatch.setattr(f"kvfs.clients.server.USER_{what}_MAX", 4)
+    open_to_all(pool.path)
+    with child(FLOOD, str(pool.path / channel.SOCKET_NAME), str(ROOT)) as process:
+        count, _, text = process.stdout.readline().partition(" ")
+        assert int(count) == 6
+        assert "user 65534 has 4" in text
+        assert "end idle clients" in text
+        main, joined = begin(pool)  # another user
+        for _ in range(5):
+            more = connect(pool)
+            ask(more, msg.Hello(1, 1, "honest"))
+            more.close()
+        main.close()
+        joined.close()
+        process.communicate("end\n")
+    wait_until(lambda: not server._connections, "all have gone")
+    assert not server._uids
 
 
 def test_mutated_messages(place) -> None:
@@ -435,11 +492,7 @@ def test_other_users_may_what_the_mode_says(place, mode, expected) -> None:
     keys, _ = space.keys(list(range(12)))
     space.put(keys, payloads(3, 1))
     pool.catalog.set_attributes(space.info.root_node_id, mode=mode, now_ns=1)
-    folder = pool.path
-    while folder != folder.parent:  # pytest's own directories are closed to others
-        with contextlib.suppress(PermissionError):
-            folder.chmod(folder.stat().st_mode | 0o055)
-        folder = folder.parent
+    open_to_all(pool.path)
     if mode == 0o777:
         expected[2] = "3"
     with child(OTHER_USER, str(pool.path), oct(mode), str(ROOT)) as process:

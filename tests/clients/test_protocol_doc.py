@@ -38,6 +38,7 @@ def test_bounds() -> None:
         f"| {msg.REGIONS_MAX} |",
         f"| places in a lease page | {LEASE_SLOTS:,} |",
         f"| {server.SESSIONS_MAX}, {server.CONNECTIONS_MAX:,} |",
+        f"| {server.USER_SESSIONS_MAX}, {server.USER_CONNECTIONS_MAX} |",
         f"| {server.TIMEOUT_S:.0f} s |",
     ):
         assert text in TEXT, text

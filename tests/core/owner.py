@@ -41,6 +41,7 @@ COUNTERS = (
 DEFAULT_OPTIONS = "fsname=kvfs,subtype=kvfs,default_permissions,nosuid,nodev"
 KEEP_CACHE = 2
 DIRECT_IO = 1
+FOR_CACHE = 1 << 62  # in the offset of a READ
 
 
 def core_path() -> str:
@@ -302,6 +303,7 @@ class FakeOwner:
 
     def _read(self, request: Request) -> bytes:
         _, offset, size = struct.unpack_from("<QQI", request.body)
+        offset &= ~FOR_CACHE
         return self.nodes[request.inode].content[offset : offset + size]
 
     def _write(self, request: Request) -> bytes:

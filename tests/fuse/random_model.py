@@ -8,6 +8,7 @@ The copy on tmpfs has what the file's writers see. The mount differs from it in 
 - What a writer changed is there for others once nobody who wrote has yet to close ("adopted").
   Until then an open for reading finds the former content, or fails with EBUSY if there is none.
 - Through raw files everybody sees everything at once, as on tmpfs.
+- A private map of a file of which another handle has other content may have no pages (SIGBUS).
 - A crash takes what was not adopted. Of what was adopted since the last sync it may take the newest
   versions, and of a file made since then the name.
 """
@@ -78,6 +79,14 @@ class File:
     def is_published(self) -> bool:
         """Whether others may see it. REQUIRES: a sync since it was changed."""
         return not self.is_dirty or self.committed is not None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether handles with different content may be on one inode number.
+
+        Those of small files are, for the sake of locks: where one is mapped, pages are refused.
+        """
+        return len(self.slots) > 1 and any(slot.snapshot is not None for slot in self.slots)
 
     @property
     def writers(self) -> list[Slot]:

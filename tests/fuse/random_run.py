@@ -13,7 +13,7 @@ import os
 import random
 import stat
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +345,7 @@ class Run:
             self._note_resize(slot.file, slot.copy, end)
             slot.is_active = slot.file.is_written = True
         _fallocate(slot.copy, mode, offset, size)
+        self._same(_shown(os.fstat(slot.real)), _shown(os.fstat(slot.copy)))
         return None
 
     def do_map_write(self, number, path, other, where, flags, offset, size, seed) -> Any:
@@ -386,10 +387,27 @@ class Run:
         with mmap.mmap(slot.real, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) as mapped:
             self._same(len(mapped), len(expected))
             offset %= len(expected)
-            self._same_bytes(mapped[offset : offset + size], expected[offset : offset + size])
+            found = self._read_map(mapped, offset, size)
+        if found is None and slot.file.is_shared:
+            self.counts["pages refused"] += 1
+        elif found is None:
+            raise DifferenceError("a map cannot be read")
+        else:
+            self._same_bytes(found, expected[offset : offset + size])
         if slot.is_writer:
             slot.file.flush(slot)  # the map had a descriptor of its own
         return None
+
+    def _read_map(self, mapped: mmap.mmap, offset: int, size: int) -> bytes | None:
+        """Read a map by a system call, which fails where the program would meet SIGBUS."""
+        with memoryview(mapped)[offset : offset + size] as part, _memfd() as fd:
+            try:
+                count = os.writev(fd, [part])
+            except OSError as error:
+                if error.errno != errno.EFAULT:
+                    raise
+                return None
+            return os.pread(fd, count, 0) if count == len(part) else None
 
     def do_read(self, number, path, other, where, flags, offset, size, *_) -> Any:
         slot = self.slots[number]
@@ -650,6 +668,16 @@ def _tree(root: str) -> dict[str, tuple[Any, ...]]:
             attributes = {key: os.getxattr(path, key) for key in keys}
             found[path.removeprefix(f"{root}/")] = (*_shown(os.lstat(path)), attributes)
     return found
+
+
+@contextlib.contextmanager
+def _memfd() -> Iterator[int]:
+    """Give a descriptor of fresh memory."""
+    fd = os.memfd_create("random")
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _fallocate(fd: int, mode: int, offset: int, nbytes: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from kvfs.units import PAGE
 from tests.fuse.mounting import MIB, MountedPool, python, sh, sh_fails, wait_until, write_file
 
 pytestmark = pytest.mark.fuse
@@ -240,6 +241,65 @@ def test_end_of_a_small_replaced_file_is_an_error_and_no_zeros(area: Path) -> No
     assert path.read_bytes() == b"a" * 3000 + b"b" * 30000 + b"c" * 10
 
 
+def read_map(fd: int, nbytes: int) -> bytes | None:
+    """Read a private map through a system call; None where the program would meet SIGBUS."""
+    with mmap.mmap(fd, nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) as mapped:
+        pipe = os.pipe()
+        try:
+            with memoryview(mapped) as view:
+                return os.read(pipe[0], os.write(pipe[1], view))
+        except OSError as error:
+            if error.errno != errno.EFAULT:
+                raise
+            return None
+        finally:
+            os.close(pipe[0])
+            os.close(pipe[1])
+
+
+@pytest.mark.parametrize("who", ["writer", "reader"])
+def test_a_private_map_shows_its_bytes_to_nobody_else(mounted: MountedPool, who: str) -> None:
+    """Small files stay on one inode: what one has mapped must not come to another's cache."""
+    path = mounted.path / "f"
+    write_file(path, b"a" * PAGE)
+    if who == "writer":
+        with path.open("rb", buffering=0) as reader, path.open("r+b", buffering=0) as writer:
+            writer.write(b"b" * PAGE)
+            assert read_map(writer.fileno(), PAGE) is None
+            assert os.pread(reader.fileno(), PAGE, 0) == b"a" * PAGE
+            assert os.pread(writer.fileno(), PAGE, 0) == b"b" * PAGE
+            reader.close()
+            assert read_map(writer.fileno(), PAGE) == b"b" * PAGE
+            writer.write(b"c")
+            assert os.pread(writer.fileno(), 9000, 0) == b"b" * PAGE + b"c"
+    else:
+        with path.open("r+b", buffering=0) as writer:
+            writer.write(b"b" * 100)
+            with path.open("rb", buffering=0) as reader:
+                assert read_map(reader.fileno(), PAGE) is None
+                assert os.pread(writer.fileno(), PAGE, 0) == b"b" * 100 + b"a" * 3996
+                assert os.pread(reader.fileno(), PAGE, 0) == b"a" * PAGE
+    assert path.read_bytes()[:100] == b"b" * 100
+
+
+def test_pages_of_a_private_map_end_with_it(mounted: MountedPool) -> None:
+    """Who has the former content opens it anew: it finds none of the pages of a map by another."""
+    path = mounted.path / "f"
+    write_file(path, b"a" * 3000)
+    early = os.open(path, os.O_RDONLY)
+    assert os.pread(early, 3000, 0) == b"a" * 3000
+    writer = os.open(path, os.O_RDWR)
+    os.write(writer, b"b" * 3000)
+    os.close(early)
+    with mmap.mmap(writer, 3000, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) as mapped:
+        assert mapped[:] == b"b" * 3000
+        with path.open("rb", buffering=0) as reader:
+            assert reader.read(3000) == b"a" * 3000
+        assert mapped[:] == b"b" * 3000
+    os.close(writer)
+    assert path.read_bytes() == b"b" * 3000
+
+
 def test_readers_of_former_content_keep_its_end(area: Path) -> None:
     """The kernel has one size for all handles of an inode: readers keep an inode of their own."""
     path = area / "f"
@@ -259,6 +319,37 @@ def test_readers_of_former_content_keep_its_end(area: Path) -> None:
         os.truncate(path, 5)
         assert os.pread(early.fileno(), 50_000, 0) == b"a" * 29376
         assert path.read_bytes() == b"a" * 5
+
+
+@pytest.mark.parametrize("how", ["unlink", "rename"])
+def test_attributes_of_a_file_without_a_name(area: Path, how: str) -> None:
+    """They go on to follow what is written, as on any filesystem."""
+    path = area / "f"
+    write_file(path, b"a" * 5000)
+    writer = os.open(path, os.O_RDWR)
+    os.chmod(path, 0o604)
+    os.utime(path, ns=(7, 7))
+    if how == "rename":
+        write_file(area / "g", b"g")
+        os.rename(area / "g", path)
+    else:
+        os.unlink(path)
+
+    def shown() -> tuple[int, int, int]:
+        found = os.fstat(writer)
+        return found.st_mode & 0o777, found.st_mtime_ns, found.st_nlink
+
+    assert shown() == (0o604, 7, 0)
+    os.fchmod(writer, 0o640)
+    os.utime(writer, ns=(9, 9))
+    assert shown() == (0o640, 9, 0)
+    os.write(writer, b"b")
+    mode, mtime_ns, _ = shown()
+    assert (mode, mtime_ns > 9) == (0o640, True)
+    os.utime(writer, ns=(9, 9))
+    os.ftruncate(writer, 10)
+    assert os.fstat(writer).st_mtime_ns > 9
+    os.close(writer)
 
 
 def test_unlinked_file_lives_in_its_handles(area: Path) -> None:

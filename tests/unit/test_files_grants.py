@@ -336,6 +336,42 @@ def test_times_of_a_file_written_by_somebody_else(pool: Pool, is_set_last: bool)
     assert shown() == last
 
 
+def test_a_write_in_the_clock_tick_of_a_set_time_is_told(pool: Pool) -> None:
+    """The kernel's clock stands still for milliseconds: here, all the while."""
+    tree = Tree(pool)
+    node, core = open_new(pool)
+    pool.files.write(core.handle, 0, b"x")
+    tick_ns = tree.node(node.node_id).mtime_ns + 10**9
+    assert core.handle.writer.staged is not None
+    os.utime(core.handle.writer.staged.file.fd, ns=(tick_ns, tick_ns))
+    core.ask(10)
+    tree.set_attributes(node.node_id, mtime_ns=5)
+    core.write(1, b"y")
+    os.utime(core.fd, ns=(tick_ns, tick_ns))
+    assert tree.node(node.node_id).mtime_ns == tick_ns
+    tree.set_attributes(node.node_id, mtime_ns=5)
+    assert tree.node(node.node_id).mtime_ns == 5
+    core.write(2, b"z")
+    os.utime(core.fd, ns=(tick_ns, tick_ns))
+    pool.files.close_write(core.handle)
+    assert tree.node(node.node_id).mtime_ns == tick_ns
+
+
+def test_a_grant_on_a_raw_file_is_no_write(pool: Pool) -> None:
+    tree = Tree(pool)
+    node, core = open_new(pool)
+    tree.set_attribute(node, b"user.kvfs.raw", b"1")
+    pool.files.write(core.handle, 0, b"x")
+    pool.files.close_write(core.handle)
+    tree.set_attributes(node.node_id, mtime_ns=5)
+    handle = pool.files.open_write(tree.node(node.node_id), truncate=False)
+    core = Core(pool, handle)
+    core.ask(10)
+    assert tree.node(node.node_id).mtime_ns == 5
+    pool.files.close_write(handle)
+    assert tree.node(node.node_id).mtime_ns == 5
+
+
 def test_renaming_over_a_file_adopts_what_was_written(pool: Pool) -> None:
     tree = Tree(pool)
     _, old = open_new(pool, "target")

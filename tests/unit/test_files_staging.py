@@ -222,6 +222,43 @@ def test_fallocate_that_keeps_the_size_reserves_room(pool: Pool) -> None:
     assert content_of(pool, node) == b"x" * 100
 
 
+@pytest.mark.parametrize("mode", [0, FALLOC_KEEP_SIZE])
+@pytest.mark.parametrize("is_raw", [False, True])
+def test_fallocate_that_changes_no_byte_changes_the_time(
+    pool: Pool, mode: int, is_raw: bool
+) -> None:
+    tree = Tree(pool)
+    node, handle = open_new(pool)
+    if is_raw:
+        tree.set_attribute(node, b"user.kvfs.raw", b"1")
+    pool.files.write(handle, 0, b"x" * 100)
+    pool.files.close_write(handle)
+    for is_published in (False, True):
+        tree.set_attributes(node.node_id, mtime_ns=5)
+        handle = pool.files.open_write(tree.node(node.node_id), truncate=False)
+        assert tree.node(node.node_id).mtime_ns == 5
+        pool.files.fallocate(handle, mode, 10, 20)
+        shown_ns = tree.node(node.node_id).mtime_ns
+        assert shown_ns > 5
+        if is_published:
+            pool.sync()
+        pool.files.close_write(handle)
+        pool.sync()
+        assert tree.node(node.node_id).mtime_ns == shown_ns
+        assert pool.catalog.node(node.node_id).mtime_ns == shown_ns
+    assert content_of(pool, node) == b"x" * 100
+
+
+def test_fallocate_of_a_removed_file(pool: Pool) -> None:
+    node, handle = open_new(pool)
+    pool.files.write(handle, 0, b"x")
+    pool.files.flush(handle)
+    Tree(pool).remove_file(1, "f")
+    pool.files.fallocate(handle, 0, 0, 1)
+    pool.files.close_write(handle)
+    assert node.node_id not in pool.files._writers
+
+
 def test_small_reservations_are_of_memory(pool: Pool) -> None:
     node, handle = open_new(pool)
     pool.files.fallocate(handle, FALLOC_KEEP_SIZE, 0, MIB)
