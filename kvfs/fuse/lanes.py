@@ -247,7 +247,7 @@ class Lanes(LanePlans):
         """Send a table without waiting; False: nothing was sent. REQUIRES: the lock."""
         reader, lease = plan.reader, plan.lease
         self._note_answers()
-        if fh in self._installed or not self._segments.has(lease):
+        if reader.is_closed or fh in self._installed or not self._segments.has(lease):
             return False
         installed = _Installed(Lane.NATIVE, len(reader.keys), self._clock.monotonic_ns())
         blocks = self._blocks(lease, self._segments.use(lease, installed.places))

@@ -213,8 +213,16 @@ def test_lane_of_a_file_closed_meanwhile(pool: Pool, lanes: Lanes, core: FakeCor
     assert plan is not None
     pool.files.close_read(reader)
     lanes.close(1)
+    assert not lanes.install_at_once(1, 7, plan)
     assert lanes.install(1, 7, plan) is Lane.NAMESPACE
     assert not core.tables
+    other = pool.files.open_read(pool.catalog.node(reader.node_id))
+    assert install(lanes, 2, other) is Lane.NATIVE
+    plan = lanes.plan(reader)
+    assert plan is not None
+    assert not lanes.install_at_once(3, 7, plan)  # although the core has its segment
+    lanes.release(plan)
+    pool.files.close_read(other)
 
 
 def test_nothing_to_read_natively(pool: Pool, lanes: Lanes) -> None:
