@@ -210,7 +210,8 @@ def _add_mount(families: _Families, mount: dict[str, Any]) -> None:
         families.add_histogram("kvfs_mount_request_seconds", histogram, request)
     for name, count in mount["errors"].items():
         families.add("kvfs_mount_errors_total", count, name)
-    families.add("kvfs_mount_deadline_hits_total", mount["timeouts"])
+    for name, count in mount["timeouts_by_namespace"].items():
+        families.add("kvfs_mount_deadline_hits_total", count, name)
     families.add("kvfs_mount_read_bytes_total", mount["bytes_read"])
     families.add("kvfs_mount_written_bytes_total", mount["bytes_written"])
     families.add("kvfs_mount_open_handles", mount["open_handles"])

@@ -81,8 +81,7 @@ class FileAdoption(FileWriting):
         self._note_adopted(adopted)
         if is_persisted:
             self._name([adopted])
-        if writer.staged is None:
-            writer.kept_bytes, writer.kept_version = nbytes, version
+        writer.kept_bytes, writer.kept_version = nbytes, version
 
     def _pin(self, adopted: Adopted) -> None:
         """Pin new content until it is named."""

@@ -133,9 +133,9 @@ class FileWriter:
     base: FileReader | None = None
     """The content so far, while nothing is staged; opened when it is needed."""
     kept_bytes: int = 0
-    """Size of the content so far, while nothing is staged."""
+    """Size of the content so far, without what is staged."""
     kept_version: int = 0
-    """Version of the content so far."""
+    """Version of the content so far, without what is staged."""
     reserved_bytes: int = 0
     """Size up to which fallocate(2) asked for room."""
     digests: KnownDigests = field(default_factory=KnownDigests)

@@ -111,7 +111,8 @@ DEFINITIONS: Final = (
                "Time of one request that Python answered.", ("request",)),
     Definition("kvfs_mount_errors_total", "counter", "Requests that failed.", ("errno",)),
     Definition("kvfs_mount_deadline_hits_total", "counter",
-               "Requests that failed with EIO because they took too long."),
+               "Requests that failed with EIO because they took too long; without a name: of no "
+               "namespace, or of one that is not known any more.", _SPACE),
     Definition("kvfs_mount_read_bytes_total", "counter", "Bytes that Python read for files."),
     Definition("kvfs_mount_written_bytes_total", "counter", "Bytes that were written to files."),
     Definition("kvfs_mount_open_handles", "gauge", "Files that are open."),

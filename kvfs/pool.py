@@ -116,6 +116,7 @@ class Pool:
         deadlines_ms: Longest that requests of a mount may take, of namespaces by id that have a
             limit of their own; see `set_deadline`.
         mount_snapshot: How the mount is that shows the pool, in figures; None without one.
+        mount_turn: Returns once the mount's loop has taken a turn, or ended; None without one.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class Pool:
         self.clock = clock
         self.catalog = catalog
         self.mount_snapshot: Callable[[], dict[str, Any]] | None = None
+        self.mount_turn: Callable[[], None] | None = None
         self._lock_fd = lock_fd
         self._is_closed = False
         names = _CatalogNames(catalog, lambda node_id: self.files.awaits_content(node_id), clock)

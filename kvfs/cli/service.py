@@ -205,6 +205,11 @@ def _doors(pool: "Pool", service: Service, mount: str, *, is_taking_over: bool) 
 
 
 def _take_a_turn(pool: "Pool") -> None:
-    """Return once the engine's lock could be taken: an owner that hangs never gets there."""
+    """Return once the engine's lock could be taken and the mount's loop has taken a turn.
+
+    An owner that hangs never gets there.
+    """
     with pool.store.state.lock:
-        return
+        pass
+    if pool.mount_turn is not None:
+        pool.mount_turn()

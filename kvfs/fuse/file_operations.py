@@ -243,8 +243,9 @@ class FileOperations(Opening):
         Raises:
             FUSEError: EIO: others of the inode have other bytes, and would be shown these.
         """
-        if self._handles.of_other_content(handle.inode, handle.identity):
-            raise FUSEError(errno.EIO)
+        for other in self._handles.of_inode(handle.inode):
+            if isinstance(other, FormerHandle) or other.content != handle.content:
+                raise FUSEError(errno.EIO)
         self._inodes.drop_cache(handle.inode)
 
     def _writing_handle(self, fh: int) -> WritingHandle:

@@ -82,6 +82,11 @@ class ReadHandle:
     read_count: int = 0
 
     @property
+    def content(self) -> Identity:
+        """What it holds."""
+        return self.identity
+
+    @property
     def size_bytes(self) -> int:
         """How long the file is for its reader."""
         raw = self.reader.raw
@@ -107,6 +112,14 @@ class WritingHandle:
     def identity(self) -> Identity:
         """What the file holds: all who write it see the same."""
         return RAW if self.file.writer.is_raw else WRITTEN
+
+    @property
+    def content(self) -> Identity:
+        """What it holds now: of a file of which all was adopted, the same as for readers."""
+        writer = self.file.writer
+        if writer.is_raw or writer.is_dirty or writer.is_granted:
+            return self.identity
+        return writer.kept_version, writer.kept_bytes, 0
 
     @property
     def size_bytes(self) -> int:

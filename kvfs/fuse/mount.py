@@ -42,6 +42,7 @@ __all__ = [
 
 _STOP_TIMEOUT_S: Final = 30.0
 _SWEEP_S: Final = 1.0
+_TURN_S: Final = 0.5
 _NOBODY: Final = ("No such file or directory", "Broken pipe")
 _one_mount: Final = threading.Lock()
 _log = logging.getLogger("kvfs.fuse")
@@ -243,6 +244,17 @@ class _Session:
         """Let the mount end. Any thread; nothing if it has ended."""
         self._soon(self._stop.set)
 
+    def _take_a_turn(self) -> None:
+        """Return once the loop has run something, or has ended. Any other thread."""
+        assert self._token is not None
+        turned = threading.Event()
+        try:
+            self._token.run_sync_soon(turned.set)
+        except trio.RunFinishedError:
+            return
+        while self._is_serving and not turned.wait(_TURN_S):
+            pass
+
     def _soon(self, function: Callable[[], None]) -> None:
         if self._token is not None:
             with contextlib.suppress(trio.RunFinishedError):
@@ -265,8 +277,10 @@ class _Session:
             if core is not None:
                 self._set_up(core, operations)
             self._is_serving = True
+            self._pool.mount_turn = self._take_a_turn
             await self._serve(operations, signals)
         finally:
+            self._pool.mount_turn = None
             self._is_serving = False
             self._end(operations)
         if core is not None and self._was_lost(core):

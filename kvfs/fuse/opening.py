@@ -88,7 +88,7 @@ class Opening(pyfuse3.Operations):
         self._inodes = Inodes()
         self._places = Places(self._handles, self._inodes, self.clock)
         self._buffers: WeakKeyDictionary[trio.lowlevel.Task, memoryview] = WeakKeyDictionary()
-        self._runner = Runner(deadline_s, threads, self.counters)
+        self._runner = Runner(deadline_s, threads, self.counters, lambda: pool.deadlines_ms)
         if core is not None:
             self.lanes = Lanes(
                 pool.store, core.client, pool.clock, has_passthrough=core.hello.has_passthrough,
@@ -101,6 +101,7 @@ class Opening(pyfuse3.Operations):
         """Return what the mount counted, and what is open."""
         return {
             **self.counters.snapshot(),
+            "timeouts_by_namespace": self._timeouts_by_namespace(),
             "open_handles": len(self._handles),
             "known_inodes": len(self._inodes),
             "stalled_devices": [] if self.lanes is None else self.lanes.stalled(),
@@ -108,13 +109,20 @@ class Opening(pyfuse3.Operations):
             "views": {} if self.lanes is None else self.lanes.views.snapshot(),
         }
 
-    def deadline_ms_of(self, name: str, number: int) -> int:
-        """Return the deadline of the namespace that a request is about, or 0 for the mount's."""
-        deadlines = self._pool.deadlines_ms
-        if not deadlines:
-            return 0
+    def namespace_of(self, name: str, number: int) -> int:
+        """Return the namespace that a request is about, or 0 if that is not known."""
         inode = self._handles.inode_of(number) if name in _BY_HANDLE else number
-        return deadlines.get(self._inodes.namespace_of(inode), 0)
+        return self._inodes.namespace_of(inode)
+
+    def _timeouts_by_namespace(self) -> dict[str, int]:
+        """Return how many requests missed their deadline, by namespace; "" for all others."""
+        counts, found = self.counters.timeouts.copy(), {"": 0}
+        if counts:
+            names = {info.namespace_id: info.name for info in self._pool.catalog.namespaces()}
+            for namespace_id, count in counts.items():
+                name = names.get(namespace_id, "")
+                found[name] = found.get(name, 0) + count
+        return found
 
     def restore(self, core: Core) -> None:
         """Take over the files that the kernel has open since a former owner."""

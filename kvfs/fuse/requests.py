@@ -17,7 +17,7 @@ import errno
 import functools
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextvars import ContextVar
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar, cast
 
@@ -41,7 +41,7 @@ class RequestCounters:
     def __init__(self) -> None:
         self.times: dict[str, Histogram] = {}
         self.errors: dict[int, int] = {}
-        self.timeouts = 0
+        self.timeouts: dict[int, int] = {}  # by namespace; 0: of none, or not known
         self.bytes_read = 0
         self.bytes_written = 0
 
@@ -56,6 +56,10 @@ class RequestCounters:
         """Count one request that failed."""
         self.errors[number] = self.errors.get(number, 0) + 1
 
+    def note_timeout(self, namespace_id: int) -> None:
+        """Count one request that missed its deadline."""
+        self.timeouts[namespace_id] = self.timeouts.get(namespace_id, 0) + 1
+
     def snapshot(self) -> dict[str, Any]:
         """Return what was counted, with names for people and machines. Any thread."""
         times = dict(sorted(self.times.copy().items()))
@@ -67,7 +71,7 @@ class RequestCounters:
                 errno.errorcode.get(number, str(number)): count
                 for number, count in sorted(self.errors.copy().items())
             },
-            "timeouts": self.timeouts,
+            "timeouts": sum(self.timeouts.copy().values()),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
         }
@@ -79,13 +83,13 @@ class HasCounters(Protocol):
     counters: RequestCounters
     clock: Clock
 
-    def deadline_ms_of(self, name: str, number: int) -> int:
-        """Return the deadline for a request by its first argument; 0 for the mount's."""
+    def namespace_of(self, name: str, number: int) -> int:
+        """Return the namespace that a request is about by its first argument; 0 if not known."""
 
 
 _S = TypeVar("_S", bound=HasCounters)
-_own_deadline_ms: ContextVar[int] = ContextVar("own_deadline_ms", default=0)
-"""Of the namespace that the request at work is about; 0: it has none of its own."""
+_namespace_id: ContextVar[int] = ContextVar("namespace_id", default=0)
+"""The namespace that the request at work is about; 0: none, or not known."""
 
 
 def translate(name: str, error: Exception) -> pyfuse3.FUSEError:
@@ -109,7 +113,7 @@ def handler(
     async def guarded(self: _S, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         begin = self.clock.monotonic_ns()
         number = args[0] if args else 0
-        _own_deadline_ms.set(self.deadline_ms_of(name, number) if isinstance(number, int) else 0)
+        _namespace_id.set(self.namespace_of(name, number) if isinstance(number, int) else 0)
         try:
             return await function(self, *args, **kwargs)
         except Exception as error:
@@ -125,8 +129,13 @@ def handler(
 class Runner:
     """Runs blocking work in worker threads, within a deadline."""
 
-    def __init__(self, deadline_s: float, threads: int, counters: RequestCounters) -> None:
+    def __init__(
+        self, deadline_s: float, threads: int, counters: RequestCounters,
+        deadlines_ms: Callable[[], Mapping[int, int]] = dict,
+    ) -> None:  # fmt: skip
+        """Run work of a mount. `deadlines_ms`: of namespaces that have one of their own."""
         self._deadline_s = deadline_s
+        self._deadlines_ms = deadlines_ms
         self._limiter = trio.CapacityLimiter(threads)
         self._counters = counters
         self._long: list[float] = []
@@ -152,7 +161,7 @@ class Runner:
         Raises:
             FUSEError: EIO: the deadline passed.
         """
-        own_ms = _own_deadline_ms.get()
+        own_ms = self._deadlines_ms().get(_namespace_id.get(), 0)
         limit_s = own_ms / 1000 if own_ms else self._deadline_s
         limit_s += nbytes / BYTES_PER_S_MIN
         extra_s = limit_s - self._deadline_s
@@ -171,7 +180,7 @@ class Runner:
             if not call.is_taken and not call.abandon() and unused is not None:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(unused)
-        self._counters.timeouts += 1
+        self._counters.note_timeout(_namespace_id.get())
         if on_timeout is not None:
             on_timeout()
         name = getattr(function, "__qualname__", repr(function))

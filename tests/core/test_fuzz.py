@@ -9,7 +9,7 @@ import pytest
 
 from tests.fuse.mounting import ROOT
 
-SECONDS = 4
+SECONDS = 2
 
 
 def test_survives_arbitrary_messages(seed: int) -> None:

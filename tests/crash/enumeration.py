@@ -33,6 +33,7 @@ class Plan:
         checked: Sample that `check` looks at after it.
         repaired: Sample that `check --repair` has before the recovery.
         failures: After how many to stop.
+        part: Sample of the images that is looked at at all.
     """
 
     seed: int
@@ -44,6 +45,11 @@ class Plan:
     checked: int = 1
     repaired: int = 32
     failures: int = 5
+    part: int = 1
+
+    def takes(self, image: Image) -> bool:
+        """Whether an image is one to look at."""
+        return int.from_bytes(image.digest[:4], "little") % self.part == 0
 
 
 @dataclass(slots=True)
@@ -133,7 +139,7 @@ def _states(
     for state in _enumerate(bench.base, events, bench.start, seed, plan, bench.start):
         if only and state.point != outer:
             continue
-        if state.image.digest not in outcome.digests:
+        if plan.takes(state.image) and state.image.digest not in outcome.digests:
             outcome.digests.add(state.image.digest)
             yield state
         is_deep = int.from_bytes(state.image.digest[4:8], "little") % plan.deep == 0
@@ -170,6 +176,6 @@ def _recovery_states(
     seed = f"{plan.seed}/{plan.turn}/{scenario.name}/{state.point}"
     inner_plan = Plan(plan.seed, turn=1, randoms=3)
     for inner in _enumerate(base, journal.events, 0, seed, inner_plan, 0):
-        if inner.image.digest not in outcome.digests:
+        if plan.takes(inner.image) and inner.image.digest not in outcome.digests:
             outcome.digests.add(inner.image.digest)
             yield State(state.position, state.label, state.catalog, inner.image, inner.point)

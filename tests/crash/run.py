@@ -22,11 +22,11 @@ def _walk(task: _Task) -> Outcome:
     return walk(*task)
 
 
-def _tasks(seed: int, randoms: int, checked: int) -> Iterator[_Task]:
+def _tasks(seed: int, randoms: int, checked: int, part: int) -> Iterator[_Task]:
     """Yield the walks without end: all scenarios of the first turn, of the second, and so on."""
     for turn in itertools.count():
         for name in names_of_turn(turn):
-            yield name, Plan(seed, turn=turn, randoms=randoms, checked=checked)
+            yield name, Plan(seed, turn=turn, randoms=randoms, checked=checked, part=part)
 
 
 class Tally:
@@ -65,13 +65,13 @@ class Tally:
         )
 
 
-def run(seed: int, states: int, jobs: int, randoms: int, checked: int = 1) -> Tally:
+def run(seed: int, states: int, jobs: int, randoms: int, checked: int = 1, part: int = 1) -> Tally:
     """Walk until `states` distinct images were checked, or something failed."""
     tally = Tally(states)
     shown = 0
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         running: list[multiprocessing.pool.AsyncResult[Outcome]] = []
-        tasks = _tasks(seed, randoms, checked)
+        tasks = _tasks(seed, randoms, checked, part)
         while not tally.is_done:
             while len(running) < 4 * jobs:  # walks differ in length, and are taken in order
                 running.append(pool.apply_async(_walk, (next(tasks),)))
@@ -90,6 +90,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--randoms", type=int, default=6, help="random choices per position")
     parser.add_argument("--checked", type=int, default=1, help="run `check` on one in so many")
+    parser.add_argument("--part", type=int, default=1, help="look at one image in so many")
     parser.add_argument("--turn", type=int, default=0, help="with --only: the turn of the state")
     parser.add_argument("--only", default="", help="repeat one state: scenario:point")
     arguments = parser.parse_args()
@@ -101,8 +102,9 @@ def main() -> int:
         return 1 if outcome.failures or not outcome.recoveries else 0
     print(f"seed {arguments.seed}, {arguments.states} states, {arguments.jobs} processes")
     tally = run(
-        arguments.seed, arguments.states, arguments.jobs, arguments.randoms, arguments.checked
-    )
+        arguments.seed, arguments.states, arguments.jobs, arguments.randoms, arguments.checked,
+        arguments.part,
+    )  # fmt: skip
     for name, count in sorted(tally.by_scenario.items()):
         print(f"{count:8d} {name}")
     for failure in tally.failures:

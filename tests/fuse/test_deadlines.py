@@ -91,7 +91,12 @@ def test_each_namespace_has_its_own(
         for thread in threads:
             thread.join(DEADLINE_S)
         assert results == {"quick": str(errno.EIO), "patient": "0"}
-        assert mounted_status(path)["mount"]["timeouts"] >= 2
+        mount = mounted_status(path)["mount"]
+        assert mount["timeouts"] == sum(mount["timeouts_by_namespace"].values()) >= 2
+        assert mount["timeouts_by_namespace"]["quick"] >= 1
+        assert "patient" not in mount["timeouts_by_namespace"]
+        samples = (path / ".kvfs/metrics").read_text()
+        assert 'kvfs_mount_deadline_hits_total{namespace="quick"}' in samples
 
 
 def test_deadline_is_an_attribute_that_stays(mounted: MountedPool) -> None:

@@ -282,6 +282,18 @@ def test_a_private_map_shows_its_bytes_to_nobody_else(mounted: MountedPool, who:
     assert path.read_bytes()[:100] == b"b" * 100
 
 
+def test_a_private_map_beside_readers_of_the_same(mounted: MountedPool) -> None:
+    path = mounted.path / "f"
+    write_file(path, b"a" * PAGE)
+    with path.open("rb") as reader, path.open("r+b", buffering=0) as writer:
+        assert reader.read() == read_map(writer.fileno(), PAGE) == b"a" * PAGE
+    with path.open("r+b", buffering=0) as writer:
+        writer.write(b"b")
+        os.close(os.dup(writer.fileno()))
+        with path.open("rb") as reader, path.open("r+b", buffering=0) as other:
+            assert read_map(other.fileno(), PAGE) == reader.read() == b"b" + b"a" * (PAGE - 1)
+
+
 def test_pages_of_a_private_map_end_with_it(mounted: MountedPool) -> None:
     """Who has the former content opens it anew: it finds none of the pages of a map by another."""
     path = mounted.path / "f"

@@ -1,18 +1,34 @@
 """kill -9 of readers, of the core and of the owner, in the middle of what they do."""
 
 import contextlib
+import errno
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyfuse3
 import pytest
 
+from kvfs.fuse.mount import MountOptions, mount_in_background
 from kvfs.fuse.mountpoint import entry_at
-from tests.fuse.mounting import MIB, MountedPool, end, launch, sh, wait_until, write_file
+from kvfs.fuse.operations import KvfsOperations
+from kvfs.pool import Pool
+from tests.fuse.mounting import (
+    DEADLINE_S,
+    MIB,
+    MountedPool,
+    end,
+    launch,
+    python,
+    sh,
+    wait_until,
+    write_file,
+)
 from tests.fuse.test_core_mount import owner_of
 
 pytestmark = pytest.mark.fuse
@@ -194,3 +210,69 @@ def test_killed_owner_under_load(mounted: MountedPool, daemon: Path) -> None:
             continue
         assert data == data[:8] * (len(data) // 8)
         assert len(data) in (100_000, 5_600_000)
+
+
+ASK = """
+import os, sys
+path = sys.argv[1]
+errors = []
+for call in (
+    lambda: os.close(os.open(path + "/f", os.O_RDONLY)),
+    lambda: os.listdir(path),
+    lambda: os.close(os.open(path + "/new", os.O_CREAT | os.O_WRONLY)),
+):
+    try:
+        call()
+        errors.append(0)
+    except OSError as error:
+        errors.append(error.errno)
+print(*errors)
+"""
+EIO = str(errno.EIO)
+
+
+def test_a_stopped_owner_hangs_nobody(make_mount: Callable[..., MountedPool]) -> None:
+    """What it does not answer in time the core does; when it goes on, so does the mount."""
+    mounted = make_mount(mount_options={"deadline_s": 0.5})
+    mounted.expected_log.append("deadline: request")
+    write_file(mounted.path / "f", b"x" * 5000)
+    os.kill(mounted.pid, signal.SIGSTOP)
+    try:
+        assert python(ASK, mounted.path).split() == [EIO, EIO, EIO]
+    finally:
+        os.kill(mounted.pid, signal.SIGCONT)
+    wait_until(lambda: python(ASK, mounted.path).split() == ["0", "0", "0"], "it goes on")
+    wait_until(lambda: mounted.core_counters()["deadline_hits"] >= 3, "a ping")
+
+
+def test_a_hung_loop_hangs_nobody(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected_warnings: list[str]
+) -> None:
+    """Its process lives, but its loop runs nothing: the core answers, and the watchdog waits."""
+    expected_warnings.append("deadline: request")
+    may_go = threading.Event()
+
+    async def stuck(self: KvfsOperations, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        assert may_go.wait(DEADLINE_S)
+        raise pyfuse3.FUSEError(errno.EIO)
+
+    monkeypatch.setattr(KvfsOperations, "opendir", stuck)
+    path = tmp_path / "mnt"
+    path.mkdir()
+    turned = threading.Event()
+    with mount_in_background(pool, path, MountOptions(deadline_s=0.5)):
+        write_file(path / "f", b"x" * 5000)
+        assert pool.mount_turn is not None
+        pool.mount_turn()
+        take_turn = pool.mount_turn
+        watchdog = threading.Thread(target=lambda: (take_turn(), turned.set()))
+        try:
+            assert python(ASK, path).split()[1:] == [EIO, EIO]
+            watchdog.start()
+            assert not turned.wait(1.0)
+        finally:
+            may_go.set()
+        watchdog.join(DEADLINE_S)
+        assert turned.is_set()
+        assert (path / "f").read_bytes() == b"x" * 5000
+    assert pool.mount_turn is None
