@@ -366,7 +366,8 @@ class Run:
             if error.errno != errno.ENODEV:
                 raise
             self.counts["maps refused"] += 1
-            return False
+            slot.file.flush(slot)  # the map would have had a descriptor of its own
+            return None
         self._note_write(slot)
         with mmap.mmap(slot.copy, 0) as copy:
             copy[offset : offset + size] = data
