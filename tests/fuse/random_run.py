@@ -603,6 +603,7 @@ class Run:
         file = self.file_at(path)
         assert file is not None
         before = copy.read_bytes()
+        is_new = file.is_dirty or bool(file.versions)  # an older version may hold the same bytes
         left, may_vanish = file.after_crash(before)
         try:
             found = real.read_bytes()
@@ -615,7 +616,7 @@ class Run:
             return
         if version_of(found) not in left:
             raise DifferenceError(f"{path}: {version_of(found)} after the crash, none of {left}")
-        if found != before or file.is_raw:  # whose time is noted when a writer closes
+        if is_new or found != before or file.is_raw:  # a raw one's time is noted at a close
             mtime_ns = real.stat().st_mtime_ns
             with copy.open("r+b") as target:
                 target.truncate(0)
