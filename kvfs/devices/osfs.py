@@ -113,7 +113,7 @@ class OSFileSystem(FileSystem):
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFoundError(
                 f"device directory missing: {root}: {error.strerror}; mount its filesystem, or "
-                "remove the device from the pool"
+                "put the directory back where it was"
             ) from error
         try:
             refuse_remote(filesystem_type(self._root_fd), root)

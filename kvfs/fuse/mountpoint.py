@@ -123,10 +123,26 @@ def unmount(mountpoint: str | os.PathLike[str], *, lazy: bool = True) -> bool:
     if not failure:
         return True
     if not lazy:
-        raise BusyError(f"mount is in use: {path}: {failure}; close its files first")
-    _log.warning("mount is in use, detached: %s: it ends when its files are closed", path)
+        raise BusyError(
+            f"mount is in use{_by_whom(path)}: {path}: {failure}; close its files first"
+        )
+    _log.warning(
+        "mount is in use%s, detached: %s: it ends when its files are closed", _by_whom(path), path
+    )
     detach(path)
     return False
+
+
+def holders_of(path: Path) -> list[int]:
+    """Return the processes that have something below a mountpoint open, mapped, or are there.
+
+    Asks /proc alone, never the mount. Of other users' processes only root sees these things.
+    """
+    return sorted(
+        int(process.name)
+        for process in Path("/proc").iterdir()
+        if process.name.isdigit() and _is_holder(process, os.fspath(path))
+    )
 
 
 def detach(path: Path) -> None:
@@ -170,6 +186,24 @@ def mount_fusectl(path: Path) -> None:
 
 
 # --- internals
+
+
+def _by_whom(path: Path) -> str:
+    pids = holders_of(path)
+    return f" by {', '.join(map(str, pids))}" if pids else ""
+
+
+def _is_holder(process: Path, path: str) -> bool:
+    def is_below(target: str) -> bool:
+        return target == path or target.startswith(f"{path}/")
+
+    with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+        links = [process / "cwd", process / "root", *(process / "fd").iterdir()]
+        if any(is_below(os.readlink(link)) for link in links):
+            return True
+        maps = (process / "maps").read_text(errors="replace")
+        return any(is_below(line[line.find("/") :]) for line in maps.splitlines() if "/" in line)
+    return False
 
 
 def _resolve_parent(path: Path) -> Path:

@@ -14,9 +14,9 @@ import kvfs
 from kvfs.engine.catalog_schema import Node
 from kvfs.files import WriteHandle
 from kvfs.fuse.mount import MountOptions, mount, mount_in_background, unmount
-from kvfs.fuse.mountpoint import entry_at, prepare, set_read_ahead
+from kvfs.fuse.mountpoint import entry_at, holders_of, prepare, set_read_ahead
 from kvfs.pool import Pool
-from tests.fuse.mounting import MIB, MountedPool, sh, wait_until, write_file
+from tests.fuse.mounting import MIB, MountedPool, end, launch, sh, wait_until, write_file
 
 pytestmark = pytest.mark.fuse
 
@@ -96,7 +96,7 @@ def test_signal_with_open_files(mounted: MountedPool) -> None:
     reader = os.open(mounted.path / "whole", os.O_RDONLY)
     writer = os.open(mounted.path / "part", os.O_WRONLY | os.O_CREAT)
     os.write(writer, b"x" * MIB)
-    with pytest.raises(kvfs.BusyError, match="in use"):
+    with pytest.raises(kvfs.BusyError, match=rf"in use by {os.getpid()}: "):
         unmount(mounted.path, lazy=False)
     os.kill(mounted.pid, signal.SIGTERM)
     assert mounted.wait() == 0
@@ -106,6 +106,28 @@ def test_signal_with_open_files(mounted: MountedPool) -> None:
             os.close(fd)
     mounted.start()
     assert sorted(os.listdir(mounted.path)) == [".kvfs", "default", "whole"]
+
+
+def test_who_holds_a_mount(mounted: MountedPool) -> None:
+    """By an open file, a map, or where it is."""
+    write_file(mounted.path / "f", b"x" * 5000)
+    wait = "; print('there', flush=True); sys.stdin.read()"
+    open_it = "import mmap, os, sys; f = os.open(sys.argv[1] + '/f', 0)"
+    codes = (
+        open_it,
+        f"{open_it}; m = mmap.mmap(f, 0, mmap.MAP_SHARED, mmap.PROT_READ); os.close(f)",
+        "import os, sys; os.chdir(sys.argv[1])",
+    )
+    assert holders_of(mounted.path) == []
+    holders = [launch(code + wait, mounted.path) for code in codes]
+    try:
+        for holder in holders:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "there\n"
+        assert holders_of(mounted.path) == sorted(holder.pid for holder in holders)
+    finally:
+        for holder in holders:
+            end(holder)
 
 
 def test_background_mount_closes_with_open_files(pool: Pool, tmp_path: Path) -> None:
