@@ -247,7 +247,7 @@ class Lanes(LanePlans):
         """Send a table without waiting; False: nothing was sent. REQUIRES: the lock."""
         reader, lease = plan.reader, plan.lease
         self._note_answers()
-        if fh in self._installed or not self._segments.has(lease):
+        if reader.is_closed or fh in self._installed or not self._segments.has(lease):
             return False
         installed = _Installed(Lane.NATIVE, len(reader.keys), self._clock.monotonic_ns())
         blocks = self._blocks(lease, self._segments.use(lease, installed.places))
@@ -284,13 +284,14 @@ class Lanes(LanePlans):
         """Remember what was installed, unless the handle was closed meanwhile."""
         with self._lock:
             before = self._installed.pop(fh, None)
-            if not reader.is_closed:
+            is_open = not reader.is_closed  # one who closes it from here on takes the lane, too
+            if is_open:
                 self._installed[fh] = installed
         if before is not None:
             self._let_go(before)
-        if reader.is_closed:
+        if not is_open:
             self._take_down(fh, installed)
-        return not reader.is_closed
+        return is_open
 
     def _take_down(self, fh: int, installed: _Installed) -> None:
         """Take what was installed from the core; what it may still read stays held."""
