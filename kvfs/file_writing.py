@@ -92,6 +92,15 @@ class FileWriting(FileContents):
                 raise
         return len(data)
 
+    def note_overdue(self, handle: WriteHandle) -> None:
+        """Keep a file from being adopted one of whose writes was given up.
+
+        It may be done late or never. Its writer was told so, and may have written there again.
+        """
+        # Without its lock: whoever holds that may be what the write waits for.
+        writer = handle.writer
+        self._fail(writer, DeviceError(f"write took too long: {writer.node.name!r}"))
+
     def read_staged(self, handle: WriteHandle, offset: int, nbytes: int) -> bytes | bytearray:
         """Read what the writers see."""
         writer = handle.writer
