@@ -367,8 +367,9 @@ class FileWriting(FileContents):
     def _resize(self, writer: FileWriter, nbytes: int) -> None:
         """Cut or extend. REQUIRES: the writer's lock."""
         before = writer.size_bytes
-        if 0 < nbytes < before and writer.is_granted:
-            writer.digests.is_contested = True  # of what was cut off, too
+        if nbytes < before and writer.is_granted:
+            # Of what was cut off, too. Who cuts at open tells the foreign writer nothing of it.
+            writer.digests.is_contested = True
         if nbytes == 0:
             self._close_base(writer)
             writer.kept_bytes = 0
