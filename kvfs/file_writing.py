@@ -92,6 +92,15 @@ class FileWriting(FileContents):
                 raise
         return len(data)
 
+    def note_overdue(self, handle: WriteHandle) -> None:
+        """Keep a file from being adopted one of whose writes was given up.
+
+        It may be done late or never. Its writer was told so, and may have written there again.
+        """
+        # Without its lock: whoever holds that may be what the write waits for.
+        writer = handle.writer
+        self._fail(writer, DeviceError(f"write took too long: {writer.node.name!r}"))
+
     def read_staged(self, handle: WriteHandle, offset: int, nbytes: int) -> bytes | bytearray:
         """Read what the writers see."""
         writer = handle.writer
@@ -358,8 +367,9 @@ class FileWriting(FileContents):
     def _resize(self, writer: FileWriter, nbytes: int) -> None:
         """Cut or extend. REQUIRES: the writer's lock."""
         before = writer.size_bytes
-        if 0 < nbytes < before and writer.is_granted:
-            writer.digests.is_contested = True  # of what was cut off, too
+        if nbytes < before and writer.is_granted:
+            # Of what was cut off, too. Who cuts at open tells the foreign writer nothing of it.
+            writer.digests.is_contested = True
         if nbytes == 0:
             self._close_base(writer)
             writer.kept_bytes = 0

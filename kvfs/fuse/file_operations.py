@@ -11,9 +11,11 @@ Layer: L5.
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import replace as with_changes
 from typing import Final, cast
 
@@ -88,6 +90,7 @@ class FileOperations(Opening):
         """
         if self.lanes is not None:
             self.lanes.stop()
+        self._do_late()
         for number, handle in self._handles.drain():
             try:
                 if isinstance(handle, WritingHandle):
@@ -171,7 +174,10 @@ class FileOperations(Opening):
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         """Write to the staged bytes."""
         handle = self._writing_handle(fh)
-        count = await self._runner.run(self._write, fh, handle, off, buf, nbytes=len(buf))
+        count = await self._runner.run(
+            self._write, fh, handle, off, buf, nbytes=len(buf),
+            on_timeout=functools.partial(self._files.note_overdue, handle.file),
+        )  # fmt: skip
         if handle.is_direct and self._handles.has_cached_writing(handle.inode, but=handle):
             await self._drop_pages(handle.inode)
         self.counters.bytes_written += count
@@ -191,18 +197,23 @@ class FileOperations(Opening):
 
     @handler
     async def release(self, fh: FileHandleT) -> None:
-        """Close a handle; nobody waits for this."""
+        """Close a handle; nobody waits for this. It comes once, so it is done in any case."""
         handle = self._handles.pop(fh)
         if isinstance(handle, WritingHandle):
             nbytes = handle.file.writer.size_bytes
             self._inodes.drop_cache(handle.inode)
-            await self._runner.run(self._files.close_write, handle.file, nbytes=nbytes)
+            await self._finish(self._files.close_write, handle.file, nbytes=nbytes)
             self._pool.note_written()
         elif isinstance(handle, ReadHandle):
             if not self._files.close_read_at_once(handle.reader):
-                await self._runner.run(self._close_reader, fh, handle)
+                await self._finish(self._close_reader, fh, handle)
             elif self.lanes is not None and not self.lanes.close_at_once(fh):
-                await self._runner.run(self.lanes.close, fh)
+                await self._finish(self.lanes.close, fh)
+
+    async def close_late(self) -> None:
+        """Do what found no thread in time when it was due."""
+        if self._late:
+            await trio.to_thread.run_sync(self._do_late, abandon_on_cancel=True)
 
     @handler
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
@@ -236,6 +247,26 @@ class FileOperations(Opening):
         )  # fmt: skip
 
     # --- internals
+
+    async def _finish(self, function: Callable[..., None], *args: object, nbytes: int = 0) -> None:
+        """Run what must happen in any case: within the deadline, or later."""
+        late = functools.partial(function, *args)
+        await self._runner.run(
+            function, *args, nbytes=nbytes, unused=functools.partial(self._late.append, late)
+        )
+
+    def _do_late(self) -> None:
+        """Do what is due since long. Any thread; may wait."""
+        while True:
+            try:
+                function = self._late.popleft()
+            except IndexError:
+                return
+            try:
+                function()
+                self._pool.note_written()
+            except KvfsError as error:
+                _log.warning("open file could not be closed: %s", error)
 
     def _require_own_cache(self, handle: ReadHandle | WritingHandle) -> None:
         """Let a private map of a handle past the page cache fill that cache, if it harms nobody.

@@ -284,13 +284,14 @@ class Lanes(LanePlans):
         """Remember what was installed, unless the handle was closed meanwhile."""
         with self._lock:
             before = self._installed.pop(fh, None)
-            if not reader.is_closed:
+            is_open = not reader.is_closed  # one who closes it from here on takes the lane, too
+            if is_open:
                 self._installed[fh] = installed
         if before is not None:
             self._let_go(before)
-        if reader.is_closed:
+        if not is_open:
             self._take_down(fh, installed)
-        return not reader.is_closed
+        return is_open
 
     def _take_down(self, fh: int, installed: _Installed) -> None:
         """Take what was installed from the core; what it may still read stays held."""

@@ -335,6 +335,7 @@ class _Session:
             nursery.start_soon(self._announce, operations)
             nursery.start_soon(self._wait_stop)
             nursery.start_soon(_sweep, operations)
+            nursery.start_soon(_close_late, operations)
             if signals:
                 nursery.start_soon(self._wait_signal, signals)
             await pyfuse3.main(min_tasks=1, max_tasks=self._options.requests)
@@ -402,6 +403,12 @@ def _is_worth_logging(record: logging.LogRecord) -> bool:
     """Leave out replies that found nobody: the caller was killed, or the mount left the tree."""
     text = record.getMessage()
     return "fuse_reply_* failed with" not in text or not text.endswith(_NOBODY)
+
+
+async def _close_late(operations: KvfsOperations) -> None:
+    while True:  # apart from the sweep: a device may stall it
+        await trio.sleep(_SWEEP_S)
+        await operations.close_late()
 
 
 async def _sweep(operations: KvfsOperations) -> None:

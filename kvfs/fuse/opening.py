@@ -14,6 +14,7 @@ import contextlib
 import errno
 import functools
 import os
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from weakref import WeakKeyDictionary
@@ -87,6 +88,7 @@ class Opening(pyfuse3.Operations):
         self._handles = Handles((pool.clock.wall_ns() // _NS_PER_S & 0xFFFFFF) << 24)
         self._inodes = Inodes()
         self._places = Places(self._handles, self._inodes, self.clock)
+        self._late: deque[Callable[[], None]] = deque()  # found no thread when it was due
         self._buffers: WeakKeyDictionary[trio.lowlevel.Task, memoryview] = WeakKeyDictionary()
         self._runner = Runner(deadline_s, threads, self.counters, lambda: pool.deadlines_ms)
         if core is not None:

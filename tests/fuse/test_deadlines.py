@@ -16,7 +16,16 @@ from kvfs.errors import UsageError
 from kvfs.fuse import lane_plans, lanes
 from kvfs.fuse.mount import MountOptions, mount_in_background
 from kvfs.pool import Pool
-from tests.fuse.mounting import DEADLINE_S, MIB, MountedPool, python, wait_until, write_file
+from tests.fuse.mounting import (
+    DEADLINE_S,
+    MIB,
+    MountedPool,
+    end,
+    launch,
+    python,
+    wait_until,
+    write_file,
+)
 
 pytestmark = pytest.mark.fuse
 T = TypeVar("T")
@@ -210,3 +219,82 @@ except OSError as error:
         may_go.set()
         assert "dir0" in mounted_status(path)["mount"]["stalled_devices"]
         assert (path / "f").read_bytes() == b"x" * 3 * MIB
+
+
+WRITER = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+os.write(fd, b"a" * 100)
+print("written", flush=True)
+sys.stdin.readline()
+try:
+    os.pwrite(fd, b"b" * 100, 100)
+except OSError as error:
+    print(error.errno)
+try:
+    os.close(fd)
+except OSError as error:
+    print(error.errno)
+"""
+
+READER = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_RDONLY)
+os.pread(fd, 100, 0)
+print("read", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("core", [True, False], ids=["core", "no-core"])
+def test_what_finds_no_thread_in_time(
+    pool: Pool, stalling: StallingDevice, tmp_path: Path, expected_warnings: list[str], core: bool
+) -> None:
+    """A close is done when a thread is free again; a write that never was keeps its file away."""
+    expected_warnings.append("request timed out")
+    path = tmp_path / "mnt"
+    path.mkdir()
+    options = MountOptions(deadline_s=0.5, core=core, threads=1)
+    with mount_in_background(pool, path, options):
+        stalling.may_go.set()
+        write_file(path / "read", b"r" * 3 * MIB)
+        reader, writer = launch(READER, path / "read"), launch(WRITER, path / "written")
+        for process in (reader, writer):
+            assert process.stdout is not None
+            assert process.stdout.readline()
+        stalling.may_go.clear()
+        blocker = launch(FSYNC, path / "blocks")
+        try:
+            assert blocker.communicate()[0].strip() == str(errno.EIO)
+            complaints = writer.communicate("go\n")[0].split()
+            # The core writes by itself what it was granted.
+            assert complaints == [str(errno.EIO)] * (1 if core else 2)
+            with pool.store.state.lock:  # not to be closed at once
+                before = mounted_timeouts(pool)
+                reader.communicate("go\n")
+                wait_until(lambda: mounted_timeouts(pool) > before, "its close is given up")
+        finally:
+            for process in (reader, writer, blocker):
+                end(process)
+        assert pool.files._writers
+        assert pool.store.state.pins
+        stalling.may_go.set()
+        wait_until(lambda: not pool.files._writers, "files are closed")
+        wait_until(lambda: not pool.store.state.pins, "readers are closed")
+        assert python(READ_BACK, path / "written").strip() == ("200" if core else "ENOENT")
+
+
+READ_BACK = """
+import errno, sys
+try:
+    print(len(open(sys.argv[1], "rb").read()))
+except OSError as error:
+    print(errno.errorcode[error.errno])
+"""
+
+
+def mounted_timeouts(pool: Pool) -> int:
+    """How many requests were given up; asked past the mount, which is busy."""
+    snapshot = pool.mount_snapshot
+    assert snapshot is not None
+    return int(snapshot()["timeouts"])

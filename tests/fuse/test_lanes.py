@@ -4,7 +4,7 @@ import errno
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +208,8 @@ def test_core_that_refuses_or_keeps(
 
 
 def test_lane_of_a_file_closed_meanwhile(pool: Pool, lanes: Lanes, core: FakeCore) -> None:
-    reader = pool.files.open_read(make_file(pool, "f", b"x" * MIB))
+    node = make_file(pool, "f", b"x" * MIB)
+    reader = pool.files.open_read(node)
     plan = lanes.plan(reader)
     assert plan is not None
     pool.files.close_read(reader)
@@ -216,12 +217,67 @@ def test_lane_of_a_file_closed_meanwhile(pool: Pool, lanes: Lanes, core: FakeCor
     assert not lanes.install_at_once(1, 7, plan)
     assert lanes.install(1, 7, plan) is Lane.NAMESPACE
     assert not core.tables
-    other = pool.files.open_read(pool.catalog.node(reader.node_id))
+    # Nor at once, where the core has the segments already.
+    other = pool.files.open_read(node)
     assert install(lanes, 2, other) is Lane.NATIVE
+    reader = pool.files.open_read(node)
     plan = lanes.plan(reader)
     assert plan is not None
-    assert not lanes.install_at_once(3, 7, plan)  # although the core has its segment
+    pool.files.close_read(reader)
+    assert not lanes.install_at_once(3, 7, plan)
     lanes.release(plan)
+    assert list(core.tables) == [2]
+    pool.files.close_read(other)
+
+
+class Interposed:
+    """A lock after whose first release something else happens at once."""
+
+    def __init__(self, lock: Any, then: Callable[[], None]) -> None:
+        self._lock, self._then = lock, [then]
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+        if self._then:
+            self._then.pop()()
+
+
+def test_file_closed_when_its_table_has_just_come(
+    pool: Pool, lanes: Lanes, core: FakeCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that installs after its request was given up does not give back what is another's.
+
+    The segments are the other handle's still, and hold what it reads.
+    """
+    node = make_file(pool, "f", b"x" * MIB)
+    reader, other = pool.files.open_read(node), pool.files.open_read(node)
+    assert install(lanes, 1, other) is Lane.NATIVE
+    plan = lanes.plan(reader)
+    assert plan is not None
+
+    def release() -> None:
+        assert 2 in lanes._installed
+        monkeypatch.undo()
+        assert pool.files.close_read_at_once(reader)
+        assert lanes.close_at_once(2)
+
+    def note(*arguments: Any) -> bool:
+        monkeypatch.setattr(lanes, "_lock", Interposed(lanes._lock, release))
+        return real_note(*arguments)
+
+    real_note = lanes._note
+    monkeypatch.setattr(lanes, "_note", note)
+    lanes.install(2, 7, plan)
+    settled(lanes, core)
+    assert list(core.tables) == [1]
+    lanes._drop_segments(1 << 63)
+    assert core.read(1, 0, MIB) == b"x" * MIB
+    lanes.close(1)
+    lanes._drop_segments(1 << 63)
+    assert not core.segments
     pool.files.close_read(other)
 
 

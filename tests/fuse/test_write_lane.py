@@ -202,6 +202,27 @@ def test_truncate_between_writes(mounted: MountedPool, rng: random.Random, size:
     assert path.read_bytes() == expected
 
 
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY, os.O_RDWR])
+def test_cut_by_another_open_between_writes(
+    mounted: MountedPool, rng: random.Random, flags: int
+) -> None:
+    """The core is not told that what it has hashed so far is gone."""
+    path, data = mounted.path / "f", rng.randbytes(LARGE)
+    write_file(path, b"former" * MIB)  # else who only reads would be refused
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        write_pieces(fd, data[: 24 * MIB], MIB)
+        assert lane(path) == "native"
+        os.close(os.open(path, flags | os.O_TRUNC))
+        write_pieces(fd, data, MIB, 24 * MIB)
+    finally:
+        os.close(fd)
+    expected = bytes(24 * MIB) + data[24 * MIB :]
+    assert path.read_bytes() == expected
+    mounted.remount()
+    assert path.read_bytes() == expected
+
+
 def test_sync_between_writes(mounted: MountedPool, new: int, rng: random.Random) -> None:
     data = rng.randbytes(6 * MIB)
     for at in range(0, len(data), MIB):
