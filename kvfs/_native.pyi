@@ -342,9 +342,9 @@ class Mapping:
 
 @final
 class Arena:
-    """A read-write shared mapping of one file descriptor (a memfd slot or a segment file)."""
-    def __init__(self, fd: int, nbytes: int, populate: bool = False) -> None:
-        """MAP_SHARED read-write; populate uses MADV_POPULATE_WRITE (OSError when it fails).
+    """A shared mapping of one file descriptor (a memfd slot or a segment file)."""
+    def __init__(self, fd: int, nbytes: int, populate: bool = False, writable: bool = True) -> None:
+        """MAP_SHARED; populate uses MADV_POPULATE_WRITE, or _READ (OSError when it fails).
 
         ValueError if a regular file is shorter than nbytes (a device has no size to check)."""
     @property

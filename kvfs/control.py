@@ -23,7 +23,7 @@ import sys
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 import msgspec
 
@@ -55,20 +55,38 @@ _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 _log = logging.getLogger("kvfs.control")
 
 
+class Heirs(Protocol):
+    """Decides about processes that want to take the pool over."""
+
+    def check(self, question: msg.TakeOver) -> msg.TakeOverAnswer:
+        """Accept, which is then bound to `begin` or `decline`; or raise a KvfsError."""
+
+    def begin(self, connection: socket.socket) -> None:
+        """Take the connection on which the answer was sent."""
+
+    def decline(self) -> None:
+        """Forget what was accepted: the answer could not be sent."""
+
+
 class ControlServer:
     """Answers questions about a pool until stopped. Use as a context manager."""
 
-    def __init__(self, pool: Pool, *, mount: str = "", timeout_s: float = IDLE_TIMEOUT_S) -> None:
+    def __init__(
+        self, pool: Pool, *, mount: str = "", heirs: Heirs | None = None,
+        timeout_s: float = IDLE_TIMEOUT_S,
+    ) -> None:  # fmt: skip
         """Bind to a pool that this process owns.
 
         Args:
             pool: Open; stays open until `stop` has returned.
             mount: Where it is mounted, for `kvfs umount` and `pool status`.
+            heirs: Who may take the pool over; nobody when missing.
             timeout_s: How long a connection may say nothing, or take for one message.
         """
         command = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
         self._pool = pool
         self._owner = Owner(command, mount, pool.clock.wall_ns())
+        self._heirs = heirs
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
@@ -199,7 +217,11 @@ class ControlServer:
                 self._refuse(connection, error)
                 return
             while (question := receive_frame(connection, QUESTION_BYTES_MAX)) is not None:
-                send_frame(connection, self._reply(question), REPLY_BYTES_MAX)
+                reply, is_heir = self._reply(question)
+                if is_heir:
+                    self._hand_over(connection, reply)
+                    return
+                send_frame(connection, reply, REPLY_BYTES_MAX)
         except BusyError as error:
             self._refuse(connection, error)
         except OSError as error:
@@ -209,21 +231,45 @@ class ControlServer:
                 self._connections.discard(connection)
             connection.close()
 
-    def _reply(self, raw: bytes) -> bytes:
-        """Answer one question, whatever it is."""
+    def _hand_over(self, connection: socket.socket, reply: bytes) -> None:
+        """Give the connection to whom the pool will be given by; `stop` leaves it alone."""
+        assert self._heirs is not None
+        try:
+            send_frame(connection, reply, REPLY_BYTES_MAX)
+            with self._lock:
+                self._connections.discard(connection)
+            given = connection.dup()
+        except OSError:
+            self._heirs.decline()
+            raise
+        self._heirs.begin(given)
+
+    def _take_over(self, question: msg.TakeOver) -> msg.TakeOverAnswer:
+        if self._heirs is None:
+            raise RefusedError("this owner gives the pool to nobody; end it instead")
+        return self._heirs.check(question)
+
+    def _reply(self, raw: bytes) -> tuple[bytes, bool]:
+        """Answer one question, whatever it is; say whether the asker takes the pool over."""
         try:
             question = msgspec.msgpack.decode(raw, type=msg.Question)
             if question.version != msg.PROTOCOL_VERSION:
-                return _failure(_version_error(question.version))
-            found = answer(self._pool, self._owner, question.question)
-            return _encode(msg.Reply(msg.PROTOCOL_VERSION, answer=msgspec.Raw(_encode(found))))
+                return _failure(_version_error(question.version)), False
+            asked = question.question
+            is_heir = isinstance(asked, msg.TakeOver)
+            if isinstance(asked, msg.TakeOver):
+                found = self._take_over(asked)
+            else:
+                found = answer(self._pool, self._owner, asked)
+            reply = msg.Reply(msg.PROTOCOL_VERSION, answer=msgspec.Raw(_encode(found)))
+            return _encode(reply), is_heir
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            return _failure(UsageError(f"question not understood: {error}"))
+            return _failure(UsageError(f"question not understood: {error}")), False
         except KvfsError as error:
-            return _failure(error)
+            return _failure(error), False
         except Exception as error:  # noqa: BLE001 - an edge: logged, and answered
             _log.exception("control question failed")
-            return _failure(error)
+            return _failure(error), False
 
     def _refuse(self, connection: socket.socket, error: KvfsError) -> None:
         with contextlib.suppress(OSError):

@@ -126,6 +126,10 @@ class ControlClient:
         except msgspec.MsgspecError as error:
             raise UnavailableError(f"answer of the pool's owner not understood: {error}") from error
 
+    def detach(self) -> socket.socket:
+        """Return the connection, for whatever follows an answer; the caller closes it."""
+        return self._connection
+
     def close(self) -> None:
         """Close; idempotent."""
         self._connection.close()

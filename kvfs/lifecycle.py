@@ -9,21 +9,20 @@ Layer: L4.
 """
 
 import dataclasses
-import fcntl
-import json
 import logging
 import os
-import sys
 import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
 
+from kvfs import pool_lock
 from kvfs.clock import Clock, SystemClock
 from kvfs.config import DeviceURL, PoolOptions, default_segment_bytes, parse_device_url
 from kvfs.devices.base import Device
 from kvfs.devices.filesystem import SUPERBLOCK
+from kvfs.devices.keeper import Keeper
 from kvfs.devices.open import capacity_of, location_of, open_device
 from kvfs.engine.catalog import Catalog
 from kvfs.engine.catalog_schema import APPLICATION_ID, ROOT_NODE_ID, DeviceRow
@@ -33,6 +32,7 @@ from kvfs.engine.recovery import claim_device, format_device
 from kvfs.errors import (
     BusyError,
     CorruptionError,
+    DataError,
     ExistsError,
     NotFoundError,
     RefusedError,
@@ -89,7 +89,7 @@ def create_pool(
     plan = plan_devices(urls)
     require_free(root, plan)
     _make_root(root)
-    lock_fd = _lock(root)
+    lock_fd = pool_lock.take(root)
     pool_uuid = new_uuid()
     opened: list[DeviceState] = []
     catalog: Catalog | None = None
@@ -180,6 +180,8 @@ def open_pool(
     clock: Clock | None = None,
     allow_moved: bool = False,
     background: bool = True,
+    keeper: Keeper | None = None,
+    lock_fd: int = -1,
 ) -> Pool:
     """Open a pool and become its owner.
 
@@ -190,6 +192,10 @@ def open_pool(
         allow_moved: Accept devices that were copied, moved, or left by another host.
         background: Start the background thread; without it nothing persists async blocks but
             `flush`.
+        keeper: Holds the memory of memory devices, and what an earlier owner left of it; stays
+            open.
+        lock_fd: The pool's lock as its last owner handed it over (`Pool.share_lock`); the pool's
+            from here on, closed if it does not open.
 
     Raises:
         NotFoundError: There is no pool.
@@ -197,10 +203,13 @@ def open_pool(
         DataError: Catalog or superblock damaged, or of another format.
     """
     root = Path(path).absolute()
+    if lock_fd >= 0:
+        lock_fd = pool_lock.inherit(root, lock_fd)
     if not (root / CATALOG_NAME).exists():
         raise NotFoundError(f"no pool: {root}: make one with 'kvfs-admin pool create'")
     clock = clock or SystemClock()
-    lock_fd = _lock(root)
+    if lock_fd < 0:
+        lock_fd = pool_lock.take(root)
     opened: list[DeviceState] = []
     catalog: Catalog | None = None
     try:
@@ -208,7 +217,7 @@ def open_pool(
         pool_uuid = catalog.pool_uuid
         for row in catalog.devices():
             # One by one: those opened so far are closed if the next one fails.
-            device = _open_row(row, pool_uuid, clock, allow_moved=allow_moved)
+            device = _open_row(row, pool_uuid, clock, keeper, allow_moved=allow_moved)
             opened.append(device)
         pool = Pool(root, catalog, opened, options=options or PoolOptions(), clock=clock,
                     lock_fd=lock_fd)  # fmt: skip
@@ -223,10 +232,12 @@ def open_pool(
     return pool
 
 
-def _open_device(row: DeviceRow, url: DeviceURL, *, create: bool = False) -> Device:
+def _open_device(
+    row: DeviceRow, url: DeviceURL, *, create: bool = False, keeper: Keeper | None = None
+) -> Device:
     return open_device(
         url, index=row.index, uuid=uuid.UUID(bytes=row.uuid), capacity_bytes=url.size_bytes,
-        segment_bytes=url.segment_bytes, name=row.name, create=create,
+        segment_bytes=url.segment_bytes, name=row.name, create=create, keeper=keeper,
     )  # fmt: skip
 
 
@@ -249,17 +260,27 @@ def _format_row(row: DeviceRow, url: DeviceURL, pool_uuid: uuid.UUID, clock: Clo
 
 
 def _open_row(
-    row: DeviceRow, pool_uuid: uuid.UUID, clock: Clock, *, allow_moved: bool
+    row: DeviceRow, pool_uuid: uuid.UUID, clock: Clock, keeper: Keeper | None, *, allow_moved: bool
 ) -> DeviceState:
-    """Open one device of an existing pool and claim it; a volatile one starts empty."""
-    device = _open_device(row, parse_device_url(row.url))
+    """Open one device of an existing pool and claim it; memory that nobody has kept is empty."""
+    url = parse_device_url(row.url)
+    device = _open_device(row, url, keeper=keeper)
     try:
-        location = location_of(device)
-        if not device.info.is_persistent:
-            return format_device(device, pool_uuid, location, this_process(), clock)
-        return claim_device(
-            device, pool_uuid, location, this_process(), clock, allow_moved=allow_moved
-        )
+        location, is_kept = location_of(device), device.info.is_persistent
+        is_kept = is_kept or device.read_superblock() is not None
+        if is_kept:
+            try:
+                return claim_device(
+                    device, pool_uuid, location, this_process(), clock, allow_moved=allow_moved
+                )
+            except (DataError, RefusedError) as error:
+                if device.info.is_persistent:
+                    raise
+                _log.warning("memory of the last owner is not used, %s starts empty: %s",
+                             row.name, error)  # fmt: skip
+            device.destroy()
+            device = _open_device(row, url, keeper=keeper)
+        return format_device(device, pool_uuid, location, this_process(), clock)
     except BaseException:
         device.close()
         raise
@@ -279,7 +300,7 @@ def destroy_pool(path: str | os.PathLike[str]) -> None:
     if not (root / CATALOG_NAME).exists():
         raise NotFoundError(f"no pool: {root}")
     require_pool(root)  # before the lock makes its file
-    lock_fd = _lock(root)
+    lock_fd = pool_lock.take(root)
     try:
         for row in _devices_left(root):
             _open_device(row, parse_device_url(row.url)).destroy()
@@ -298,7 +319,7 @@ def require_pool(root: Path) -> None:
     with (root / CATALOG_NAME).open("rb") as file:
         file.seek(68)  # where SQLite keeps the application's id
         is_catalog = file.read(4) == APPLICATION_ID.to_bytes(4, "big")
-    if not (is_catalog or _has_lock(root) or salvage(root / CATALOG_NAME).superblocks):
+    if not (is_catalog or pool_lock.is_signed(root) or salvage(root / CATALOG_NAME).superblocks):
         raise RefusedError(
             f"not known for a pool: {root}: {CATALOG_NAME} is no catalog of kvfs; if it was one, "
             "delete the directory yourself"
@@ -339,49 +360,6 @@ def _make_root(root: Path) -> None:
         raise UsageError(
             f"pool directory cannot be made: {str(root)!r}: {reason}; choose another path"
         ) from error
-
-
-def _lock(root: Path) -> int:
-    """Take the pool's lock.
-
-    Raises:
-        BusyError: Another process has it.
-    """
-    fd = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        content = _lock_content(fd)
-        os.close(fd)
-        raise BusyError(
-            f"pool is in use: {root}: held by pid {content.get('pid', 'unknown')} "
-            f"({content.get('command', 'unknown')}); unmount or stop it first"
-        ) from None
-    command = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
-    text = json.dumps({"pid": os.getpid(), "command": command})
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, text.encode(), 0)
-    return fd
-
-
-def _has_lock(root: Path) -> bool:
-    """Say whether an owner of the pool has left its name in the lock file."""
-    try:
-        fd = os.open(root / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        return {"pid", "command"} <= _lock_content(fd).keys()
-    finally:
-        os.close(fd)
-
-
-def _lock_content(fd: int) -> dict[str, object]:
-    try:
-        content = json.loads(os.pread(fd, 4096, 0))
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _abandon(root: Path, opened: list[DeviceState], catalog: Catalog | None, lock_fd: int) -> None:

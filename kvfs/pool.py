@@ -55,6 +55,7 @@ from kvfs.local import LocalBackend
 from kvfs.metrics import LossListener, LossReports
 from kvfs.namespace import Namespace
 from kvfs.pins import Pins
+from kvfs.pool_lock import LOCK_NAME
 from kvfs.statistics import PoolStatistics
 from kvfs.units import format_bytes
 
@@ -62,7 +63,6 @@ if TYPE_CHECKING:
     from kvfs.backend import Backend
 
 CATALOG_NAME: Final = "catalog.sqlite"
-LOCK_NAME: Final = "lock"
 CONTROL_NAME: Final = "control.sock"
 CLIENTS_NAME: Final = "clients.sock"
 DEFAULT_NAMESPACE: Final = "default"
@@ -447,6 +447,11 @@ class Pool:
             self._lock_fd = -1
         if failure is not None:
             raise failure
+
+    def share_lock(self) -> int:
+        """Return another descriptor of the pool's lock: the lock is held until all are closed."""
+        self._require_open()
+        return os.dup(self._lock_fd)
 
     def __enter__(self) -> Self:
         return self

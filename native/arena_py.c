@@ -1,4 +1,4 @@
-/* kvfs._native.Arena: a read-write shared mapping of one descriptor as a Python type. */
+/* kvfs._native.Arena: a shared mapping of one descriptor as a Python type. */
 #include "pyutil.h"
 
 #include <errno.h>
@@ -6,12 +6,14 @@
 #include <sys/stat.h>
 
 #ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_READ 22
 #define MADV_POPULATE_WRITE 23
 #endif
 
 typedef struct {
     PyObject_HEAD
     bool is_open;
+    bool is_writable;
     unsigned exports;
     void *address;
     size_t nbytes;
@@ -43,10 +45,12 @@ static bool check_size(int fd, uint64_t nbytes)
 /* Map and populate; returns 0 or -errno. */
 static int map_arena(Arena *self, int fd, size_t nbytes, bool is_populated)
 {
-    void *mapped = mmap(NULL, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    int protection = PROT_READ | (self->is_writable ? PROT_WRITE : 0);
+    int advice = self->is_writable ? MADV_POPULATE_WRITE : MADV_POPULATE_READ;
+    void *mapped = mmap(NULL, nbytes, protection, MAP_SHARED, fd, 0);
     if (mapped == MAP_FAILED)
         return -errno;
-    if (is_populated && madvise(mapped, nbytes, MADV_POPULATE_WRITE) != 0) {
+    if (is_populated && madvise(mapped, nbytes, advice) != 0) {
         int status = -errno;
         (void)munmap(mapped, nbytes);
         return status;
@@ -58,18 +62,19 @@ static int map_arena(Arena *self, int fd, size_t nbytes, bool is_populated)
 
 static PyObject *arena_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"fd", "nbytes", "populate", NULL};
+    static char *names[] = {"fd", "nbytes", "populate", "writable", NULL};
     PyObject *nbytes_object;
     uint64_t nbytes;
-    int fd, is_populated = 0, status;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iO|p", names, &fd, &nbytes_object,
-                                     &is_populated) ||
+    int fd, is_populated = 0, is_writable = 1, status;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iO|pp", names, &fd, &nbytes_object,
+                                     &is_populated, &is_writable) ||
         !kvfs_parse_u64(nbytes_object, "nbytes", 1, (uint64_t)PY_SSIZE_T_MAX, &nbytes) ||
         !check_size(fd, nbytes))
         return NULL;
     Arena *self = (Arena *)kvfs_alloc(type);
     if (self == NULL)
         return NULL;
+    self->is_writable = is_writable != 0;
     Py_BEGIN_ALLOW_THREADS
     status = map_arena(self, fd, nbytes, is_populated != 0);
     Py_END_ALLOW_THREADS
@@ -121,7 +126,8 @@ static int arena_get_buffer(PyObject *object, Py_buffer *view, int flags)
 {
     Arena *self = (Arena *)object;
     if (!need_open(self) ||
-        PyBuffer_FillInfo(view, object, self->address, (Py_ssize_t)self->nbytes, 0, flags) != 0)
+        PyBuffer_FillInfo(view, object, self->address, (Py_ssize_t)self->nbytes,
+                          !self->is_writable, flags) != 0)
         return -1;
     self->exports++;
     return 0;

@@ -52,6 +52,18 @@ class ContextDropPlan(Request, frozen=True):
     names: list[bytes]
 
 
+class TakeOver(Request, frozen=True):
+    """Give me the pool. What follows the answer: kvfs.cli.takeover.
+
+    `memory_version`: of memory that the asker reads (kvfs.devices.keeper); `core_version`: of the
+    control protocol it speaks with kvfs-core; `mount`: where it will mount, empty if it will not.
+    """
+
+    memory_version: int
+    core_version: int
+    mount: str = ""
+
+
 class DropItem(msgspec.Struct, frozen=True):
     """One context of a plan. `version` and `mtime_ns`: as it was when the plan was made."""
 
@@ -198,9 +210,17 @@ class ContextDropAnswer(msgspec.Struct, frozen=True):
     skipped: list[str]
 
 
+class TakeOverAnswer(msgspec.Struct, frozen=True):
+    """Who gives it, after closing it."""
+
+    pid: int
+    kvfs_version: str
+
+
 AnyRequest = (
     Hello | PoolStatus | DeviceList | ContextList | ContextShow | ContextDropPlan | ContextDrop
-)
+    | TakeOver
+)  # fmt: skip
 ANSWERS: Final[dict[type[Request], type]] = {
     Hello: HelloAnswer,
     PoolStatus: PoolStatusAnswer,
@@ -209,6 +229,7 @@ ANSWERS: Final[dict[type[Request], type]] = {
     ContextShow: ContextShowAnswer,
     ContextDropPlan: DropPlan,
     ContextDrop: ContextDropAnswer,
+    TakeOver: TakeOverAnswer,
 }
 
 

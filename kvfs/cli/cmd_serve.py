@@ -10,7 +10,16 @@ import os
 from kvfs.cli.console import Console
 from kvfs.cli.daemon import EndSignal, Ready
 from kvfs.cli.runner import Parser, exit_codes
-from kvfs.cli.service import Service, add_arguments, owned, run_service, service_of
+from kvfs.cli.service import (
+    Service,
+    add_arguments,
+    inheriting,
+    owned,
+    question_of,
+    run_service,
+    service_of,
+)
+from kvfs.cli.takeover import Estate, Heirs
 
 _log = logging.getLogger("kvfs.service")
 
@@ -20,8 +29,8 @@ def add_serve(parser: Parser) -> None:
     parser.description = (
         "Open a pool and own it, without a mount, for other processes that open it "
         "(kvfs.open_pool): they become its clients. Returns when the pool can be used; the daemon "
-        "stays its owner until SIGTERM or SIGINT, and has then written everything. Who owns what: "
-        "'kvfs-admin pool list'."
+        "stays its owner until SIGTERM or SIGINT, and has then written everything, or until another "
+        "takes over (--takeover). Who owns what: 'kvfs-admin pool list'."
     )
     parser.epilog = exit_codes(2, 10, 11, 13, 14, 15, 16)
     parser.add_argument("pool", metavar="POOL", help="directory of the pool")
@@ -30,18 +39,31 @@ def add_serve(parser: Parser) -> None:
 
 def run_serve(arguments: argparse.Namespace, console: Console) -> int:
     """Serve."""
-    service = service_of(arguments)
+    service, question = service_of(arguments), question_of(arguments)
     has_terminal = bool(arguments.foreground) and os.isatty(0)
+
+    def serve(ready: Ready) -> int:
+        with inheriting(service, question, arguments.takeover_timeout) as estate:
+            return _serve(service, estate, ready, has_terminal=has_terminal)
+
     return run_service(
-        service, console, lambda ready: _serve(service, ready, has_terminal=has_terminal),
-        f"serving {service.pool}", is_foreground=arguments.foreground,
-    )  # fmt: skip
+        service, console, serve, f"serving {service.pool}", is_foreground=arguments.foreground
+    )
 
 
-def _serve(service: Service, ready: Ready, *, has_terminal: bool) -> int:
-    """Own the pool until a signal comes."""
-    with owned(service):
-        end = EndSignal(has_terminal=has_terminal)
-        ready()
-        _log.info("%s received", end.wait().name)
-    return 0
+def _serve(service: Service, estate: Estate, ready: Ready, *, has_terminal: bool) -> int:
+    """Own the pool until a signal comes, or an heir that takes it."""
+    heirs, end = Heirs(), None
+    while True:
+        with owned(service, estate, heirs=heirs) as pool:
+            if end is None:
+                end = EndSignal(has_terminal=has_terminal)
+                ready()
+            estate.confirm()
+            heirs.open(end.wake)
+            if number := end.wait():
+                _log.info("%s received", number.name)
+            else:
+                _log.info("another process takes %s over", pool.path)
+        if not heirs.has_one or heirs.give(estate, end.fileno()):
+            return 0

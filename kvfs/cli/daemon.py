@@ -146,16 +146,27 @@ class EndSignal:
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(read_fd, True)
         self._pipe = read_fd
+        self._write_fd = write_fd
         signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
         for number in self._numbers:
             signal.signal(number, _note)
 
-    def wait(self) -> signal.Signals:
-        """Return the signal when it has come."""
+    def fileno(self) -> int:
+        """Return what is readable when there is something to wait for."""
+        return self._pipe
+
+    def wake(self) -> None:
+        """Let `wait` return None. Any thread."""
+        os.write(self._write_fd, b"\0")
+
+    def wait(self) -> signal.Signals | None:
+        """Return the signal when it has come; None for `wake`."""
         while True:
-            number = signal.Signals(os.read(self._pipe, 1)[0])
+            number = os.read(self._pipe, 1)[0]
             if number in self._numbers:
-                return number
+                return signal.Signals(number)
+            if not number:
+                return None
 
 
 def _note(number: int, frame: FrameType | None) -> None:

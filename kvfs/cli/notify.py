@@ -6,33 +6,48 @@ Layer: L5.
   not listen is no reason to fail.
 - With $WATCHDOG_USEC a thread says twice per interval that the service is alive, each time after
   it has done what the service gave it to try. What hangs there ends the messages.
-- Sockets that the manager has opened (socket activation) come by name.
+- Descriptors come by name: sockets that the manager has opened (socket activation), and what an
+  earlier owner has left in its store (`DescriptorStore`).
 """
 
 import contextlib
+import errno
+import logging
 import os
+import queue
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Final
 
 _FIRST_FD: Final = 3
 _US_PER_S: Final = 1_000_000
+_STORED_S: Final = 10.0
+_RETRY_S: Final = 0.01
+_LATER: Final = (errno.ETOOMANYREFS, errno.ENOBUFS, errno.EAGAIN)
+_log = logging.getLogger("kvfs.service")
 
 
 def tell(*assignments: str) -> bool:
     """Tell the service manager, e.g. `READY=1`; say whether there is one that listens."""
+    with contextlib.suppress(OSError):
+        return _send(assignments, ())
+    return False
+
+
+def _send(assignments: tuple[str, ...], fds: tuple[int, ...]) -> bool:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return False
     if address.startswith("@"):
         address = "\0" + address[1:]
+    raw = "\n".join(assignments).encode("utf-8", "backslashreplace")
     kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as connection:
+    with socket.socket(socket.AF_UNIX, kind) as connection:
         connection.connect(address)
-        connection.sendall("\n".join(assignments).encode("utf-8", "backslashreplace"))
-        return True
-    return False
+        socket.send_fds(connection, [raw], list(fds))
+    return True
 
 
 def tell_ready(status: str) -> None:
@@ -81,17 +96,81 @@ class Watchdog:
             tell("WATCHDOG=1")
 
 
-def inherited_sockets() -> dict[str, socket.socket]:
-    """Return the listening sockets that the service manager has opened, by name; once."""
+class DescriptorStore:
+    """Descriptors in the service manager's hands, for the next start; see kvfs.devices.keeper.
+
+    A thread tells it, in order, so that whoever keeps something does not wait for the manager. What
+    it was not told when the process dies is as if it had never been kept.
+    """
+
+    def __init__(self) -> None:
+        """Begin to tell the manager; without one nothing happens."""
+        self._queue: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        if os.environ.get("NOTIFY_SOCKET"):
+            self._thread = threading.Thread(target=self._run, name="kvfs-store", daemon=True)
+            self._thread.start()
+
+    def tell(self, name: str, fd: int) -> None:
+        """Note a descriptor to be stored, or with -1 a name to be removed. Does not wait."""
+        if self._thread is not None:
+            self._queue.put((name, os.dup(fd) if fd >= 0 else -1))
+
+    def close(self) -> None:
+        """Wait until the manager was told everything; what is kept later is not told. Idempotent.
+
+        It keeps what it has: for the next start, if there is one.
+        """
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._queue.put(None)
+            thread.join(_STORED_S)
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            name, fd = item
+            try:
+                if fd < 0:
+                    self._tell("FDSTOREREMOVE=1", f"FDNAME={name}")
+                else:
+                    self._tell("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=(fd,))
+            except OSError as error:
+                _log.warning("service manager does not store %s: %s", name, error)
+            finally:
+                if fd >= 0:
+                    os.close(fd)
+
+    def _tell(self, *assignments: str, fds: tuple[int, ...] = ()) -> None:
+        """Send, again for a while if too much is under way."""
+        end = time.monotonic() + _STORED_S
+        while True:
+            try:
+                _send(assignments, fds)
+            except OSError as error:
+                if error.errno not in _LATER or time.monotonic() > end:
+                    raise
+                time.sleep(_RETRY_S)
+            else:
+                return
+
+
+def inherited() -> dict[str, int]:
+    """Return the descriptors that the service manager has given this process, by name; once.
+
+    Of several of one name the last counts.
+    """
     try:
         is_ours = int(os.environ.pop("LISTEN_PID", "0")) == os.getpid()
         count = int(os.environ.pop("LISTEN_FDS", "0"))
     except ValueError:
         return {}
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
-    found: dict[str, socket.socket] = {}
+    found: dict[str, int] = {}
     for i in range(count if is_ours else 0):
         fd = _FIRST_FD + i
         os.set_inheritable(fd, False)
-        found[names[i] if i < len(names) and names[i] else str(fd)] = socket.socket(fileno=fd)
+        name = names[i] if i < len(names) and names[i] else str(fd)
+        if name in found:
+            os.close(found[name])
+        found[name] = fd
     return found

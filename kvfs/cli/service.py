@@ -5,6 +5,7 @@ Layer: L5.
 - The options, the log, the doors through which others reach the open pool, and what the service
   manager is told.
 - The order: pool, doors, READY; STOPPING, doors, pool. When the process ends all is on the medium.
+- What the last owner has left (`inheriting`) comes first; what is left for the next goes last.
 """
 
 import argparse
@@ -17,12 +18,15 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from kvfs.admin import messages as msg
 from kvfs.cli import notify
 from kvfs.cli.console import Console
 from kvfs.cli.daemon import Ready, end_on_sigterm, run_in_background
 from kvfs.cli.logs import FORMATS, start_logging
+from kvfs.cli.takeover import TIMEOUT_S, Estate, Heirs, ask
 from kvfs.config import PoolOptions
-from kvfs.errors import KvfsError
+from kvfs.devices.keeper import MEMORY_VERSION
+from kvfs.errors import KvfsError, UsageError
 
 if TYPE_CHECKING:
     from kvfs.pool import Pool
@@ -55,6 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-moved", action="store_true",
         help="accept devices that were copied, moved, or left by another host",
+    )  # fmt: skip
+    parser.add_argument(
+        "--takeover", action="store_true",
+        help="have the process that owns the pool hand it over, with what lies in its memory and "
+        "with its mount, instead of refusing",
+    )  # fmt: skip
+    parser.add_argument(
+        "--takeover-timeout", type=float, metavar="SECONDS", default=TIMEOUT_S,
+        help="how long that may take (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--async-delay", type=int, metavar="MS", default=_DEFAULTS.async_delay_ms,
@@ -152,32 +165,83 @@ def run_service(
         return error.exit_code
 
 
+def question_of(
+    arguments: argparse.Namespace, *, mount: str = "", core_version: int = 0
+) -> msg.TakeOver | None:
+    """Return what the last owner is asked by `--takeover`; None if the pool is just opened."""
+    if not arguments.takeover:
+        return None
+    if arguments.takeover_timeout <= 0:
+        raise UsageError(f"timeout must be positive, found {arguments.takeover_timeout}")
+    return msg.TakeOver(MEMORY_VERSION, core_version, mount)
+
+
 @contextmanager
-def owned(service: Service, *, mount: str = "", is_taking_over: bool = False) -> "Iterator[Pool]":
+def inheriting(
+    service: Service, question: msg.TakeOver | None, timeout_s: float = TIMEOUT_S
+) -> Iterator[Estate]:
+    """Yield what there is from the last owner, and close it when the block ends.
+
+    Args:
+        service: Of which pool.
+        question: What the owner is asked; None: only the service manager may have something.
+        timeout_s: How long the owner may take.
+
+    Raises:
+        KvfsError: As kvfs.cli.takeover.ask.
+    """
+    if question is None:
+        estate = Estate.of_manager()
+    else:
+        estate = ask(Path(service.pool), question, timeout_s)
+    try:
+        yield estate
+    finally:
+        estate.close()
+
+
+@contextmanager
+def owned(
+    service: Service, estate: Estate, *, mount: str = "", heirs: Heirs | None = None,
+    is_waited_for: bool = False,
+) -> "Iterator[Pool]":  # fmt: skip
     """Open the pool, and let others reach it, while the block runs.
+
+    If an heir has come by then, the lock stays in the estate.
 
     Args:
         service: Which, and how.
+        estate: What the last owner has left.
         mount: Where it will be mounted; empty if it is not.
-        is_taking_over: A mount waits for this owner: metrics that cannot be served do not matter.
+        heirs: Who may take it over.
+        is_waited_for: By a mount: metrics that cannot be served do not matter.
 
     Raises:
         KvfsError: As `open_pool`; a door cannot be opened.
     """
     from kvfs.lifecycle import open_pool
 
-    pool = open_pool(service.pool, options=service.pool_options, allow_moved=service.allow_moved)
-    with pool, _doors(pool, service, mount, is_taking_over=is_taking_over):
+    pool = open_pool(
+        service.pool, options=service.pool_options, allow_moved=service.allow_moved,
+        keeper=estate.keeper, lock_fd=estate.take_lock(),
+    )  # fmt: skip
+    with pool, _doors(pool, service, estate, mount, heirs, is_waited_for=is_waited_for):
         try:
             with notify.Watchdog(lambda: _take_a_turn(pool)):
                 yield pool
         finally:
-            notify.tell_stopping(f"closing {service.pool}")
+            if heirs is not None and heirs.has_one:
+                estate.keep_lock(pool)
+            else:
+                notify.tell_stopping(f"closing {service.pool}")
             _log.info("closing %s", service.pool, extra={"pool": service.pool})
 
 
 @contextmanager
-def _doors(pool: "Pool", service: Service, mount: str, *, is_taking_over: bool) -> "Iterator[None]":
+def _doors(
+    pool: "Pool", service: Service, estate: Estate, mount: str, heirs: Heirs | None, *,
+    is_waited_for: bool,
+) -> Iterator[None]:  # fmt: skip
     """Keep everything open through which others reach the pool. Each door is a context manager.
 
     Clients come in by the socket that the service manager has opened for them, if there is one.
@@ -185,11 +249,12 @@ def _doors(pool: "Pool", service: Service, mount: str, *, is_taking_over: bool) 
     from kvfs.clients.server import ClientServer
     from kvfs.control import ControlServer
 
-    inherited = notify.inherited_sockets()
+    listener = estate.sockets.pop(_CLIENTS, None)
     with ExitStack() as doors:
-        doors.enter_context(ControlServer(pool, mount=mount))
-        doors.enter_context(ClientServer(pool, listener=inherited.pop(_CLIENTS, None)))
-        for name, unused in inherited.items():
+        doors.enter_context(ControlServer(pool, mount=mount, heirs=heirs))
+        doors.enter_context(ClientServer(pool, listener=listener))
+        while estate.sockets:
+            name, unused = estate.sockets.popitem()
             _log.warning("socket of the service manager is not used: %s", name)
             unused.close()
         if service.metrics:
@@ -198,7 +263,7 @@ def _doors(pool: "Pool", service: Service, mount: str, *, is_taking_over: bool) 
             try:
                 doors.enter_context(Exporter(pool, parse_address(service.metrics)))
             except KvfsError as error:
-                if not is_taking_over:
+                if not is_waited_for:
                     raise
                 _log.warning("%s", error)
         yield

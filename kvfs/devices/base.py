@@ -94,8 +94,9 @@ class Segment:
         is_file: File segment: payload in one file, summary in a sidecar.
         nbytes: Size of the payload file or slot.
         fd: Descriptor of the payload, valid until `Device.release` or `free`; what views map.
-        address: Where the payload is mapped read-write in this process, 0 if it is not.
+        address: Where the payload is mapped in this process, 0 if it is not.
         state: The device's own.
+        is_fixed: Nobody can write it any more; it is not to be resumed.
     """
 
     device_index: int
@@ -106,6 +107,7 @@ class Segment:
     fd: int
     address: int
     state: Any = None
+    is_fixed: bool = False
 
 
 @dataclass(slots=True, eq=False)

@@ -10,7 +10,10 @@ Layer: L1.
 - File segments, staging and raw files are memfds of their own size (see `memory_files`). They count
   against the capacity, and free frames are given up for them: frames and files together never
   exceed the capacity.
-- Nothing survives the process: superblock and sidecars are plain bytes, persisting does nothing.
+- All of it, superblock and sidecars included, lies in memfds that a keeper holds, too (see
+  `memory_kept`). Opened with a keeper that has them from an earlier owner, the device is what it was
+  when that one ended, wherever it ended; without one it is empty, and ends with the process.
+- Frames of an earlier owner are read, freed and never written: nobody can.
 
 Concurrency: `_lock` guards frames, ledger and the tables of segments and staging files. A frame is
 made (and populated) outside the lock.
@@ -38,9 +41,11 @@ from kvfs.devices.base import (
     padded_bytes,
     slot_count_of,
 )
-from kvfs.devices.filesystem import OSFile, pread_all
+from kvfs.devices.filesystem import RAW, OSFile, pread_all
+from kvfs.devices.keeper import Keeper
 from kvfs.devices.ledger import Ledger
 from kvfs.devices.memory_files import Frame, MemoryFiles, OpenMemory, key_of, sidecar_key
+from kvfs.devices.memory_kept import KeptMemory
 from kvfs.errors import NoSpaceError
 from kvfs.units import PAGE, format_bytes
 
@@ -60,7 +65,7 @@ def available_bytes() -> int:
 
 
 class MemoryDevice(MemoryFiles):
-    """Volatile memory of this process; the memfds can be handed to others."""
+    """Volatile memory; the memfds can be handed to others."""
 
     def __init__(
         self,
@@ -73,6 +78,7 @@ class MemoryDevice(MemoryFiles):
         tier: int = 0,
         url: str = "dram:",
         progress: Progress | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         """Take the memory, all of it, now.
 
@@ -85,6 +91,8 @@ class MemoryDevice(MemoryFiles):
             tier: Tier.
             url: Where it came from.
             progress: Called with (frames done, frames in all) after each frame.
+            keeper: Holds the memory, and has what an earlier owner left in it; stays open. When
+                missing, the device's own, which ends with it.
 
         Raises:
             NoSpaceError: The machine has not that much memory; the message says how much it has.
@@ -102,18 +110,65 @@ class MemoryDevice(MemoryFiles):
             is_persistent=False,
             write_atomic_bytes=PAGE,
         )
-        available = available_bytes()
-        if capacity_bytes > available:
-            raise NoSpaceError(
-                f"not enough memory: {name}: {format_bytes(capacity_bytes)} asked for, "
-                f"{format_bytes(available)} available; give the device a smaller size"
-            )
-        super().__init__(Ledger(name, capacity_bytes))
-        self._superblock: bytes | None = None
+        self._own_keeper = Keeper() if keeper is None else None
+        kept = KeptMemory(
+            keeper or self._own_keeper or Keeper(), uuid, name, self.info.slot_count, segment_bytes
+        )
+        super().__init__(Ledger(name, capacity_bytes), kept)
+        try:
+            self._inherit()
+            self._require_available()
+        except BaseException:
+            self.close()
+            raise
         self._populate(progress)
 
+    def _inherit(self) -> None:
+        """Take over what an earlier owner has left with the keeper."""
+        kept, nbytes = self._kept, self.info.segment_bytes
+        for number, (slot, generation), file in kept.found_frames():
+            arena = _native.Arena(file.fd, nbytes, writable=False)
+            frame = Frame(file, arena, number, is_fixed=True)
+            if self._found(slot, generation, OpenMemory(file, "", frame=frame), nbytes, 0) is None:
+                self._end_frame(frame)
+        for (slot, generation), file, sidecar in kept.found_files():
+            state = OpenMemory(file, "", sidecar=bytearray(sidecar), is_sealed=True)
+            size = os.fstat(file.fd).st_size
+            if self._found(slot, generation, state, size, len(sidecar)) is None:
+                kept.drop_file(slot, generation)
+                file.close()
+        for number, file in kept.found_raw():
+            state = OpenMemory(file, f"{RAW}/{number:016x}")
+            self._ledger.put(state.key, os.fstat(file.fd).st_size)
+            self._raw[number] = state
+
+    def _found(
+        self, slot: int, generation: int, state: OpenMemory, nbytes: int, sidecar_bytes: int
+    ) -> OpenMemory | None:
+        """Enter a segment of an earlier owner; None if it cannot be one."""
+        if slot >= self.info.slot_count or (slot, generation) in self._segments:
+            return None
+        state.key = key_of(slot, generation)
+        try:
+            self._ledger.add(state.key, nbytes)
+        except NoSpaceError:
+            return None
+        self._ledger.put(sidecar_key(state.key), sidecar_bytes)
+        self._segments[slot, generation] = state
+        return state
+
+    def _require_available(self) -> None:
+        wanted = self.info.capacity_bytes - self._ledger.used_bytes
+        available = available_bytes()
+        if wanted > available:
+            raise NoSpaceError(
+                f"not enough memory: {self.info.name}: {format_bytes(wanted)} asked for, "
+                f"{format_bytes(available)} available; give the device a smaller size"
+            )
+
     def _populate(self, progress: Progress | None) -> None:
-        total = self.info.capacity_bytes // self.info.segment_bytes
+        free_bytes = max(0, self.info.capacity_bytes - self._ledger.used_bytes)
+        total = free_bytes // self.info.segment_bytes
         try:
             for done in range(total):
                 self._free_frames.append(self._make_frame())
@@ -135,7 +190,7 @@ class MemoryDevice(MemoryFiles):
             file.fd = _native.memfd(f"kvfs-{self.info.name}", nbytes, is_final=False)
             arena = _native.Arena(file.fd, nbytes, populate=True)
             _native.seal_memfd(file.fd)  # from here on only this map can be written to
-            return Frame(file, arena)
+            return Frame(file, arena, self._kept.keep_frame(file.fd))
         except OSError as error:
             file.close()
             if error.errno not in (errno.ENOMEM, errno.ENOSPC, errno.EFAULT):
@@ -149,16 +204,16 @@ class MemoryDevice(MemoryFiles):
     def read_superblock(self) -> bytes | None:
         """Return the newest superblock, or None on a device never formatted."""
         self._check_open()
-        return self._superblock
+        return self._kept.label.superblock
 
     def write_superblock(self, raw: bytes) -> None:
         """Replace the superblock, in memory."""
         self._check_open()
-        self._superblock = bytes(raw)
+        self._kept.label.write_superblock(bytes(raw))
 
     # --- segments
     def segments(self) -> list[SegmentName]:
-        """List the segments made since open."""
+        """List the segments."""
         self._check_open()
         with self._lock:
             return [
@@ -184,13 +239,13 @@ class MemoryDevice(MemoryFiles):
         state = OpenMemory(frame.file, key, frame=frame)
         with self._lock:
             if self._is_closed:
-                frame.close()
+                self._end_frame(frame)
                 self._check_open()
             self._segments[slot, generation] = state
         return self._handle(slot, generation, state)
 
     def attach(self, name: SegmentName) -> Segment:
-        """Return another handle of a segment made since open."""
+        """Return another handle of a segment."""
         self._check_open()
         with self._lock:
             state = self._segments.get((name.slot, name.generation))
@@ -203,7 +258,7 @@ class MemoryDevice(MemoryFiles):
         lengths: AddressArray, digests: DigestArray, statuses: StatusArray,
     ) -> int:  # fmt: skip
         """Copy n payloads with non-temporal stores and hash them in one pass."""
-        self._state(segment)
+        self._require_writable(self._state(segment))
         check_payloads(segment, offsets, lengths)
         targets = offsets + np.uint64(segment.address)
         failed = _native.copy_hash(targets, sources, lengths, digests, statuses, PAGE)
@@ -213,6 +268,7 @@ class MemoryDevice(MemoryFiles):
     def write_tail(self, segment: Segment, distance: int, data: bytes) -> None:
         """Write summary bytes, from `distance` bytes before the end of segment or sidecar."""
         state = self._state(segment)
+        self._require_writable(state)
         assert len(data) <= distance, "summary bytes end beyond the segment"
         size = segment.nbytes if state.sidecar is None else len(state.sidecar)
         assert distance <= size, "summary bytes start before the segment"
@@ -238,8 +294,10 @@ class MemoryDevice(MemoryFiles):
         return min(offset, segment.nbytes)
 
     def persist(self, segment: Segment) -> None:
-        """Do nothing; a volatile device has nothing to promise."""
-        self._state(segment)
+        """Note that the segment is there, for the next owner; its bytes are in memory already."""
+        frame = self._state(segment).frame
+        if frame is not None:
+            self._kept.note_frame(frame.number, segment.slot, segment.generation)
 
     def persist_names(self) -> None:
         """Do nothing."""
@@ -253,10 +311,14 @@ class MemoryDevice(MemoryFiles):
             if state is not None:
                 self._ledger.drop(state.key)
                 self._ledger.drop(sidecar_key(state.key))
-                if state.frame is not None:
-                    self._free_frames.append(state.frame)
-                else:
+                if state.frame is None:
+                    self._kept.drop_file(*_pair(segment))
                     state.file.close()
+                elif state.frame.is_fixed:
+                    self._end_frame(state.frame)
+                else:
+                    self._kept.clear_frame(state.frame.number)
+                    self._free_frames.append(state.frame)
         self.release(segment)
 
     def release(self, segment: Segment) -> None:
@@ -284,10 +346,14 @@ class MemoryDevice(MemoryFiles):
     def destroy(self) -> None:
         """Give all memory back and close."""
         self._check_open()
+        self._kept.drop_all()
         self.close()
 
     def close(self) -> None:
-        """Give all memory back; idempotent. Maps made elsewhere stay valid."""
+        """Give back the memory that holds nothing, and leave the rest to the keeper; idempotent.
+
+        Maps made elsewhere stay valid.
+        """
         with self._lock:
             self._is_closed = True
             for state in (*self._staging, *self._raw.values(), *self._segments.values()):
@@ -296,10 +362,12 @@ class MemoryDevice(MemoryFiles):
                 else:
                     state.file.close()
             for frame in self._free_frames:
-                frame.close()
+                self._end_frame(frame)
             self._free_frames, self._segments, self._staging = [], {}, set()
             self._raw = {}
-            self._superblock = None
+            self._kept.label.close()
+            if self._own_keeper is not None:
+                self._own_keeper.close()
 
     # --- inside
     def _borrow_frame(self, tag: bytes) -> Frame | None:
@@ -312,8 +380,12 @@ class MemoryDevice(MemoryFiles):
                 if self._free_frames[index].tag == wanted:
                     return self._free_frames.pop(index)
         if self._free_frames:
-            self._free_frames.pop(0).close()
+            self._end_frame(self._free_frames.pop(0))
         return None
+
+    def _require_writable(self, state: OpenMemory) -> None:
+        if state.frame is not None and state.frame.is_fixed:
+            raise OSError(errno.EROFS, "memory of an earlier owner", state.key)
 
 
 def _pair(segment: Segment | SegmentName) -> tuple[int, int]:

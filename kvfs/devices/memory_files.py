@@ -2,7 +2,7 @@
 
 Layer: L1.
 
-- Staging and raw files are memfds. A raw file stays until it is dropped, or the process ends.
+- Staging and raw files are memfds. A raw file stays until it is dropped, or its keeper ends.
 - A seal of the kernel's keeps everybody from writing, for ever; who writes to a sealed staging file
   all the same writes to a copy.
 
@@ -22,6 +22,7 @@ from kvfs import _native
 from kvfs.devices.base import Device, Segment, Staging
 from kvfs.devices.filesystem import RAW, STAGING, OSFile, check_staging_name
 from kvfs.devices.ledger import Ledger
+from kvfs.devices.memory_kept import KeptMemory
 from kvfs.errors import ClosedError
 
 _SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
@@ -29,11 +30,17 @@ _SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE | f
 
 @dataclass(slots=True, eq=False)
 class Frame:
-    """One memfd of a segment's size. `tag`: whose bytes it holds; None if it is still zero."""
+    """One memfd of a segment's size.
+
+    `number`: its keeper's. `tag`: whose bytes it holds; None if it is still zero. `is_fixed`: an
+    earlier owner made it, so that nobody can write it.
+    """
 
     file: OSFile
     arena: _native.Arena
+    number: int
     tag: bytes | None = None
+    is_fixed: bool = False
 
     def close(self) -> None:
         """Give the memory back."""
@@ -58,8 +65,9 @@ class OpenMemory:
 class MemoryFiles(Device):
     """Staging and raw files in memory. Subclasses set `info` first."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, kept: KeptMemory) -> None:
         self._ledger = ledger
+        self._kept = kept
         self._lock = threading.Lock()
         self._segments: dict[tuple[int, int], OpenMemory] = {}
         self._staging: set[OpenMemory] = set()
@@ -147,6 +155,7 @@ class MemoryFiles(Device):
                 self._trim_frames()
             if not self.seal_staging(staging, is_shared=True):
                 raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), state.key)
+            self._kept.keep_file(slot, generation, state.file.fd, sidecar)
         except BaseException:
             self._ledger.drop(sidecar_key(key))
             raise
@@ -166,7 +175,10 @@ class MemoryFiles(Device):
         if state is not None:
             with self._lock:
                 self._staging.discard(state)
-                self._raw = {n: kept for n, kept in self._raw.items() if kept is not state}
+                numbers = [number for number, raw in self._raw.items() if raw is state]
+                for number in numbers:
+                    del self._raw[number]
+                    self._kept.drop_raw(number)
             state.file.close()
             self._ledger.drop(state.key)
             staging.state, staging.fd = None, -1
@@ -188,9 +200,10 @@ class MemoryFiles(Device):
             state.key = key
             self._staging.discard(state)
             self._raw[number] = state
+            self._kept.keep_raw(number, state.file.fd)
 
     def raw_files(self) -> list[tuple[int, int]]:
-        """List numbers and sizes of the raw files made since open, by number."""
+        """List numbers and sizes of the raw files, by number."""
         self._check_open()
         with self._lock:
             return sorted((n, os.fstat(state.file.fd).st_size) for n, state in self._raw.items())
@@ -254,6 +267,7 @@ class MemoryFiles(Device):
             nbytes=os.fstat(state.file.fd).st_size,
             fd=state.file.fd,
             address=state.frame.arena.address if state.frame is not None else 0,
+            is_fixed=state.frame is not None and state.frame.is_fixed,
             state=state,
         )
 
@@ -264,7 +278,12 @@ class MemoryFiles(Device):
             free_bytes = len(self._free_frames) * segment_bytes
             if self._ledger.used_bytes + free_bytes <= self.info.capacity_bytes:
                 break
-            self._free_frames.pop(0).close()
+            self._end_frame(self._free_frames.pop(0))
+
+    def _end_frame(self, frame: Frame) -> None:
+        """Give a frame's memory back."""
+        self._kept.drop_frame(frame.number)
+        frame.close()
 
     @contextlib.contextmanager
     def _resizing(self, staging: Staging, state: OpenMemory, nbytes: int) -> Iterator[None]:

@@ -16,6 +16,7 @@ from kvfs.config import DeviceURL
 from kvfs.devices.base import Device
 from kvfs.devices.directory import DirectoryDevice
 from kvfs.devices.filesystem import SEGMENTS, SUPERBLOCK
+from kvfs.devices.keeper import Keeper
 from kvfs.devices.memory import MemoryDevice, Progress
 from kvfs.devices.osfs import OSFileSystem, nearest_existing
 from kvfs.errors import CorruptionError, UsageError
@@ -26,7 +27,7 @@ _FREE_SHARE_PERCENT: Final = 80
 
 @dataclass(frozen=True, slots=True)
 class DeviceRequest:
-    """What a constructor is told. `create`: make a missing directory."""
+    """What a constructor is told. `create`: make a missing directory. `keeper`: of memory."""
 
     url: DeviceURL
     index: int
@@ -36,6 +37,7 @@ class DeviceRequest:
     name: str
     create: bool
     progress: Progress | None
+    keeper: Keeper | None
 
 
 def is_formatted(location: str) -> bool:
@@ -84,6 +86,7 @@ def _open_memory(request: DeviceRequest) -> Device:
         tier=request.url.tier,
         url=str(request.url),
         progress=request.progress,
+        keeper=request.keeper,
     )
 
 
@@ -103,6 +106,7 @@ def open_device(
     name: str,
     create: bool = True,
     progress: Progress | None = None,
+    keeper: Keeper | None = None,
 ) -> Device:
     """Open a device; on return this process owns it until `close`.
 
@@ -116,6 +120,7 @@ def open_device(
         create: Make the directory if it is missing. A pool that was formatted before passes False,
             so that a filesystem that is not mounted is noticed.
         progress: Called with (done, total) while memory is populated.
+        keeper: Holds the memory of a device made of it; see MemoryDevice.
 
     Raises:
         UsageError: No room for one segment.
@@ -142,6 +147,7 @@ def open_device(
             name=name,
             create=create,
             progress=progress,
+            keeper=keeper,
         )
     )
 

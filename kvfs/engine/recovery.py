@@ -13,7 +13,7 @@ Layer: L3.
 - The last unsealed log segment of a namespace is resumed; its old payloads stay subject to
   verification.
 - An unsealed segment that cannot be written again is kept for reading alone, each payload verified:
-  nobody knows which of its entries the medium holds.
+  nobody knows which of its entries the medium holds. Memory of an earlier owner always is one.
 - Torn entries and a torn seal header are overwritten with zeros, so that `check` can tell what a
   crash left from damage.
 - Recovery writes nothing that a crash during it could turn into harm: claims bump counters, frees
@@ -264,6 +264,9 @@ def _enter(state: EngineState, item: _Found, report: RecoveryReport) -> None:
     report.segments += 1
     report.blocks += len(loaded.entries)
     if loaded.is_sealed:
+        segment.persisted_count = loaded.entry_count
+    elif handle.is_fixed:
+        report.unsealed += 1
         segment.persisted_count = loaded.entry_count
     else:
         report.unsealed += 1

@@ -333,6 +333,8 @@ class Store(StoreFiles):
     def close(self) -> None:
         """Flush, note the clean end in the superblocks, close the devices; idempotent.
 
+        Memory is sealed, so that another owner that finds it need not verify it.
+
         Raises:
             DeviceError: The flush or a superblock failed; everything was closed all the same. Of
                 several failures, of any kind, the first is raised.
@@ -345,6 +347,7 @@ class Store(StoreFiles):
         failure: Exception | None = None
         try:
             self._writer.flush()
+            self._seal_memory()
         except Exception as error:  # noqa: BLE001 - raised again when the devices are closed
             failure = error
         for device in self.state.devices:
@@ -359,6 +362,14 @@ class Store(StoreFiles):
             index.close()
         if failure is not None:
             raise failure
+
+    def _seal_memory(self) -> None:
+        for device in self.state.devices:
+            logs = () if device.info.is_persistent else tuple(device.logs.values())
+            for log in logs:
+                if not log.state.is_poisoned:
+                    with log.lock:
+                        log.seal()
 
 
 def _device_statistics(device: DeviceState) -> DeviceStatistics:
