@@ -14,7 +14,7 @@ from kvfs.cli.console import Console
 from kvfs.cli.daemon import Ready
 from kvfs.cli.respawn import Plan, wait_closed
 from kvfs.cli.runner import Parser, exit_codes
-from kvfs.cli.service import add_arguments, owned, run_service, service_of
+from kvfs.cli.service import add_arguments, inheriting, question_of, run_service, service_of
 from kvfs.control_client import owners
 from kvfs.errors import UsageError
 from kvfs.units import parse_bytes
@@ -24,7 +24,8 @@ def add_mount(parser: Parser) -> None:
     """Define `kvfs mount`."""
     parser.description = (
         "Open a pool and show its contexts as files below DIR. Returns when the mount is ready; "
-        "the daemon stays the pool's owner until 'kvfs umount DIR'. A daemon that dies is replaced."
+        "the daemon stays the pool's owner until 'kvfs umount DIR', or until another takes over "
+        "(--takeover). A daemon that dies is replaced."
     )
     parser.epilog = exit_codes(2, 10, 11, 13, 14, 15, 16)
     parser.add_argument("pool", metavar="POOL", help="directory of the pool")
@@ -44,6 +45,11 @@ def add_mount(parser: Parser) -> None:
         "in any case (default: a quarter of the memory)",
     )  # fmt: skip
     parser.add_argument(
+        "--stay-mounted", action="store_true",
+        help="at SIGTERM leave the mount to the next start, for a service manager that stores "
+        "descriptors; without one the mount ends all the same",
+    )  # fmt: skip
+    parser.add_argument(
         "--no-core", action="store_true",
         help="answer every request in Python, without kvfs-core in front",
     )  # fmt: skip
@@ -60,28 +66,25 @@ def run_mount(arguments: argparse.Namespace, console: Console) -> int:
         page_cache_bytes=None
         if arguments.page_cache is None
         else parse_bytes(arguments.page_cache),
+        stays_mounted=arguments.stay_mounted,
     )
-    return run_service(
-        plan.service, console, lambda ready: _serve(plan, arguments, ready),
-        f"mounted {plan.service.pool} on {plan.directory}", is_foreground=arguments.foreground,
-    )  # fmt: skip
 
+    def serve(ready: Ready) -> int:
+        from kvfs.cli.mounting import own_mounted
+        from kvfs.fuse.core_client import VERSION
 
-def _serve(plan: Plan, arguments: argparse.Namespace, ready: Ready) -> int:
-    """Own the pool until it is unmounted."""
-    from kvfs.fuse.mount import mount
-
-    with owned(plan.service, mount=plan.directory) as pool:
-        mount(
-            pool,
-            plan.directory,
-            foreground=arguments.foreground,
-            options=plan.mount_options(
-                allow_nonempty=arguments.allow_nonempty, is_daemon=not arguments.foreground
-            ),
-            on_ready=ready,
+        question = question_of(arguments, mount=plan.directory, core_version=VERSION)
+        options = plan.mount_options(
+            allow_nonempty=arguments.allow_nonempty, is_daemon=not arguments.foreground
         )
-    return 0
+        with inheriting(plan.service, question, arguments.takeover_timeout) as estate:
+            own_mounted(plan, estate, options, ready, foreground=arguments.foreground)
+        return 0
+
+    return run_service(
+        plan.service, console, serve, f"mounted {plan.service.pool} on {plan.directory}",
+        is_foreground=arguments.foreground,
+    )  # fmt: skip
 
 
 def add_umount(parser: Parser) -> None:

@@ -23,13 +23,14 @@ import msgspec
 from kvfs.cli import notify
 from kvfs.cli.daemon import end_on_sigterm
 from kvfs.cli.logs import start_logging
-from kvfs.cli.service import Service, owned
+from kvfs.cli.service import Service
+from kvfs.cli.takeover import Estate
 from kvfs.errors import BusyError, KvfsError
+from kvfs.pool_lock import LOCK_NAME
 
 if TYPE_CHECKING:
     from kvfs.fuse.mount import MountOptions
 
-LOCK_NAME: Final = "lock"
 _TAKE_OVER_S: Final = 10.0
 
 
@@ -42,6 +43,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     core: bool
     passthrough: bool
     page_cache_bytes: int | None
+    stays_mounted: bool = False
 
     def mount_options(
         self, *, allow_nonempty: bool = False, is_daemon: bool = True
@@ -88,7 +90,7 @@ def wait_closed(pool_path: Path, timeout_s: float) -> None:
 
 def main() -> int:
     """Serve the mount that this process was started for."""
-    from kvfs.fuse.mount import serve_inherited
+    from kvfs.cli.mounting import own_mounted
 
     plan = msgspec.json.decode(sys.argv[1], type=Plan)
     null = os.open(os.devnull, os.O_RDWR)
@@ -103,9 +105,11 @@ def main() -> int:
     log.warning("owner of %s died; another takes over: pid %d", plan.directory, os.getpid())
     try:
         wait_closed(Path(service.pool), _TAKE_OVER_S)
-        with owned(service, mount=plan.directory, is_taking_over=True) as pool:
-            notify.tell_ready(f"mounted {service.pool} on {plan.directory}")
-            serve_inherited(pool, plan.mount_options())
+        own_mounted(
+            plan, Estate.of_manager(), plan.mount_options(),
+            lambda: notify.tell_ready(f"mounted {service.pool} on {plan.directory}"),
+            is_respawned=True,
+        )  # fmt: skip
     except KeyboardInterrupt:
         return 0
     except KvfsError as error:

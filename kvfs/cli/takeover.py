@@ -261,18 +261,21 @@ def _receive_all(connection: socket.socket, end: float) -> dict[str, int]:
 
 
 class Heirs:
-    """The owner's side: who may take the pool over, and giving it. One heir at a time."""
+    """The owner's side: who may take the pool over, and giving it. One heir at a time.
 
-    def __init__(self, *, mount: str = "", core_version: int = 0) -> None:
+    Attributes:
+        core_version: Of the control protocol that the mount's core speaks; 0: there is none.
+    """
+
+    def __init__(self, *, mount: str = "") -> None:
         """Accept none yet; see `open`.
 
         Args:
             mount: Where the pool is mounted, empty if it is not.
-            core_version: Of the control protocol that the mount's core speaks; 0: there is none.
         """
         self._wake: Callable[[], None] | None = None
         self._mount = mount
-        self._core_version = core_version
+        self.core_version = 0
         self._lock = threading.Lock()
         self._is_accepted = False
         self._connection: socket.socket | None = None
@@ -316,14 +319,14 @@ class Heirs:
                 f"the pool is mounted on {self._mount}: take it over with "
                 f"'kvfs mount --takeover POOL {self._mount}', or unmount it"
             )
-        if not self._core_version:
+        if not self.core_version:
             raise RefusedError(
                 f"mounted without kvfs-core, which would keep {self._mount} alive; unmount it and "
                 "mount it again"
             )
-        if question.core_version != self._core_version:
+        if question.core_version != self.core_version:
             raise FormatVersionError(
-                f"kvfs-core of the mount speaks version {self._core_version} of the control "
+                f"kvfs-core of the mount speaks version {self.core_version} of the control "
                 f"protocol, this kvfs {question.core_version}; unmount {self._mount} and mount it "
                 "again"
             )
@@ -338,14 +341,15 @@ class Heirs:
         """Accept another one."""
         self._is_accepted = False
 
-    def give(self, estate: Estate, end_fd: int) -> bool:
+    def give(self, estate: Estate, end_fd: int = -1) -> bool:
         """Hand everything over, and wait until the heir is ready.
 
         REQUIRES: The pool is closed, its lock held.
 
         Args:
             estate: What.
-            end_fd: Readable when this process is to end whatever becomes of the heir.
+            end_fd: Readable when this process is to end whatever becomes of the heir; -1: a signal
+                raises.
 
         Returns:
             True to end; False when the heir is gone and the pool is to be opened again.
@@ -372,7 +376,8 @@ class Heirs:
     def _wait_taken(self, connection: socket.socket, end_fd: int) -> bool:
         poll = select.poll()
         poll.register(connection, select.POLLIN)
-        poll.register(end_fd, select.POLLIN)
+        if end_fd >= 0:
+            poll.register(end_fd, select.POLLIN)
         if end_fd in dict(poll.poll()):
             return True  # the heir may be at work: this process does not open the pool again
         received = channel.receive(connection, _PARCEL_BYTES_MAX, idle_s=1.0, timeout_s=1.0)

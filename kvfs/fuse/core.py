@@ -9,6 +9,7 @@ Layer: L5.
 - A core that answers no ping for 10 s is given up: the kernel's connection is aborted, which fails
   whatever waits for the mount, and the core is killed.
 - Inside a process that the core itself started (`Core.inherited`), the sockets come by environment.
+- By the door (`door_fd`, see `passing`) another process becomes the owner (`Core.enter`).
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import select
 import socket
 import subprocess
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,10 +35,13 @@ NAME: Final = "kvfs-core"
 ENV_PATH: Final = "KVFS_CORE"
 ENV_REQUESTS: Final = "KVFS_CORE_REQUESTS"
 ENV_CONTROL: Final = "KVFS_CORE_CONTROL"
+ENV_DOOR: Final = "KVFS_CORE_DOOR"
 _SOCKET_BYTES: Final = 8 << 20
 _PING_S: Final = 1.0
 _GIVE_UP_NS: Final = 10_000_000_000
 _END_S: Final = 5.0
+_PATIENCE_MS: Final = 60_000  # that requests have which come while there is no owner
+_DRAIN_S: Final = 2.0
 _SO_SNDBUFFORCE: Final = 32
 _CONNECTIONS: Final = Path("/sys/fs/fuse/connections")
 _log = logging.getLogger("kvfs.fuse")
@@ -60,6 +65,7 @@ class Core:
     Attributes:
         client: Control messages.
         requests_fd: FUSE messages; pyfuse3 closes it.
+        door_fd: By which another owner comes in; closed with the rest unless `take_door` was called.
         counters: What the core counted, as of the last ping.
         mountpoint: Where it mounts.
     """
@@ -67,9 +73,11 @@ class Core:
     def __init__(
         self, requests_fd: int, client: CoreClient, mountpoint: Path, clock: Clock,
         process: "subprocess.Popen[bytes] | None" = None, peer: socket.socket | None = None,
+        door_fd: int = -1,
     ) -> None:  # fmt: skip
-        """Take over open sockets; see `start` and `inherited`."""
+        """Take over open sockets; see `start`, `inherited` and `enter`."""
         self.client = client
+        self.door_fd = door_fd
         self.requests_fd = requests_fd
         self.mountpoint = mountpoint
         self.counters: dict[str, int] = {}
@@ -109,10 +117,11 @@ class Core:
         program = find()
         requests, requests_peer = _socket_pair()
         control, control_peer = _socket_pair()
-        fds = (requests_peer.fileno(), control_peer.fileno())
+        door, door_peer = _socket_pair()
+        fds = (requests_peer.fileno(), control_peer.fileno(), door_peer.fileno())
         command = [
-            str(program), "--requests", str(fds[0]), "--control", str(fds[1]), str(mountpoint),
-            ",".join(options), "--", *respawn,
+            str(program), "--requests", str(fds[0]), "--control", str(fds[1]), "--door",
+            str(fds[2]), str(mountpoint), ",".join(options), "--", *respawn,
         ]  # fmt: skip
         try:
             process = subprocess.Popen(
@@ -120,12 +129,48 @@ class Core:
                 stderr=subprocess.PIPE, pass_fds=fds, start_new_session=True,
             )  # fmt: skip
         except OSError as error:
-            for end in (requests, requests_peer, control, control_peer):
+            for end in (requests, requests_peer, control, control_peer, door, door_peer):
                 end.close()
             raise UnavailableError(f"{program} cannot run: {error.strerror}") from error
         control_peer.close()
+        door_peer.close()
         client = CoreClient(control, clock)
-        return cls(requests.detach(), client, mountpoint, clock, process, requests_peer)
+        return cls(
+            requests.detach(), client, mountpoint, clock, process, requests_peer, door.detach()
+        )
+
+    @classmethod
+    def enter(cls, door_fd: int, clock: Clock, *, respawn: Sequence[str] = ()) -> "Core":
+        """Become the owner of a core by its door, which stays the caller's.
+
+        Args:
+            door_fd: The door.
+            clock: For deadlines.
+            respawn: As for `start`, from now on.
+
+        Raises:
+            UnavailableError: There is nobody behind the door, or another version.
+        """
+        requests, requests_peer = _socket_pair()
+        control, control_peer = _socket_pair()
+        command = b"".join(os.fsencode(word) + b"\0" for word in respawn)
+        door = socket.socket(fileno=os.dup(door_fd))
+        try:
+            # A packet without a byte would look like the end of the connection.
+            socket.send_fds(door, [command or b"\0"], [requests_peer.fileno(), control_peer.fileno()])
+        except OSError as error:
+            requests.close()
+            control.close()
+            requests_peer.close()
+            raise UnavailableError(f"no kvfs-core behind the door: {error}") from error
+        finally:
+            control_peer.close()
+            door.close()
+        core = cls(
+            requests.detach(), CoreClient(control, clock), Path(), clock, None, requests_peer
+        )
+        core.mountpoint = mountpoints.path_of_device(core.hello.device_minor)
+        return core
 
     @classmethod
     def inherited(cls, clock: Clock) -> "Core":
@@ -137,11 +182,12 @@ class Core:
         try:
             requests = int(os.environ.pop(ENV_REQUESTS))
             control = socket.socket(fileno=int(os.environ.pop(ENV_CONTROL)))
+            door = int(os.environ.pop(ENV_DOOR))
         except (KeyError, ValueError, OSError) as error:
             raise UnavailableError("only kvfs-core starts a new owner of a mount") from error
-        for fd in (requests, control.fileno()):
+        for fd in (requests, control.fileno(), door):
             os.set_inheritable(fd, False)
-        core = cls(requests, CoreClient(control, clock), Path(), clock)
+        core = cls(requests, CoreClient(control, clock), Path(), clock, door_fd=door)
         # It must not be looked at: that would be answered by this process.
         core.mountpoint = mountpoints.path_of_device(core.hello.device_minor)
         return core
@@ -150,6 +196,34 @@ class Core:
     def has_ended(self) -> bool:
         """Whether the program is gone."""
         return self.client.has_ended
+
+    def take_door(self) -> int:
+        """Return the door, for the caller to close."""
+        fd, self.door_fd = self.door_fd, -1
+        return fd
+
+    def hold(self) -> None:
+        """Let nothing more come from the kernel; return when what came was taken by pyfuse3."""
+        self.client.hold(_PATIENCE_MS)
+        poll = select.poll()
+        poll.register(self.requests_fd, select.POLLIN)
+        end = time.monotonic() + _DRAIN_S
+        while poll.poll(0) and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def leave(self) -> None:
+        """Let go of a core that goes on without this process; the requests' socket stays."""
+        self._is_closing.set()
+        self.client.note_end()
+        self.client.close()
+        if self._peer is not None:
+            self._peer.close()
+        self._close_door()
+
+    def _close_door(self) -> None:
+        fd = self.take_door()
+        if fd >= 0:
+            os.close(fd)
 
     def watch(self, on_end: Callable[[], None]) -> None:
         """Ping the core from a thread of its own; call `on_end` there when it has ended."""
@@ -176,6 +250,7 @@ class Core:
             with contextlib.suppress(subprocess.TimeoutExpired):  # a thread may be in the kernel
                 self._process.wait(_END_S)
         self.client.close()
+        self._close_door()
         if self._peer is not None:
             self._peer.close()
         for thread in self._threads:

@@ -192,6 +192,14 @@ class CoreClient:
         """Give forwarded requests this much more time. Not waited for."""
         self.post(Message(Kind.ALLOW, milliseconds))
 
+    def hold(self, patience_ms: int) -> None:
+        """Have the core keep what comes from the kernel, for another owner; with 0, send it again.
+
+        So that it starts nobody else should this one go. `patience_ms`: longer that requests may
+        take meanwhile.
+        """
+        self.call(Message(Kind.HOLD, patience_ms))
+
     def call(self, message: Message) -> tuple[int, bytes]:
         """Send one message; return result and payload of its answer.
 

@@ -61,6 +61,7 @@ class Kind(IntEnum):
     HANDLES = 14
     ALLOW = 15
     DIGESTS = 16
+    HOLD = 17
 
 
 @dataclass(frozen=True, slots=True)

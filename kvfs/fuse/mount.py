@@ -6,6 +6,7 @@ Layer: L5.
   answered, read-ahead raised, READY last.
 - The order of an unmount: leave the tree while requests are still answered; if files are open,
   stop answering and detach; then close what is open. The pool stays open: it is the caller's.
+- A mount that passes on to another owner (`passing`) is left as it is, and its core with it.
 - The core ends when the mount does. If it ends before, the mount is dead: it is taken away, and the
   session fails.
 - pyfuse3 keeps its session in globals: one mount per process at a time.
@@ -33,6 +34,7 @@ from kvfs.fuse.core import Core, find
 from kvfs.fuse.mountpoint import unmount
 from kvfs.fuse.name_filter import TIMEOUT_MS, NameFilter
 from kvfs.fuse.operations import KvfsOperations
+from kvfs.fuse.passing import Passing
 from kvfs.pool import Pool
 from kvfs.units import MIB
 
@@ -100,6 +102,7 @@ def mount(
     foreground: bool = True,
     options: MountOptions | None = None,
     on_ready: Callable[[], None] | None = None,
+    passing: Passing | None = None,
 ) -> None:
     """Show a pool at a directory until it is unmounted, or SIGTERM or SIGINT arrives.
 
@@ -111,6 +114,7 @@ def mount(
         foreground: The process has a terminal: SIGHUP ends the mount too. A daemon ignores it.
         options: See MountOptions.
         on_ready: Called once, when the mount answers.
+        passing: How it comes from the last owner, or passes to the next; without one it does not.
 
     Raises:
         KvfsError: The mount could not be made; see kvfs.fuse.mountpoint.prepare.
@@ -118,18 +122,25 @@ def mount(
     signals = {signal.SIGTERM, signal.SIGINT}
     if foreground:
         signals.add(signal.SIGHUP)
-    session = _Session(pool, Path(mountpoint), options or MountOptions(), on_ready)
+    options = options or MountOptions()
+    path, core = Path(mountpoint), None
+    if passing is not None:
+        core = passing.enter(path, pool.clock, options.respawn)
+    session = _Session(pool, path, options, on_ready, core, passing)
     session.run(signals)
 
 
-def serve_inherited(pool: Pool, options: MountOptions) -> None:
+def serve_inherited(
+    pool: Pool, options: MountOptions, *, on_ready: Callable[[], None], passing: Passing
+) -> None:
     """Serve a mount whose owner died; for a process that its core started. Blocks, as `mount`.
 
     Raises:
         UnavailableError: No core started this process, or it has ended.
     """
     core = Core.inherited(pool.clock)
-    session = _Session(pool, core.mountpoint, options, None, core)
+    passing.keep_door(core.take_door())
+    session = _Session(pool, core.mountpoint, options, on_ready, core, passing)
     session.run({signal.SIGTERM, signal.SIGINT})
 
 
@@ -214,8 +225,10 @@ class _Session:
     def __init__(
         self, pool: Pool, path: Path, options: MountOptions,
         on_ready: Callable[[], None] | None, core: Core | None = None,
+        passing: Passing | None = None,
     ) -> None:  # fmt: skip
-        self.mountpoint = path
+        self.mountpoint = path if core is None else core.mountpoint
+        self._passing = passing
         if core is None:
             self.mountpoint = mountpoints.prepare(path, allow_nonempty=options.allow_nonempty)
         self.on_ready = on_ready
@@ -225,6 +238,7 @@ class _Session:
         self._is_inherited = core is not None
         self._token: trio.lowlevel.TrioToken | None = None
         self._stop = trio.Event()
+        self._leave = trio.Event()
         self._is_initialized = False
         self._is_serving = False
 
@@ -262,6 +276,9 @@ class _Session:
 
     async def _main(self, signals: set[signal.Signals]) -> None:
         self._token = trio.lowlevel.current_trio_token()
+        if self._passing is not None:
+            self._passing.is_left = False
+            self._passing.bind(lambda: self._soon(self._leave.set))
         if not self._is_inherited:
             self._core = self._start_core()
         options, core = self._options, self._core
@@ -283,7 +300,7 @@ class _Session:
             self._pool.mount_turn = None
             self._is_serving = False
             self._end(operations)
-        if core is not None and self._was_lost(core):
+        if core is not None and not self._is_left and self._was_lost(core):
             raise UnavailableError(f"kvfs-core has died; mount taken away: {self.mountpoint}")
 
     def _start_core(self) -> Core | None:
@@ -302,6 +319,8 @@ class _Session:
             _log.warning("mounted without kvfs-core, reads are slower: %s", error)
             return None
         core = Core.start(self.mountpoint, flags, self._pool.clock, respawn=options.respawn)
+        if self._passing is not None:
+            self._passing.keep_door(core.take_door())
         if options.passthrough and not core.hello.has_passthrough:
             _log.info("no passthrough: it needs root and Linux 6.9; kvfs-core reads instead")
         return core
@@ -334,6 +353,7 @@ class _Session:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._announce, operations)
             nursery.start_soon(self._wait_stop)
+            nursery.start_soon(self._wait_leave)
             nursery.start_soon(_sweep, operations)
             nursery.start_soon(_close_late, operations)
             if signals:
@@ -348,6 +368,13 @@ class _Session:
     def _end(self, operations: KvfsOperations) -> None:
         """Take the mount away if it is still there, and close everything."""
         operations.stop_names()
+        if self._is_left:
+            assert self._core is not None
+            pyfuse3.close(unmount=False)
+            self._core.leave()
+            operations.close()
+            _log.info("left mounted: %s", self.mountpoint)
+            return
         if self._core is not None and not self._core.has_ended:
             self._core.stop()
         if self._is_initialized:
@@ -372,6 +399,8 @@ class _Session:
         _log.info("mounted: %s", self.mountpoint)
         if self.on_ready is not None:
             self.on_ready()
+        if self._core is not None and self._is_inherited:
+            await trio.to_thread.run_sync(self._core.client.hold, 0)  # this owner stays
 
     async def _wait_signal(self, signals: set[signal.Signals]) -> None:
         with trio.open_signal_receiver(*signals) as received:
@@ -379,7 +408,13 @@ class _Session:
                 if self._stop.is_set():
                     pyfuse3.terminate()  # the second signal does not wait
                     return
-                _log.info("%s received, unmounting", signal.Signals(number).name)
+                name = signal.Signals(number).name
+                stays = self._passing is not None and self._passing.stays
+                if stays and number == signal.SIGTERM and self._core is not None:
+                    _log.info("%s received, leaving the mount to the next owner", name)
+                    self._leave.set()
+                    continue
+                _log.info("%s received, unmounting", name)
                 self._stop.set()
 
     async def _wait_stop(self) -> None:
@@ -391,6 +426,22 @@ class _Session:
         except KvfsError as error:
             _log.info("%s", error)
             pyfuse3.terminate()
+
+
+    @property
+    def _is_left(self) -> bool:
+        return self._passing is not None and self._passing.is_left
+
+    async def _wait_leave(self) -> None:
+        await self._leave.wait()
+        if self._core is None or self._passing is None:
+            return
+        try:
+            await trio.to_thread.run_sync(self._core.hold)
+        except (OSError, KvfsError) as error:
+            _log.warning("requests under way may fail: %s", error)
+        self._passing.is_left = True
+        self._terminate()
 
 
 def _flags(options: MountOptions) -> list[str]:

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -68,6 +69,18 @@ def path_of_device(minor: int) -> Path:
         if entry.device == f"0:{minor}" and entry.filesystem == FILESYSTEM_TYPE:
             return Path(entry.path)
     raise NotFoundError(f"not mounted: device 0:{minor}")
+
+
+def real_path(path: Path) -> Path:
+    """Return where a mount at a path is in the tree, without looking at the mount."""
+    return _resolve_parent(Path(os.path.abspath(path)))
+
+
+def wait_gone(path: Path, seconds: float) -> None:
+    """Wait for a mount to be taken away, at most so long."""
+    end = time.monotonic() + seconds
+    while entry_at(real_path(path)) is not None and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def prepare(path: Path, *, allow_nonempty: bool) -> Path:

@@ -100,6 +100,16 @@ static int64_t allow(struct core *core, struct message *message, struct answer *
     return 0;
 }
 
+static int64_t hold(struct core *core, struct message *message, struct answer *answer)
+{
+    int64_t status = allow(core, message, answer);
+    if (status != 0)
+        return status;
+    atomic_store(&core->is_given, message->argument > 0);
+    link_hold(&core->link, message->argument > 0);
+    return 0;
+}
+
 static int64_t handles(struct core *core, struct message *message, struct answer *answer)
 {
     static_assert(sizeof(struct handle) == 24, "as it is sent");
@@ -125,7 +135,7 @@ static const struct {
     [7] = {write_begin, 32}, [8] = {write_credit, 8}, [9] = {backing_begin, 8},
     [10] = {close_handle, 0}, [11] = {names, 8},     [12] = {status, 0},
     [13] = {stop, 0},       [14] = {handles, 0},     [15] = {allow, 0},
-    [16] = {digests, 4},
+    [16] = {digests, 4},    [17] = {hold, 0},
 };
 
 size_t control_handle(struct core *core, const uint8_t *bytes, size_t nbytes, int fd,

@@ -25,7 +25,8 @@
 #include "protocol.h"
 #include "segments.h"
 
-enum { READERS_MAX = 16, INIT_BYTES_MAX = 256, CONTROL_VERSION = 2 };
+enum { READERS_MAX = 16, INIT_BYTES_MAX = 256, CONTROL_VERSION = 2,
+       MESSAGE_HEADERS = 256 /* of a socket's message, the longest before a payload, and some */ };
 
 /* In the order of the STATUS answer. */
 struct counters {
@@ -76,6 +77,7 @@ struct core {
     struct options options;
     struct mount mount;
     int device; /* the first descriptor: notifications and backing ids */
+    int door;   /* -1: there is none; the main thread's */
     bool may_pass_through;
     uint32_t max_pages;
     uint32_t max_write;
@@ -96,6 +98,7 @@ struct core {
     atomic_int pump_thread_id; /* 0: it runs no more */
     atomic_uint thread_count; /* threads that run, but main */
     pthread_t main_thread;
+    atomic_bool is_given; /* whoever was to come by the door may not stay: HOLD */
     atomic_bool is_lost;       /* the owner; for the main thread */
     atomic_bool is_ending;
     atomic_bool is_unmounted;  /* the kernel says so */

@@ -49,7 +49,7 @@ static int try_send(struct link *link, uint64_t unique, const void *bytes, size_
     bool is_lost = false;
     pthread_rwlock_rdlock(&link->swap);
     unsigned generation = atomic_load(&link->generation);
-    if (atomic_load(&link->is_up)) {
+    if (atomic_load(&link->is_up) && !atomic_load(&link->is_held)) {
         if (unique != 0 && !pending_send(link->pending, unique)) {
             status = 1;
         } else {
@@ -108,7 +108,8 @@ int link_send(struct link *link, uint64_t unique, const void *bytes, size_t nbyt
 static struct queued *wait_queued(struct link *link)
 {
     pthread_mutex_lock(&link->lock);
-    while (!link->is_ending && (link->head == NULL || !atomic_load(&link->is_up)))
+    while (!link->is_ending && (link->head == NULL || !atomic_load(&link->is_up) ||
+                                atomic_load(&link->is_held)))
         pthread_cond_wait(&link->wake, &link->lock);
     struct queued *queued = link->is_ending ? NULL : link->head;
     pthread_mutex_unlock(&link->lock);
@@ -141,6 +142,16 @@ void link_run_sender(struct link *link)
             (void)poll(&poller, 1, POLL_MS);
         }
     }
+}
+
+void link_hold(struct link *link, bool is_held)
+{
+    pthread_rwlock_wrlock(&link->swap); /* who is sending has sent */
+    pthread_mutex_lock(&link->lock);
+    atomic_store(&link->is_held, is_held);
+    pthread_cond_broadcast(&link->wake);
+    pthread_mutex_unlock(&link->lock);
+    pthread_rwlock_unlock(&link->swap);
 }
 
 void link_lost(struct link *link, unsigned generation)
@@ -197,6 +208,7 @@ int link_renew(struct link *link, int requests, int control, const void *init, s
     if (status == 0) {
         link->parked = 0;
         atomic_fetch_add(&link->generation, 1);
+        atomic_store(&link->is_held, false);
         atomic_store(&link->is_up, true);
         pthread_cond_broadcast(&link->wake);
     }

@@ -26,6 +26,7 @@ struct link {
     pthread_cond_t wake;
     int requests, control;
     atomic_bool is_up;
+    atomic_bool is_held; /* nothing is sent, all is queued */
     atomic_uint generation;
     atomic_uint queue_count;
     size_t queue_bytes;
@@ -55,6 +56,9 @@ bool link_wait_owner(struct link *link, unsigned *generation);
 
 /* Wait until both receiving threads know of the loss. */
 void link_wait_parked(struct link *link);
+
+/* Queue what is to be sent from now on, or send it again. */
+void link_hold(struct link *link, bool is_held);
 
 /* A new owner: take its sockets, which replace the old ones, and send it `init` first. */
 int link_renew(struct link *link, int requests, int control, const void *init, size_t nbytes);

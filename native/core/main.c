@@ -85,10 +85,14 @@ static bool advance(struct core *core, struct progress *progress, int signal_num
             threads_fail_pending(core, true, ENOTCONN);
             return false;
         }
-        if (!owner_replace(&progress->owner, core)) {
+        if (!owner_lost(&progress->owner, core)) {
             progress->code = EXIT_FAILURE_CODE;
             return false;
         }
+    }
+    if (!owner_look(&progress->owner, core)) {
+        progress->code = EXIT_FAILURE_CODE;
+        return false;
     }
     return true;
 }

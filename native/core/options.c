@@ -141,6 +141,7 @@ static void set_defaults(struct options *options)
     *options = (struct options){
         .requests = -1,
         .control = -1,
+        .door = -1,
         .respawn_max = 5,
         .command = no_command,
         .fsname = "kvfs",
@@ -162,6 +163,8 @@ static bool take_flag(struct options *options, const char *flag, const char *val
         options->requests = (int)number;
     else if (strcmp(flag, "--control") == 0)
         options->control = (int)number;
+    else if (strcmp(flag, "--door") == 0)
+        options->door = (int)number;
     else if (strcmp(flag, "--respawn-max") == 0)
         options->respawn_max = number;
     else
@@ -180,8 +183,8 @@ bool options_parse(struct options *options, int count, char **arguments)
         }
     }
     if (count - at < 2 || options->requests < 0 || options->control < 0) {
-        log_line("usage: kvfs-core --requests FD --control FD [--respawn-max N] "
-                 "MOUNTPOINT OPTIONS [-- COMMAND...]");
+        log_line("usage: kvfs-core --requests FD --control FD [--door FD] "
+                 "[--respawn-max N] MOUNTPOINT OPTIONS [-- COMMAND...]");
         return false;
     }
     options->mountpoint = arguments[at++];

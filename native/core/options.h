@@ -1,6 +1,7 @@
 /* The command line:
  *
- *   kvfs-core --requests FD --control FD [--respawn-max N] MOUNTPOINT OPTIONS [-- COMMAND...]
+ *   kvfs-core --requests FD --control FD [--door FD] [--respawn-max N]
+ *             MOUNTPOINT OPTIONS [-- COMMAND...]
  *
  * OPTIONS is a comma list: what mount(2) takes (fsname=, subtype=, allow_other, ro, ...) and the
  * core's own threads=, deadline_ms=, read_ahead_kb=, page_cache_mb=, no_passthrough. */
@@ -15,6 +16,7 @@ enum { OPTION_TEXT_MAX = 1024 };
 struct options {
     int requests;
     int control;
+    int door; /* -1: there is none */
     unsigned respawn_max; /* within RESPAWN_WINDOW */
     const char *mountpoint;
     char **command; /* NULL-terminated; its first is NULL if nothing respawns the owner */

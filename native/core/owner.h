@@ -12,10 +12,16 @@ struct owner {
     pid_t child; /* 0: none of ours */
     int64_t respawned_ns[RESPAWNS_NOTED];
     unsigned respawn_count;
+    bool is_awaited; /* nobody is here; somebody may come by the door */
+    char **command;  /* of the last who came; NULL: it is the options' */
 };
 
-/* Take notice of the death: fail what waited for it. Then start COMMAND; false: the mount ends. */
-bool owner_replace(struct owner *owner, struct core *core);
+/* Take notice of the death: fail what waited for it. Then start COMMAND, or wait for who comes by
+ * the door; false: the mount ends. */
+bool owner_lost(struct owner *owner, struct core *core);
+
+/* Let in who is at the door; false: nobody is here, and nobody can come: the mount ends. */
+bool owner_look(struct owner *owner, struct core *core);
 
 /* Reap children that ended. */
 void owner_reap(struct owner *owner);

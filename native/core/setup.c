@@ -18,7 +18,6 @@ enum {
     PAGES_DEFAULT = 256, /* where the kernel does not tell */
     PAGES_MAX = 1024,
     OWNER_PAGES_MAX = 256, /* libfuse's buffer */
-    MESSAGE_HEADERS = 256, /* the longest before a payload, and some */
 };
 
 static void close_between(int first, int last)
@@ -29,14 +28,19 @@ static void close_between(int first, int last)
 
 void setup_descriptors(const struct options *options)
 {
-    int a = options->requests, b = options->control;
-    if (a > b) {
-        a = options->control;
-        b = options->requests;
+    const int kept[] = {options->requests, options->control, options->door};
+    int first = STDERR_FILENO + 1;
+    for (;;) {
+        int next = INT32_MAX;
+        for (size_t i = 0; i < sizeof kept / sizeof *kept; i++)
+            if (kept[i] >= first && kept[i] < next)
+                next = kept[i];
+        if (next == INT32_MAX)
+            break;
+        close_between(first, next - 1);
+        first = next + 1;
     }
-    close_between(STDERR_FILENO + 1, a - 1);
-    close_between(a > STDERR_FILENO ? a + 1 : STDERR_FILENO + 1, b - 1);
-    close_between(b > STDERR_FILENO ? b + 1 : STDERR_FILENO + 1, INT32_MAX);
+    close_between(first, INT32_MAX);
 }
 
 static uint32_t pages_of_kernel(void)
@@ -58,13 +62,16 @@ static uint32_t smaller(uint32_t a, uint32_t b)
 
 bool setup_sockets(struct core *core)
 {
-    const int fds[] = {core->options.requests, core->options.control};
-    for (size_t i = 0; i < 2; i++) {
+    const int fds[] = {core->options.requests, core->options.control, core->options.door};
+    for (size_t i = 0; i < sizeof fds / sizeof *fds; i++) {
+        if (i == 2 && fds[i] < 0)
+            continue;
         if (sockets_message_max(fds[i]) == 0 || fcntl(fds[i], F_SETFD, FD_CLOEXEC) != 0) {
             log_line("descriptor %d is no SOCK_SEQPACKET socket", fds[i]);
             return false;
         }
     }
+    core->door = core->options.door;
     size_t message_max = sockets_message_max(core->options.requests);
     if (message_max < MESSAGE_HEADERS + PAGE) {
         log_line("the requests socket carries %zu bytes: raise its SO_SNDBUF", message_max);
