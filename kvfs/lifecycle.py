@@ -266,9 +266,8 @@ def _open_row(
     url = parse_device_url(row.url)
     device = _open_device(row, url, keeper=keeper)
     try:
-        location, is_kept = location_of(device), device.info.is_persistent
-        is_kept = is_kept or device.read_superblock() is not None
-        if is_kept:
+        location, is_persistent = location_of(device), device.info.is_persistent
+        if is_persistent or device.segments() or device.raw_files() or device.read_superblock():
             try:
                 return claim_device(
                     device, pool_uuid, location, this_process(), clock, allow_moved=allow_moved
