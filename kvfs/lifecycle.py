@@ -30,7 +30,6 @@ from kvfs.engine.checker.salvage import salvage
 from kvfs.engine.device_state import DeviceState
 from kvfs.engine.recovery import claim_device, format_device
 from kvfs.errors import (
-    BusyError,
     CorruptionError,
     DataError,
     ExistsError,
@@ -45,10 +44,10 @@ from kvfs.pool import (
     CLIENTS_NAME,
     CONTROL_NAME,
     DEFAULT_NAMESPACE,
-    LOCK_NAME,
     SEGMENTS_MIN,
     Pool,
 )
+from kvfs.pool_lock import LOCK_NAME
 from kvfs.units import format_bytes
 
 _log = logging.getLogger("kvfs.pool")

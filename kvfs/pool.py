@@ -55,7 +55,6 @@ from kvfs.local import LocalBackend
 from kvfs.metrics import LossListener, LossReports
 from kvfs.namespace import Namespace
 from kvfs.pins import Pins
-from kvfs.pool_lock import LOCK_NAME
 from kvfs.statistics import PoolStatistics
 from kvfs.units import format_bytes
 

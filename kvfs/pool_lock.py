@@ -2,9 +2,9 @@
 
 Layer: L4.
 
-- A flock(2) on `<pool>/lock`, which says for people whose it is. It belongs to the open file, not to
-  the process: who is given a duplicate of the descriptor has it, too, and it is free when the last
-  duplicate is closed. So it passes from an owner to the next without ever being free.
+- A flock(2) on `<pool>/lock`, which says for people whose it is. It belongs to the open file, not
+  to the process: who is given a duplicate of the descriptor has it, too, and it is free when the
+  last duplicate is closed. So it passes from an owner to the next without ever being free.
 """
 
 import fcntl

@@ -29,8 +29,8 @@ def add_serve(parser: Parser) -> None:
     parser.description = (
         "Open a pool and own it, without a mount, for other processes that open it "
         "(kvfs.open_pool): they become its clients. Returns when the pool can be used; the daemon "
-        "stays its owner until SIGTERM or SIGINT, and has then written everything, or until another "
-        "takes over (--takeover). Who owns what: 'kvfs-admin pool list'."
+        "stays its owner until SIGTERM or SIGINT, and has then written everything, or until "
+        "another takes over (--takeover). Who owns what: 'kvfs-admin pool list'."
     )
     parser.epilog = exit_codes(2, 10, 11, 13, 14, 15, 16)
     parser.add_argument("pool", metavar="POOL", help="directory of the pool")

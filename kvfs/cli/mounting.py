@@ -3,8 +3,7 @@
 Layer: L5.
 """
 
-import logging
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from kvfs.cli.daemon import Ready
 from kvfs.cli.respawn import Plan
@@ -15,7 +14,8 @@ from kvfs.fuse.mount import MountOptions, mount, serve_inherited
 from kvfs.fuse.passing import Passing
 from kvfs.pool import Pool
 
-_log = logging.getLogger("kvfs.service")
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def own_mounted(

@@ -17,7 +17,6 @@ import os
 import queue
 import socket
 import threading
-import time
 from collections.abc import Callable
 from typing import Final
 
@@ -25,6 +24,7 @@ _FIRST_FD: Final = 3
 _US_PER_S: Final = 1_000_000
 _STORED_S: Final = 10.0
 _RETRY_S: Final = 0.01
+_ATTEMPTS: Final = 1000
 _LATER: Final = (errno.ETOOMANYREFS, errno.ENOBUFS, errno.EAGAIN)
 _log = logging.getLogger("kvfs.service")
 
@@ -142,14 +142,13 @@ class DescriptorStore:
 
     def _tell(self, *assignments: str, fds: tuple[int, ...] = ()) -> None:
         """Send, again for a while if too much is under way."""
-        end = time.monotonic() + _STORED_S
-        while True:
+        for is_last in (*[False] * _ATTEMPTS, True):
             try:
                 _send(assignments, fds)
             except OSError as error:
-                if error.errno not in _LATER or time.monotonic() > end:
+                if error.errno not in _LATER or is_last:
                     raise
-                time.sleep(_RETRY_S)
+                threading.Event().wait(_RETRY_S)
             else:
                 return
 

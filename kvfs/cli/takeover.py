@@ -12,8 +12,9 @@ Layer: L5.
 
 - The lock is among the descriptors (`LOCK`): it is never free in between, and nobody else owns the
   pool, who may be waiting for it.
-- If the heir goes before it said Taken, the owner opens the pool again, from the memory it still has,
-  and goes on. It never does so while the heir may be at work: only once the connection has ended.
+- If the heir goes before it said Taken, the owner opens the pool again, from the memory it still
+  has, and goes on. It never does so while the heir may be at work: only once the connection has
+  ended.
 - If the owner goes, the heir does, too, or finds a pool whose owner has crashed.
 - Over a service manager's store the same descriptors pass without a word (`Estate.of_manager`).
 """
@@ -25,7 +26,6 @@ import select
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -36,6 +36,7 @@ from kvfs import __version__
 from kvfs.admin import messages as msg
 from kvfs.cli import notify
 from kvfs.clients import channel
+from kvfs.clock import Clock, SystemClock
 from kvfs.control_client import ControlClient
 from kvfs.devices.keeper import MEMORY_VERSION, Keeper, is_memory
 from kvfs.errors import (
@@ -56,6 +57,8 @@ TIMEOUT_S: Final = 60.0
 _PARCEL_FDS: Final = 60
 _PARCEL_BYTES_MAX: Final = 1 << 20
 _GONE_S: Final = 10.0
+_LEAST_S: Final = 0.01
+_NS_PER_S: Final = 1_000_000_000
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 _log = logging.getLogger("kvfs.service")
 
@@ -147,7 +150,8 @@ class Estate:
                 fd = self.keeper.take(name)
                 opened.callback(os.close, fd)
                 found.append((name, fd))
-            found += [(n, fd) for n, fd in ((LOCK, self._lock_fd), (DOOR, self._door_fd)) if fd >= 0]
+            others = ((LOCK, self._lock_fd), (DOOR, self._door_fd))
+            found += [(name, fd) for name, fd in others if fd >= 0]
             for start in range(0, len(found), _PARCEL_FDS):
                 part = found[start : start + _PARCEL_FDS]
                 yield Parcel([name for name, _ in part]), [fd for _, fd in part]
@@ -179,7 +183,8 @@ def ask(pool_path: Path, question: msg.TakeOver, timeout_s: float) -> Estate:
         UnavailableError: It does not answer, or did not close the pool, in time. What it does is
             not known; the lock says whether it still owns the pool.
     """
-    end = time.monotonic() + timeout_s
+    clock = SystemClock()
+    end_ns = clock.monotonic_ns() + int(timeout_s * _NS_PER_S)
     client = ControlClient.connect(pool_path, timeout_s)
     if client is None:
         _log.info("nobody owns %s: nothing to take over", pool_path)
@@ -201,7 +206,7 @@ def ask(pool_path: Path, question: msg.TakeOver, timeout_s: float) -> Estate:
     _log.info("taking over from pid %d, kvfs %s", answer.pid, answer.kvfs_version)
     connection = client.detach()
     try:
-        found = _receive_all(connection, end)
+        found = _receive_all(connection, clock, end_ns)
     except OSError as error:
         connection.close()
         raise _hung(pool_path, error, answer.pid) from error
@@ -224,17 +229,17 @@ def ask(pool_path: Path, question: msg.TakeOver, timeout_s: float) -> Estate:
 def _hung(pool_path: Path, error: Exception, pid: int = 0) -> UnavailableError:
     who = f"pid {pid}" if pid else f"the process that {pool_path}/lock names"
     return UnavailableError(
-        f"the pool's owner did not hand it over: {error or 'no answer in time'}; it goes on, or "
+        f"the pool's owner did not hand it over: {str(error) or 'no answer in time'}; it goes on, or "
         f"hangs: see its log, try again with a longer --takeover-timeout, or end {who} and start "
         "without --takeover: memory starts empty"
     )
 
 
-def _receive_all(connection: socket.socket, end: float) -> dict[str, int]:
+def _receive_all(connection: socket.socket, clock: Clock, end_ns: int) -> dict[str, int]:
     found: dict[str, int] = {}
     try:
         while True:
-            left_s = max(0.01, end - time.monotonic())
+            left_s = max(_LEAST_S, (end_ns - clock.monotonic_ns()) / _NS_PER_S)
             received = channel.receive(
                 connection, _PARCEL_BYTES_MAX, idle_s=left_s, timeout_s=left_s
             )

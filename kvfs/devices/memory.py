@@ -11,8 +11,8 @@ Layer: L1.
   against the capacity, and free frames are given up for them: frames and files together never
   exceed the capacity.
 - All of it, superblock and sidecars included, lies in memfds that a keeper holds, too (see
-  `memory_kept`). Opened with a keeper that has them from an earlier owner, the device is what it was
-  when that one ended, wherever it ended; without one it is empty, and ends with the process.
+  `memory_kept`). Opened with a keeper that has them from an earlier owner, the device is what it
+  was when that one ended, wherever it ended; without one it is empty, and ends with the process.
 - Frames of an earlier owner are read, freed and never written: nobody can.
 
 Concurrency: `_lock` guards frames, ledger and the tables of segments and staging files. A frame is
@@ -273,6 +273,7 @@ class MemoryDevice(MemoryFiles):
         size = segment.nbytes if state.sidecar is None else len(state.sidecar)
         assert distance <= size, "summary bytes start before the segment"
         if state.frame is not None:
+            self._kept.label.set_tail(state.frame.number, distance)
             with memoryview(state.frame.arena) as memory:  # the descriptor is sealed against writes
                 memory[size - distance : size - distance + len(data)] = data
         else:
@@ -285,13 +286,20 @@ class MemoryDevice(MemoryFiles):
         state = self._state(segment)
         if state.sidecar is not None:
             return bytes(state.sidecar[max(0, len(state.sidecar) - nbytes) :])
-        start = max(0, segment.nbytes - nbytes)
-        return pread_all(segment.fd, start, segment.nbytes - start)
+        nbytes = min(nbytes, segment.nbytes)
+        known = min(nbytes, self._tail_bytes(state))
+        return bytes(nbytes - known) + pread_all(segment.fd, segment.nbytes - known, known)
 
     def next_data(self, segment: Segment, offset: int) -> int:
-        """Return `offset`: a populated frame has no holes."""
-        self._state(segment)
-        return min(offset, segment.nbytes)
+        """Return `offset`, or in a frame that stays as it is where its summary begins, if later."""
+        state = self._state(segment)
+        if state.frame is None or not state.frame.is_fixed:
+            return min(offset, segment.nbytes)
+        return min(max(offset, segment.nbytes - self._tail_bytes(state)), segment.nbytes)
+
+    def _tail_bytes(self, state: OpenMemory) -> int:
+        assert state.frame is not None
+        return self._kept.label.tail_bytes(state.frame.number)
 
     def persist(self, segment: Segment) -> None:
         """Note that the segment is there, for the next owner; its bytes are in memory already."""

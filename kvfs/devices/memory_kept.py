@@ -101,6 +101,8 @@ class KeptMemory:
             )
             if is_whole:
                 self._frames.add(number)
+                # No number is used again soon: another owner may have this one's frames.
+                self._next_frame = (number + 1) % self._slot_count
                 yield number, places.pop(number), file
             else:
                 file.close()
@@ -150,10 +152,11 @@ class KeptMemory:
     def clear_frame(self, number: int) -> None:
         """Note that nothing lies in a frame."""
         self.label.set_place(number, 0)
+        self.label.set_tail(number, 0)
 
     def drop_frame(self, number: int) -> None:
         """Let a frame go."""
-        self.label.set_place(number, 0)
+        self.clear_frame(number)
         self._keeper.drop(f"{self._prefix}frame-{number}")
         self._frames.discard(number)
 

@@ -4,10 +4,12 @@ Layer: L1.
 
     page 0          magic, version, slot count, segment bytes
     from page 1     u64 per frame: what lies in it (`place_of`), 0 for nothing
+    then            u64 per frame: how many bytes from its end on are of its summary
     then            two superblocks, written in turn: u64 number, u64 length, XXH3-128, bytes
 
-- A memfd that only owners have. It is always up to date, so that an owner may end anywhere: a place
-  is one store of eight bytes, after what it vouches for; of two superblocks the newest whole counts.
+- A memfd that only owners have. It is always up to date, so that an owner may end anywhere: a
+  place is one store of eight bytes, after what it vouches for; of two superblocks the newest that
+  is whole counts.
 
 Concurrency: the device's.
 """
@@ -45,8 +47,9 @@ class Label:
         """Take over a descriptor; see `create` and `open`."""
         self.fd = fd
         self._places_bytes = align_up(8 * slot_count, PAGE)
-        self._map = mmap.mmap(fd, PAGE + self._places_bytes)
+        self._map = mmap.mmap(fd, PAGE + 2 * self._places_bytes)
         self._places = np.frombuffer(self._map, "<u8", slot_count, PAGE)
+        self._tails = np.frombuffer(self._map, "<u8", slot_count, PAGE + self._places_bytes)
         self._number, self._superblock = self._newest()
 
     @classmethod
@@ -110,16 +113,28 @@ class Label:
         """Note what lies in a frame; 0: nothing."""
         self._places[frame] = place
 
+    def tail_bytes(self, frame: int) -> int:
+        """Return how many bytes at the end of a frame may be of its summary; what is below is not.
+
+        A frame that had an earlier life is full of its bytes.
+        """
+        return int(self._tails[frame])
+
+    def set_tail(self, frame: int, nbytes: int) -> None:
+        """Note that, before bytes are written that far from the end; 0 begins anew."""
+        if not nbytes or nbytes > self._tails[frame]:
+            self._tails[frame] = nbytes
+
     def close(self) -> None:
         """Close the descriptor; idempotent."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-            self._places = np.empty(0, "<u8")
+            self._places = self._tails = np.empty(0, "<u8")
             self._map.close()
 
     def _start(self, number: int) -> int:
-        return PAGE + self._places_bytes + number % 2 * _SUPERBLOCK_ROOM
+        return PAGE + 2 * self._places_bytes + number % 2 * _SUPERBLOCK_ROOM
 
     def _newest(self) -> tuple[int, bytes | None]:
         newest: tuple[int, bytes | None] = (0, None)
@@ -136,7 +151,7 @@ class Label:
 
 
 def _size(slot_count: int) -> int:
-    return PAGE + align_up(8 * slot_count, PAGE) + 2 * _SUPERBLOCK_ROOM
+    return PAGE + 2 * align_up(8 * slot_count, PAGE) + 2 * _SUPERBLOCK_ROOM
 
 
 def _digest(number: int, raw: bytes) -> bytes:

@@ -19,7 +19,6 @@ import select
 import socket
 import subprocess
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,7 +40,8 @@ _PING_S: Final = 1.0
 _GIVE_UP_NS: Final = 10_000_000_000
 _END_S: Final = 5.0
 _PATIENCE_MS: Final = 60_000  # that requests have which come while there is no owner
-_DRAIN_S: Final = 2.0
+_DRAIN_LOOKS: Final = 200
+_DRAIN_PAUSE_S: Final = 0.01
 _SO_SNDBUFFORCE: Final = 32
 _CONNECTIONS: Final = Path("/sys/fs/fuse/connections")
 _log = logging.getLogger("kvfs.fuse")
@@ -65,7 +65,7 @@ class Core:
     Attributes:
         client: Control messages.
         requests_fd: FUSE messages; pyfuse3 closes it.
-        door_fd: By which another owner comes in; closed with the rest unless `take_door` was called.
+        door_fd: By which another owner comes in; closed with the rest, if it was not taken.
         counters: What the core counted, as of the last ping.
         mountpoint: Where it mounts.
     """
@@ -157,7 +157,8 @@ class Core:
         door = socket.socket(fileno=os.dup(door_fd))
         try:
             # A packet without a byte would look like the end of the connection.
-            socket.send_fds(door, [command or b"\0"], [requests_peer.fileno(), control_peer.fileno()])
+            fds = [requests_peer.fileno(), control_peer.fileno()]
+            socket.send_fds(door, [command or b"\0"], fds)
         except OSError as error:
             requests.close()
             control.close()
@@ -207,9 +208,10 @@ class Core:
         self.client.hold(_PATIENCE_MS)
         poll = select.poll()
         poll.register(self.requests_fd, select.POLLIN)
-        end = time.monotonic() + _DRAIN_S
-        while poll.poll(0) and time.monotonic() < end:
-            time.sleep(0.01)
+        for _ in range(_DRAIN_LOOKS):
+            if not poll.poll(0):
+                return
+            self._is_closing.wait(_DRAIN_PAUSE_S)
 
     def leave(self) -> None:
         """Let go of a core that goes on without this process; the requests' socket stays."""

@@ -427,7 +427,6 @@ class _Session:
             _log.info("%s", error)
             pyfuse3.terminate()
 
-
     @property
     def _is_left(self) -> bool:
         return self._passing is not None and self._passing.is_left

@@ -4,8 +4,8 @@ Layer: L5.
 
 - The door leads to the core: a socket by which another owner comes in. Whoever has it can be the
   next one; once nobody has, the core takes the mount away when its owner is gone.
-- An owner that leaves has the core hold what comes from the kernel, answers what it was sent before,
-  and lets go. Files that the core reads are read on; what was being written is given up.
+- An owner that leaves has the core hold what comes from the kernel, answers what it was sent
+  before, and lets go. Files that the core reads are read on; what was being written is given up.
 """
 
 import logging

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -75,7 +74,7 @@ class Manager:
         self._starts += 1
         with self._lock:
             stored = list(self.stored)
-        fds: Sequence[int] = [fd for _, fd in stored]
+        fds = [fd for _, fd in stored]
         environment = {
             **os.environ, "NOTIFY_SOCKET": str(self._address), "LISTEN_FDS": str(len(fds)),
             "LISTEN_FDNAMES": ":".join(name for name, _ in stored),

@@ -146,6 +146,3 @@ def test_killed_again_and_again_under_a_writer(path, root, capsys):  # noqa: F81
                 put += COUNT
         assert found > put // 2
         client.close()
-
-
-

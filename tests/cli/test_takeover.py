@@ -1,4 +1,4 @@
-"""kvfs serve --takeover: memory passes to the next owner, and whatever goes wrong nothing is lost."""
+"""kvfs serve --takeover: memory passes to the next owner; what goes wrong loses nothing."""
 
 import contextlib
 import fcntl
@@ -205,10 +205,10 @@ def test_an_owner_that_hangs(path, serving, warm):
 
 
 def test_an_owner_that_dies_while_it_closes(path, serving, warm):
-    def stop(connection: socket.socket, end: float) -> dict[str, int]:
+    def stop(connection: socket.socket, *rest: Any) -> dict[str, int]:
         serving.process.kill()
         serving.process.wait()
-        return receive(connection, end)
+        return receive(connection, *rest)
 
     receive, takeover._receive_all = takeover._receive_all, stop
     try:
@@ -246,7 +246,7 @@ def test_another_user_is_refused(path, serving, warm, is_open):
 
 
 def test_an_heir_of_another_version(path, serving, warm):
-    with pytest.raises(FormatVersionError, match="memory of version .* stop this owner"):
+    with pytest.raises(FormatVersionError, match=r"memory of version .* stop this owner"):
         takeover.ask(path, msg.TakeOver(MEMORY_VERSION + 1, 0), DEADLINE_S)
     warm.check()
     assert serving.process.poll() is None

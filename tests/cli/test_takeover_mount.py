@@ -224,7 +224,8 @@ def test_requests_under_way_are_answered(mounted, point):  # noqa: F811
         for _ in range(3):
             before = list(counts)
             take_over(mounted, point)
-            wait_until(lambda: all(n > m for n, m in zip(counts, before, strict=True)), "requests")  # noqa: B023
+            for number, count in enumerate(before):
+                wait_until(lambda: counts[number] > count, "requests")  # noqa: B023
     finally:
         is_over.set()
         for thread in threads:
@@ -267,7 +268,7 @@ def test_what_cannot_be_taken_over(mounted, point, root, request):  # noqa: F811
     elsewhere.mkdir()
     assert run("mount", "--takeover", mounted, elsewhere).returncode == 16
     question = msg.TakeOver(MEMORY_VERSION, core_client.VERSION + 1, str(point))
-    with pytest.raises(FormatVersionError, match="unmount .* and mount it again"):
+    with pytest.raises(FormatVersionError, match=r"unmount .* and mount it again"):
         takeover.ask(mounted, question, DEADLINE_S)
     assert owner_of(mounted, request) == pid
     assert run("umount", point).returncode == 0

@@ -10,6 +10,7 @@ import pytest
 
 from kvfs.devices.base import Device
 from kvfs.devices.directory import DirectoryDevice
+from kvfs.devices.keeper import Keeper
 from kvfs.devices.memory import MemoryDevice
 from kvfs.devices.osfs import OSFileSystem
 from kvfs.devices.wrappers import CountingDevice, FaultyDevice
@@ -52,6 +53,20 @@ class TestMemory(DeviceSuite):
     @pytest.fixture
     def opener(self) -> Opener:
         return open_memory
+
+
+class TestKeptMemory(DeviceSuite):
+    """Opened again with the keeper that has the memory, it is what it was."""
+
+    is_kept = True
+
+    @pytest.fixture
+    def opener(self) -> Iterator[Opener]:
+        keeper = Keeper()
+        yield lambda capacity_bytes=CAPACITY_BYTES: MemoryDevice(
+            capacity_bytes=capacity_bytes, keeper=keeper, **_IDENTITY
+        )
+        keeper.close()
 
 
 class TestCountingDirectory(DeviceSuite):

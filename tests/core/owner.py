@@ -32,7 +32,7 @@ VERSION = 2  # of the control protocol
 CREATE, INTERRUPT, BATCH_FORGET, FALLOCATE, READDIRPLUS, LSEEK = 35, 36, 42, 43, 44, 46
 HELLO, SEGMENT, DROP_SEGMENT, READ_BEGIN, READ_BLOCKS, READ_END = 1, 2, 3, 4, 5, 6
 LANE_WRITE, CREDIT, BACKING, CLOSE, NAMES, STATUS, STOP, HANDLES = 7, 8, 9, 10, 11, 12, 13, 14
-ALLOW, DIGESTS = 15, 16
+ALLOW, DIGESTS, HOLD = 15, 16, 17
 COUNTERS = (
     "native_reads", "native_read_bytes", "native_writes", "native_write_bytes", "lookups",
     "forwarded", "deadline_hits", "interrupts", "verify_failures", "faults", "respawns",
@@ -101,12 +101,17 @@ class FakeOwner:
     def __init__(
         self, mountpoint: Path, *, options: str = "", command: Sequence[str] = (),
         socket_bytes: int = 8 << 20, prefix: Sequence[str] = (), flags: Sequence[str] = (),
+        has_door: bool = False,
     ) -> None:  # fmt: skip
         self.path = mountpoint
         self.requests, core_requests = make_pair(socket_bytes)
         self.control, core_control = make_pair(socket_bytes)
         self._prepare()
+        self.door, core_door = make_pair(0)
         fds = [core_requests.fileno(), core_control.fileno()]
+        if has_door:
+            fds.append(core_door.fileno())
+            flags = [*flags, "--door", str(fds[2])]
         self.log = mountpoint.parent / f"{mountpoint.name}.log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -118,6 +123,22 @@ class FakeOwner:
         self.core_requests = os.dup(core_requests.fileno())
         core_requests.close()
         core_control.close()
+        core_door.close()
+
+    def enter(self, command: bytes = b"\0", count: int = 2) -> "FakeOwner":
+        """Become, as another owner, the one of the same core by the door."""
+        other = FakeOwner.__new__(FakeOwner)
+        other.requests, requests = make_pair()
+        other.control, control = make_pair()
+        other._prepare()
+        other.path, other.log, other.process = self.path, self.log, self.process
+        other.door, other.core_requests = self.door, os.dup(requests.fileno())
+        fds = [requests.fileno(), control.fileno()][:count]
+        assert self.door is not None
+        socket.send_fds(self.door, [command], fds)
+        requests.close()
+        control.close()
+        return other
 
     @classmethod
     def inherited(cls) -> "FakeOwner":
@@ -141,6 +162,7 @@ class FakeOwner:
         self._sequence = 0
         self._control_lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self.door: socket.socket | None = None
         self.is_ended = False
         self.has_read_end = False
         self.max_in = 0
@@ -379,6 +401,8 @@ class FakeOwner:
             assert not self._thread.is_alive()
         self.requests.close()
         self.control.close()
+        if self.door is not None:
+            self.door.close()
         if self.core_requests >= 0:
             os.close(self.core_requests)
             self.core_requests = -1
