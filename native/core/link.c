@@ -174,13 +174,12 @@ void link_lost(struct link *link, unsigned generation)
 bool link_wait_owner(struct link *link, unsigned *generation)
 {
     pthread_mutex_lock(&link->lock);
-    if (*generation != 0) {
-        link->parked++;
-        pthread_cond_broadcast(&link->wake);
-    }
+    link->parked++;
+    pthread_cond_broadcast(&link->wake);
     while (!link->is_ending &&
            (!atomic_load(&link->is_up) || atomic_load(&link->generation) == *generation))
         pthread_cond_wait(&link->wake, &link->lock);
+    link->parked--; /* an owner that was lost again before this thread woke is none to it */
     *generation = atomic_load(&link->generation);
     bool goes_on = !link->is_ending;
     pthread_mutex_unlock(&link->lock);
@@ -206,7 +205,6 @@ int link_renew(struct link *link, int requests, int control, const void *init, s
     if (status == 0 && nbytes > 0)
         status = sockets_send_nowait(link->requests, init, nbytes);
     if (status == 0) {
-        link->parked = 0;
         atomic_fetch_add(&link->generation, 1);
         atomic_store(&link->is_held, false);
         atomic_store(&link->is_up, true);

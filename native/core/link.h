@@ -31,7 +31,7 @@ struct link {
     atomic_uint queue_count;
     size_t queue_bytes;
     struct queued *head, **tail;
-    unsigned parked; /* threads that know of the loss */
+    unsigned parked; /* threads that wait for an owner */
     bool is_ending;
     struct pending *pending;
     void (*on_lost)(void *argument); /* called once per loss */
@@ -54,7 +54,7 @@ void link_lost(struct link *link, unsigned generation);
 /* Wait for an owner later than *generation (0: any) and note it. False at the end. */
 bool link_wait_owner(struct link *link, unsigned *generation);
 
-/* Wait until both receiving threads know of the loss. */
+/* Wait until no receiving thread uses the sockets of the owner that was lost. */
 void link_wait_parked(struct link *link);
 
 /* Queue what is to be sent from now on, or send it again. */

@@ -126,7 +126,13 @@ def test_units_start_what_there_is(unit):
     arguments = parse(words[1:])
     assert arguments.foreground
     assert arguments.pool == "/var/lib/kvfs/kv0"
-    assert (service["Type"], service["KillMode"]) == ("notify", "mixed")
+    # kvfs-core outlives the owner of a mount, until the next start.
+    is_mount = "mount" in unit.name
+    assert service["KillMode"] == ("process" if is_mount else "mixed")
+    assert is_mount == getattr(arguments, "stay_mounted", False)
+    assert service["Type"] == "notify"
+    assert int(service["FileDescriptorStoreMax"]) > 1000
+    assert service["FileDescriptorStorePreserve"] == "restart"
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze here")
@@ -142,7 +148,9 @@ def test_units_as_systemd_sees_them(tmp_path):
     done = subprocess.run(
         ["systemd-analyze", "verify", *names], capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    known_from_254 = "Unknown key 'FileDescriptorStorePreserve' in section [Service], ignoring."
+    said = [line for line in done.stderr.splitlines() if not line.endswith(known_from_254)]
+    assert (done.returncode, done.stdout, said) == (0, "", [])
 
 
 def test_daemonset():

@@ -116,13 +116,15 @@ _kvfs() {
 serve mount umount demo bench --help --version
             " ;;
         "/serve") candidates="
---help --foreground --allow-moved --async-delay --pinned-share --no-verify-reads
---metrics --log --log-format text json --verbose
+--help --foreground --allow-moved --takeover --takeover-timeout --async-delay
+--pinned-share --no-verify-reads --metrics --log --log-format text json
+--verbose
             " ;;
         "/mount") candidates="
---help --foreground --allow-moved --async-delay --pinned-share --no-verify-reads
---metrics --log --log-format text json --verbose --allow-other --allow-nonempty
---no-passthrough --page-cache --no-core
+--help --foreground --allow-moved --takeover --takeover-timeout --async-delay
+--pinned-share --no-verify-reads --metrics --log --log-format text json
+--verbose --allow-other --allow-nonempty --no-passthrough --page-cache
+--stay-mounted --no-core
             " ;;
         "/umount") candidates="
 --help --timeout
