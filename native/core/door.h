@@ -3,7 +3,8 @@
  * A socket of packets whose other end is in the hands of the owner, and of whoever it gave it to:
  * the process that takes over, or the service manager. A packet brings the core's ends of the new
  * owner's two sockets, requests first, and the command that starts it again when it dies: strings
- * that end with 0; the first of them empty: none. When nobody has the other end any more, nobody can come.
+ * that end with 0; the first of them empty: none. When nobody has the other end any more, nobody
+ * can come.
  * For the main thread. */
 #ifndef CORE_DOOR_H
 #define CORE_DOOR_H

@@ -2,7 +2,6 @@
 
 import mmap
 import os
-
 from typing import ClassVar
 
 import pytest
