@@ -71,7 +71,7 @@ def run_mount(arguments: argparse.Namespace, console: Console) -> int:
 
     def serve(ready: Ready) -> int:
         from kvfs.cli.mounting import own_mounted
-        from kvfs.fuse.core_client import VERSION
+        from kvfs.fuse.core_messages import VERSION
 
         question = question_of(arguments, mount=plan.directory, core_version=VERSION)
         options = plan.mount_options(

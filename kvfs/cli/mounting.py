@@ -9,7 +9,7 @@ from kvfs.cli.daemon import Ready
 from kvfs.cli.respawn import Plan
 from kvfs.cli.service import owned
 from kvfs.cli.takeover import Estate, Heirs
-from kvfs.fuse import core_client
+from kvfs.fuse import core_messages
 from kvfs.fuse.mount import MountOptions, mount, serve_inherited
 from kvfs.fuse.passing import Passing
 from kvfs.pool import Pool
@@ -43,7 +43,7 @@ def own_mounted(
         while waiting:
             waiting.pop()()
         estate.confirm()
-        heirs.core_version = core_client.VERSION if estate.door_fd >= 0 else 0
+        heirs.core_version = core_messages.VERSION if estate.door_fd >= 0 else 0
         heirs.open(passing.leave)
 
     def serve(pool: Pool) -> None:

@@ -230,8 +230,9 @@ def _hung(pool_path: Path, error: Exception, pid: int = 0) -> UnavailableError:
     who = f"pid {pid}" if pid else f"the process that {pool_path}/lock names"
     reason = str(error) or "no answer in time"
     return UnavailableError(
-        f"the pool's owner did not hand it over: {reason}; it goes on, or hangs: see its log, try again with a longer --takeover-timeout, or end {who} and start "
-        "without --takeover: memory starts empty"
+        f"the pool's owner did not hand it over: {reason}; it goes on, or hangs: see its log, try "
+        f"again with a longer --takeover-timeout, or end {who} and start without --takeover: "
+        "memory starts empty"
     )
 
 

@@ -18,7 +18,7 @@ from kvfs.cli import takeover
 from kvfs.control_client import owners
 from kvfs.devices.keeper import MEMORY_VERSION
 from kvfs.errors import FormatVersionError
-from kvfs.fuse import core_client, mountpoint
+from kvfs.fuse import core_messages, mountpoint
 from tests.cli.manager import Manager
 from tests.cli.test_mount import DEADLINE_S, point, run, wait_for  # noqa: F401
 from tests.cli.test_serve import end_if_there
@@ -35,9 +35,9 @@ from kvfs.admin import messages as msg
 from kvfs.cli import takeover
 from kvfs.clock import SystemClock
 from kvfs.devices.keeper import MEMORY_VERSION
-from kvfs.fuse import core_client, mountpoint
+from kvfs.fuse import core_messages, mountpoint
 from kvfs.fuse.core import Core
-question = msg.TakeOver(MEMORY_VERSION, core_client.VERSION, sys.argv[2])
+question = msg.TakeOver(MEMORY_VERSION, core_messages.VERSION, sys.argv[2])
 estate = takeover.ask(Path(sys.argv[1]), question, 60)
 if sys.argv[3] == "entered":
     core = Core.enter(estate.door_fd, SystemClock(), respawn=["/bin/false"])
@@ -267,7 +267,7 @@ def test_what_cannot_be_taken_over(mounted, point, root, request):  # noqa: F811
     elsewhere = root / "elsewhere"
     elsewhere.mkdir()
     assert run("mount", "--takeover", mounted, elsewhere).returncode == 16
-    question = msg.TakeOver(MEMORY_VERSION, core_client.VERSION + 1, str(point))
+    question = msg.TakeOver(MEMORY_VERSION, core_messages.VERSION + 1, str(point))
     with pytest.raises(FormatVersionError, match=r"unmount .* and mount it again"):
         takeover.ask(mounted, question, DEADLINE_S)
     assert owner_of(mounted, request) == pid
