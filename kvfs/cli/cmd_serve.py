@@ -9,6 +9,7 @@ import os
 
 from kvfs.cli.console import Console
 from kvfs.cli.daemon import EndSignal, Ready
+from kvfs.cli.estate import Estate
 from kvfs.cli.runner import Parser, exit_codes
 from kvfs.cli.service import (
     Service,
@@ -19,7 +20,7 @@ from kvfs.cli.service import (
     run_service,
     service_of,
 )
-from kvfs.cli.takeover import Estate, Heirs
+from kvfs.cli.takeover import Heirs
 
 _log = logging.getLogger("kvfs.service")
 

@@ -6,9 +6,10 @@ Layer: L5.
 from typing import TYPE_CHECKING
 
 from kvfs.cli.daemon import Ready
+from kvfs.cli.estate import Estate
 from kvfs.cli.respawn import Plan
 from kvfs.cli.service import owned
-from kvfs.cli.takeover import Estate, Heirs
+from kvfs.cli.takeover import Heirs
 from kvfs.fuse import core_messages
 from kvfs.fuse.mount import MountOptions, mount, serve_inherited
 from kvfs.fuse.passing import Passing
@@ -62,5 +63,7 @@ def own_mounted(
         ) as pool:  # fmt: skip
             passing.door_fd = estate.door_fd
             serve(pool)
+        if not passing.is_left:
+            estate.keep_door(-1)  # the mount is gone, and its core
         if not heirs.has_one or heirs.give(estate):
             return

@@ -22,9 +22,9 @@ import msgspec
 
 from kvfs.cli import notify
 from kvfs.cli.daemon import end_on_sigterm
+from kvfs.cli.estate import Estate
 from kvfs.cli.logs import start_logging
 from kvfs.cli.service import Service
-from kvfs.cli.takeover import Estate
 from kvfs.errors import BusyError, KvfsError
 from kvfs.pool_lock import LOCK_NAME
 

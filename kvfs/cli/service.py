@@ -22,8 +22,9 @@ from kvfs.admin import messages as msg
 from kvfs.cli import notify
 from kvfs.cli.console import Console
 from kvfs.cli.daemon import Ready, end_on_sigterm, run_in_background
+from kvfs.cli.estate import Estate
 from kvfs.cli.logs import FORMATS, start_logging
-from kvfs.cli.takeover import TIMEOUT_S, Estate, Heirs, ask
+from kvfs.cli.takeover import TIMEOUT_S, Heirs, ask
 from kvfs.config import PoolOptions
 from kvfs.devices.keeper import MEMORY_VERSION
 from kvfs.errors import KvfsError, UsageError

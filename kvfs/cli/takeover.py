@@ -10,7 +10,7 @@ Layer: L5.
     opens the pool, its doors
     Taken                      ->  exits with code 0
 
-- The lock is among the descriptors (`LOCK`): it is never free in between, and nobody else owns the
+- The lock is among the descriptors (`estate.LOCK`): it is never free in between, and nobody else owns the
   pool, who may be waiting for it.
 - If the heir goes before it said Taken, the owner opens the pool again, from the memory it still
   has, and goes on. It never does so while the heir may be at work: only once the connection has
@@ -26,19 +26,20 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
 from kvfs import __version__
 from kvfs.admin import messages as msg
 from kvfs.cli import notify
+from kvfs.cli.estate import PARCEL_BYTES_MAX, Estate, Parcel
 from kvfs.clients import channel
 from kvfs.clock import Clock, SystemClock
 from kvfs.control_client import ControlClient
-from kvfs.devices.keeper import MEMORY_VERSION, Keeper, is_memory
+from kvfs.devices.keeper import MEMORY_VERSION, is_memory
 from kvfs.errors import (
     BusyError,
     FormatVersionError,
@@ -48,128 +49,12 @@ from kvfs.errors import (
     UsageError,
 )
 
-if TYPE_CHECKING:
-    from kvfs.pool import Pool
-
-LOCK: Final = "lock"
-DOOR: Final = "door"  # to kvfs-core, see kvfs.fuse.core
 TIMEOUT_S: Final = 60.0
-_PARCEL_FDS: Final = 60
-_PARCEL_BYTES_MAX: Final = 1 << 20
 _GONE_S: Final = 10.0
 _LEAST_S: Final = 0.01
 _NS_PER_S: Final = 1_000_000_000
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 _log = logging.getLogger("kvfs.service")
-
-
-class Parcel(msgspec.Struct, frozen=True):
-    """Names of the descriptors that come with it, in order."""
-
-    names: list[str]
-    is_last: bool = False
-
-
-class Taken(msgspec.Struct, frozen=True, tag=True):
-    """The heir owns the pool and is ready."""
-
-
-class Estate:
-    """What passes from owner to owner.
-
-    Attributes:
-        keeper: The memory.
-        sockets: Sockets that the service manager has opened, by name.
-    """
-
-    def __init__(
-        self, found: dict[str, int] | None = None, store: notify.DescriptorStore | None = None,
-        connection: socket.socket | None = None,
-    ) -> None:  # fmt: skip
-        """Take over descriptors by name; see `begin`."""
-        found = dict(found or {})
-        memory = {name: found.pop(name) for name in list(found) if is_memory(name)}
-        self.keeper = Keeper(memory, store.tell if store is not None else None)
-        self.sockets: dict[str, socket.socket] = {}
-        self._store = store
-        self._connection = connection
-        self._lock_fd = found.pop(LOCK, -1)
-        self._door_fd = found.pop(DOOR, -1)
-        for name, fd in found.items():
-            try:
-                self.sockets[name] = socket.socket(fileno=fd)
-            except OSError:
-                _log.warning("descriptor of the service manager is not used: %s", name)
-                os.close(fd)
-
-    @classmethod
-    def of_manager(cls) -> "Estate":
-        """Return what the service manager has, and have it store what is kept from now on."""
-        return cls(notify.inherited(), notify.DescriptorStore())
-
-    def take_lock(self) -> int:
-        """Return the pool's lock, once; -1 if it is to be taken."""
-        fd, self._lock_fd = self._lock_fd, -1
-        return fd
-
-    def keep_lock(self, pool: "Pool") -> None:
-        """Hold the lock of a pool that is about to be closed."""
-        self._lock_fd = pool.share_lock()
-
-    @property
-    def door_fd(self) -> int:
-        """The way to a kvfs-core that serves the pool's mount; -1 if there is none."""
-        return self._door_fd
-
-    def keep_door(self, fd: int) -> None:
-        """Hold the way to kvfs-core, and let the service manager do so; -1: there is none now."""
-        if self._door_fd >= 0:
-            os.close(self._door_fd)
-            if self._store is not None:
-                self._store.tell(DOOR, -1)
-        self._door_fd = fd
-        if fd >= 0 and self._store is not None:
-            self._store.tell(DOOR, fd)
-
-    def confirm(self) -> None:
-        """Tell the last owner that it may go: the pool is open here; nothing if there is none."""
-        connection, self._connection = self._connection, None
-        if connection is None:
-            return
-        with connection:
-            try:
-                channel.send(connection, msgspec.msgpack.encode(Taken()), _PARCEL_BYTES_MAX)
-            except OSError as error:
-                _log.info("last owner has gone: %s", error)
-
-    def parcels(self) -> Iterator[tuple[Parcel, list[int]]]:
-        """Yield everything, a part at a time; the descriptors are valid until the next."""
-        with contextlib.ExitStack() as opened:
-            found = []
-            for name in self.keeper.names():
-                fd = self.keeper.take(name)
-                opened.callback(os.close, fd)
-                found.append((name, fd))
-            others = ((LOCK, self._lock_fd), (DOOR, self._door_fd))
-            found += [(name, fd) for name, fd in others if fd >= 0]
-            for start in range(0, len(found), _PARCEL_FDS):
-                part = found[start : start + _PARCEL_FDS]
-                yield Parcel([name for name, _ in part]), [fd for _, fd in part]
-        yield Parcel([], is_last=True), []
-
-    def close(self) -> None:
-        """Close everything here; a service manager has what it was told to store. Idempotent."""
-        if self._store is not None:
-            self._store.close()
-        self.keeper.close()
-        for fd in (self._lock_fd, self._door_fd):
-            if fd >= 0:
-                os.close(fd)
-        self._lock_fd = self._door_fd = -1
-        for unused in self.sockets.values():
-            unused.close()
-        if self._connection is not None:
-            self._connection.close()
 
 
 # --- the heir
@@ -242,7 +127,7 @@ def _receive_all(connection: socket.socket, clock: Clock, end_ns: int) -> dict[s
         while True:
             left_s = max(_LEAST_S, (end_ns - clock.monotonic_ns()) / _NS_PER_S)
             received = channel.receive(
-                connection, _PARCEL_BYTES_MAX, idle_s=left_s, timeout_s=left_s
+                connection, PARCEL_BYTES_MAX, idle_s=left_s, timeout_s=left_s
             )
             if received is None:
                 raise ConnectionError("it ended while it closed the pool")
@@ -370,7 +255,7 @@ class Heirs:
                 connection.settimeout(TIMEOUT_S)
                 for parcel, fds in estate.parcels():
                     raw = msgspec.msgpack.encode(parcel)
-                    channel.send(connection, raw, _PARCEL_BYTES_MAX, fds)
+                    channel.send(connection, raw, PARCEL_BYTES_MAX, fds)
                 return self._wait_taken(connection, end_fd)
         except OSError as error:
             _log.warning("the pool was not taken over: %s; this owner goes on", error)
@@ -386,7 +271,7 @@ class Heirs:
             poll.register(end_fd, select.POLLIN)
         if end_fd in dict(poll.poll()):
             return True  # the heir may be at work: this process does not open the pool again
-        received = channel.receive(connection, _PARCEL_BYTES_MAX, idle_s=1.0, timeout_s=1.0)
+        received = channel.receive(connection, PARCEL_BYTES_MAX, idle_s=1.0, timeout_s=1.0)
         if received is None:
             raise ConnectionError("the other process ended before it was ready")
         channel.close_all(received[1])

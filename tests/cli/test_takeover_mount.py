@@ -322,7 +322,9 @@ class TestManaged:
     def test_unmounted_by_hand(self, manager, point):  # noqa: F811
         assert run("umount", point).returncode == 0
         assert manager.process.wait(DEADLINE_S) == 0
-        manager.start()  # nobody is behind the door that was stored
+        assert "door" not in manager.names
+        manager.start()
+        assert "mounted anew" not in manager.log
         assert (point / "small").read_bytes() == SMALL
 
     def test_the_core_dies_with_its_owner(self, manager, point):  # noqa: F811
