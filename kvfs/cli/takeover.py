@@ -10,8 +10,8 @@ Layer: L5.
     opens the pool, its doors
     Taken                      ->  exits with code 0
 
-- The lock is among the descriptors (`estate.LOCK`): it is never free in between, and nobody else owns the
-  pool, who may be waiting for it.
+- The lock is among the descriptors (`estate.LOCK`): it is never free in between, and nobody else
+  owns the pool, who may be waiting for it.
 - If the heir goes before it said Taken, the owner opens the pool again, from the memory it still
   has, and goes on. It never does so while the heir may be at work: only once the connection has
   ended.
