@@ -34,7 +34,7 @@ def opened(keeper) -> Callable[..., MemoryDevice]:
     def open_again(**changes: Any) -> MemoryDevice:
         options = {
             "index": 1, "uuid": UUID_, "capacity_bytes": CAPACITY, "segment_bytes": SEGMENT,
-            "name": "dram7", "keeper": keeper,
+            "name": "kept7", "keeper": keeper,
         }  # fmt: skip
         return MemoryDevice(**{**options, **changes})
 
@@ -66,11 +66,14 @@ def make_file(device: MemoryDevice, slot: int, generation: int, data: bytes) -> 
 
 def abandon(device: MemoryDevice) -> None:
     """Let an owner end without a word: its maps and descriptors go, the keeper's stay."""
-    for state in device._segments.values():
+    for state in (*device._segments.values(), *device._raw.values(), *device._staging):
         if state.frame is not None:
             state.frame.close()
+        else:
+            state.file.close()
     for frame in device._free_frames:
         frame.close()
+    device._kept.label.close()
 
 
 def test_what_was_there_is_there(opened, keeper) -> None:
