@@ -30,6 +30,7 @@ from interop.peers.vllm_tier import (
     counters,
     encode,
     engine,
+    forget,
     make_pool,
     require_same,
 )
@@ -241,7 +242,7 @@ class _Engine:
 def _answer(llm: Any, number: int) -> dict[str, Any]:
     """Answer a prompt, then forget it in the engine's own memory."""
     answer = ask(llm, encode(llm, _prompt(number)), _ANSWER)
-    require(bool(llm.reset_prefix_cache(reset_connector=True)), "the engine's caches stay")
+    forget(llm)
     return answer
 
 

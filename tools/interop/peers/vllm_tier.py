@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from functools import partial
 from importlib.metadata import distribution
 from pathlib import Path
@@ -20,6 +21,8 @@ from interop.driver import require, tell
 from interop.site import Site
 
 CHUNK_TOKENS: Final = 64
+STEP_S: Final = 0.001  # between steps that compute nothing, as in vLLM's server
+_SETTLE_S_MAX: Final = 120.0
 _ANSWER: Final = 150
 _REPLY: Final = 24
 _SESSION: Final = "towns/42"
@@ -162,6 +165,18 @@ def ask(llm: Any, ids: list[int], count: int, session: str = "") -> dict[str, An
     )
     return {"ids": ids, "tokens": list(output.outputs[0].token_ids),
             "cached": int(output.num_cached_tokens or 0)}  # fmt: skip
+
+
+def forget(llm: Any) -> None:
+    """Let what is stored be stored, then drop vLLM's own copies, in its cache and host memory."""
+    engine = llm.llm_engine
+    scheduler = engine.engine_core.engine_core.scheduler  # of an engine in this process
+    deadline = time.monotonic() + _SETTLE_S_MAX
+    while scheduler.has_requests():  # a server goes on, too, while transfers are under way
+        require(time.monotonic() < deadline, "vLLM does not end its stores")
+        engine.step()
+        time.sleep(STEP_S)
+    require(bool(llm.reset_prefix_cache(reset_connector=True)), "vLLM's own copies stay")
 
 
 def counters(llm: Any) -> dict[str, int]:
