@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -75,8 +75,9 @@ def main() -> int:
         _write_json(arguments.json, machine, figures)
     skipped = f"\nskipped  {_DROPPED}: {reason}\n" if reason else ""
     sys.stdout.write(
-        f"{machine.to_text()}\n  scale  {TOKENS} tokens of prompt, {_WHOLE} of them in chunks of "
-        f"{CHUNK_TOKENS}, {arguments.repeats} repeats\n\n{figures_table(figures)}{skipped}"
+        f"{machine.to_text()}, {this_machine().load:.1f} at the end\n"
+        f"  scale  {TOKENS} tokens of prompt, {_WHOLE} of them in chunks of {CHUNK_TOKENS}, "
+        f"{arguments.repeats} repeats\n\n{figures_table(figures)}{skipped}"
     )
     return 0
 
@@ -149,6 +150,7 @@ class _Engine:
 
     def __init__(self, way: str, process: "subprocess.Popen[str]", log: Path) -> None:
         self.way, self._process, self._log = way, process, log
+        self._complaints: deque[str] = deque(maxlen=2)
 
     def ask(self, **order: Any) -> dict[str, Any]:
         """Give an order, wait for the answer."""
@@ -164,8 +166,14 @@ class _Engine:
             if line.startswith(MARK):
                 answer: dict[str, Any] = json.loads(line.removeprefix(MARK))
                 return answer
+            if " ERROR " in line:
+                self._complaints.append(line.strip())
         said = self._log.read_text(errors="replace").strip().splitlines()[-2:]
         raise CaseError(f"{self.way}: the engine has ended: {' / '.join(said)[-400:]}")
+
+    def complaints(self) -> str:
+        """Return the errors that vLLM logged last."""
+        return " / ".join(self._complaints)[-400:]
 
 
 class _Bench:
@@ -213,7 +221,8 @@ class _Bench:
         """Ask, and see to it that what was not computed came from where it should."""
         answer = self._engines[way].ask(prompt=prompt)
         if answer["cached"] != cached:
-            raise CaseError(f"{way}: {answer['cached']} tokens were there, not {cached}")
+            said = self._engines[way].complaints()
+            raise CaseError(f"{way}: {answer['cached']} tokens were there, not {cached}; {said}")
         if bool(answer["read_bytes"]) != is_loaded:
             raise CaseError(f"{way}: {answer['read_bytes']} bytes came from the tier")
         if is_loaded:
