@@ -108,7 +108,7 @@ ci: test test-fuse wheel ## all that a release needs
 
 # --- products
 
-.PHONY: bench demo interop wheel
+.PHONY: bench bench-vllm demo interop wheel
 bench: setup ## measure the hot paths
 	$(BIN)/kvfs bench $(BENCH)
 
@@ -119,6 +119,9 @@ demo: setup $(VENV)/.demo ## a real model's context as a file: cold, restored, s
 interop: setup ## other engines, on a mount or with a plug-in: make interop PEER=fio (long)
 	command -v fio >/dev/null || bash tools/interop/install_fio.sh
 	PYTHONPATH=tools $(BIN)/python -m interop --peer '$(PEER)' $(INTEROP_ARGS)
+
+bench-vllm: setup ## time to first token in vLLM, by tier (venv of make interop, 12 GB of memory)
+	PYTHONPATH=tools $(BIN)/python -m interop.ttft $(INTEROP_ARGS)
 
 wheel: $(VENV)/.dependencies ## build the wheel, try it in a fresh venv from another directory
 	rm -rf dist build/wheel-venv

@@ -4,7 +4,7 @@ Layer: L5.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -37,6 +37,17 @@ class Machine:
     load: float
     started: str
 
+    def to_json(self) -> dict[str, Any]:
+        """Return everything by name."""
+        return asdict(self)
+
+    def to_text(self) -> str:
+        """Return the first line of a report."""
+        return (
+            f"machine  {self.cpus} x {self.cpu}, {format_bytes(self.memory_bytes)}, "
+            f"Linux {self.kernel}, load {self.load:.1f}"
+        )
+
 
 @dataclass(slots=True)
 class Report:
@@ -52,14 +63,7 @@ class Report:
         return {
             "schema": SCHEMA,
             "kvfs": __version__,
-            "machine": {
-                "cpu": self.machine.cpu,
-                "cpus": self.machine.cpus,
-                "memory_bytes": self.machine.memory_bytes,
-                "kernel": self.machine.kernel,
-                "load": self.machine.load,
-                "started": self.machine.started,
-            },
+            "machine": self.machine.to_json(),
             "scale": {
                 "size_bytes": self.scale.size_bytes,
                 "block_count": self.scale.block_count,
@@ -71,16 +75,15 @@ class Report:
 
     def to_text(self) -> str:
         """Return a table, and below it what was missed or skipped."""
-        machine, scale = self.machine, self.scale
+        scale = self.scale
         head = (
-            f"machine  {machine.cpus} x {machine.cpu}, {format_bytes(machine.memory_bytes)}, "
-            f"Linux {machine.kernel}, load {machine.load:.1f}\n"
+            f"{self.machine.to_text()}\n"
             f"  scale  {format_bytes(scale.size_bytes)} per repeat, {scale.block_count} small "
             f"blocks, {scale.repeats} repeats\n"
         )
         parts = [head]
         if self.figures:
-            parts.append(_table([_row(figure) for figure in self.figures]))
+            parts.append(figures_table(self.figures))
         missed = [figure for figure in self.figures if figure.is_met is False]
         held = [figure for figure in self.figures if figure.is_met is not None]
         if held:
@@ -107,6 +110,11 @@ def this_machine() -> Machine:
         load=float(_LOADAVG.read_text().split()[0]),
         started=now.isoformat().replace("+00:00", "Z"),
     )
+
+
+def figures_table(figures: Sequence[Figure]) -> str:
+    """Return the figures as a table with headings."""
+    return _table([_row(figure) for figure in figures])
 
 
 def _row(figure: Figure) -> dict[int, str]:

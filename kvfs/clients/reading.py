@@ -2,7 +2,8 @@
 
 Layer: L4.
 
-- Nothing here makes a system call once index and segments are mapped.
+- Nothing here makes a system call once index and segments are mapped, but for copies of blocks
+  that lie on disk: one pread each.
 - Without an owner what is mapped can still be read; the rest is a miss.
 - A copy that finds another checksum is a miss, and the owner is told, who drops the block.
 """
@@ -279,23 +280,37 @@ class RemoteReader:
         return bad
 
     def _copy(self, lease: RemoteLease, addresses: Addresses) -> tuple[Mask, Mask]:
-        """Copy and verify; return what was copied, and what did not hold."""
+        """Copy and verify; return what was copied, and what did not hold.
+
+        From maps of memory, and with pread from disk, as the owner does: a fault brings in less at
+        a time than a read that says how much it wants.
+        """
         records = lease.records
         digests = np.zeros((len(records), 16), np.uint8)
         sound = np.zeros(len(records), np.bool_)
+        fds = np.full(len(records), -1, np.int32)
         for segment, positions in lease.parts:
             digests[positions], sound[positions] = segment.digests(records[positions])
+            if segment.is_on_disk:
+                fds[positions] = segment.fd
         wanted = records["length"] > 0
-        chosen = np.flatnonzero(wanted & sound)
-        statuses = np.zeros(len(chosen), np.int32)
-        if len(chosen):
-            _native.copy_verify(
-                np.ascontiguousarray(addresses[chosen]), _addresses(lease)[chosen],
-                records["length"][chosen].astype(np.uint64),
-                np.ascontiguousarray(digests[chosen]), statuses,
-            )  # fmt: skip
         good = np.zeros(len(records), np.bool_)
-        good[chosen[statuses == 0]] = True
+        lengths = records["length"].astype(np.uint64)
+        starts = records["page"].astype(np.uint64) * np.uint64(PAGE)
+        for is_file in (False, True):
+            chosen = np.flatnonzero(wanted & sound & ((fds >= 0) == is_file))
+            if not len(chosen):
+                continue
+            statuses = np.zeros(len(chosen), np.int32)
+            into, checked = np.ascontiguousarray(addresses[chosen]), digests[chosen]
+            if is_file:
+                _native.pread_verify(
+                    fds[chosen], starts[chosen], lengths[chosen], into, checked, statuses
+                )
+            else:
+                mapped = _addresses(lease)[chosen]
+                _native.copy_verify(into, mapped, lengths[chosen], checked, statuses)
+            good[chosen[statuses == 0]] = True
         return good, wanted & ~good
 
     def _report(self, attached: Attached, namespace_id: int, keys: KeyArray) -> None:

@@ -20,6 +20,7 @@ from kvfs import _native
 from kvfs.clients import channel
 from kvfs.clients import messages as msg
 from kvfs.clients.link import Link, u64
+from kvfs.devices.osfs import MEMORY_FILESYSTEMS, filesystem_type
 from kvfs.engine.format import ENTRY, HEADERS_BYTES
 from kvfs.engine.index import RecordArray
 from kvfs.errors import UnavailableError
@@ -41,6 +42,7 @@ class MappedSegment:
         self.needs_verify = answer.needs_verify
         self.verified = np.zeros(0, np.bool_)  # entries that were verified by this process
         self._fd = fd
+        self.is_on_disk = filesystem_type(fd) not in MEMORY_FILESYSTEMS
         nbytes = min(answer.nbytes, os.fstat(fd).st_size)
         self._mapping = _native.Mapping(align_up(max(1, nbytes), PAGE))
         if nbytes:

@@ -48,7 +48,10 @@ class CopyingWorker(OffloadingWorker):  # type: ignore[misc]
     """Copies at once, in the call that submits."""
 
     def __init__(self, kv_caches: Any, region: Any, blocks_per_chunk: int) -> None:
-        """Take the model's tensors, and views of the region for each."""
+        """Take the model's tensors, and views of the region for each.
+
+        As arrays: a copy of one page through torch costs several times what its bytes do.
+        """
         import torch
 
         self._region = region
@@ -57,8 +60,8 @@ class CopyingWorker(OffloadingWorker):  # type: ignore[misc]
         self._model, self._host = [], []
         for cache in kv_caches.tensors:
             page = cache.page_size_bytes
-            self._model.append(cache.tensor.view(torch.int8).view(-1, page))
-            self._host.append(region.create_next_worker_view(page * blocks_per_chunk))
+            self._model.append(cache.tensor.view(torch.int8).view(-1, page).numpy())
+            self._host.append(region.create_next_worker_view(page * blocks_per_chunk).numpy())
         self._done: list[Any] = []
 
     def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
@@ -96,10 +99,10 @@ class CopyingWorker(OffloadingWorker):  # type: ignore[misc]
                 block = int(model.block_ids[block_at + i])
                 for ref in refs:
                     mine = self._model[ref.tensor_idx][block]
-                    page = mine.numel()
+                    page = mine.size
                     row = self._host[ref.tensor_idx][int(host.block_ids[chunk_at + chunk])]
                     theirs = row[sub * page : (sub + 1) * page]
-                    (theirs.copy_(mine) if is_store else mine.copy_(theirs))
+                    (theirs if is_store else mine)[:] = mine if is_store else theirs
             block_at += size
             chunk_at += -(-(size + skipped) // per_chunk) if size else 0
         self._done.append(TransferResult(job_id, success=True))

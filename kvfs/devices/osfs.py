@@ -49,6 +49,7 @@ REMOTE_FILESYSTEMS: Final = {
     0x47504653: "GPFS", 0x786F4256: "VirtualBox shared folder", 0xAAD7AAEA: "PanFS",
     0x19830326: "BeeGFS",
 }  # fmt: skip
+MEMORY_FILESYSTEMS: Final = frozenset((0x01021994, 0x958458F6))  # tmpfs (memfds, too), hugetlbfs
 _STABLE_FSID: Final = {0xEF53, 0x9123683E}  # ext4, btrfs: made from the filesystem's uuid
 _FS_IOC_GETVERSION: Final = 0x80087601
 _LOCK_ATTEMPTS: Final = 8

@@ -26,8 +26,8 @@ TOOLS: Final = Path(__file__).resolve().parents[1]
 BUILD: Final = TOOLS.parent / "build" / "interop"
 MARK: Final = "INTEROP "
 # Nothing is fetched while peers run: what they need was installed before.
-_QUIET: Final = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1",
-                 "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
+QUIET: Final = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1",
+                "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
 _STRACE: Final = ("strace", "-f", "-tt", "-T", "-y", "-s", "48", "-e",
                   "trace=%file,%desc,io_uring_setup,io_uring_enter,io_submit")  # fmt: skip
 
@@ -82,7 +82,7 @@ class Site:
         for path in (self.mount_point, self.scratch, self.root / "plain"):
             path.mkdir(parents=True)
         device = f"dir:{self.root / 'device'}?size={self.pool_bytes}"
-        self._own("admin", "--pool", str(self.root / "pool"), "pool", "create", device)
+        self.admin(self.root / "pool", "pool", "create", device)
 
     def mount(self) -> None:
         """Mount the pool; returns when it answers."""
@@ -100,11 +100,22 @@ class Site:
 
     def check(self) -> Figures:
         """Verify every invariant and every checksum of the closed pool."""
-        text = self._own("admin", "--pool", str(self.root / "pool"), "check", "--data", "--json")
-        findings = json.loads(text).get("findings", [])
+        self.verify(self.root / "pool")
+        return {"findings": 0, "warnings logged by the mount": self._warnings()}
+
+    def verify(self, pool: Path) -> None:
+        """Verify every invariant and every checksum of some closed pool.
+
+        Raises:
+            CaseError: Something does not hold.
+        """
+        findings = json.loads(self.admin(pool, "check", "--data", "--json")).get("findings", [])
         if findings:
             raise CaseError(f"{len(findings)} findings, first {findings[0]}")
-        return {"findings": 0, "warnings logged by the mount": self._warnings()}
+
+    def admin(self, pool: Path, *arguments: str) -> str:
+        """Run `kvfs-admin` on some pool; return what it printed."""
+        return self._own("admin", "--pool", str(pool), *arguments)
 
     def abandon(self) -> None:
         """Detach the mount, whatever state it is in."""
@@ -141,12 +152,7 @@ class Site:
             CaseError: It failed, or took too long.
         """
         with self.started(*command, env=env) as process:
-            try:
-                code = process.popen.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                raise CaseError(f"no end after {timeout_s:g} s; {process.last_lines()}") from None
-        if code:
-            raise CaseError(f"exit status {code}: {process.last_lines()}")
+            process.wait(timeout_s)
         return process.stdout.read_text(errors="replace")
 
     def drive(
@@ -155,12 +161,9 @@ class Site:
     ) -> Figures:  # fmt: skip
         """Run the second half of a peer's module in its venv; return what it tells."""
         command = (str(self.python), "-m", f"interop.peers.{module}", *arguments)
-        printed = self.run(*command, timeout_s=timeout_s, env=env)
-        told = [line for line in printed.splitlines() if line.startswith(MARK)]
-        if not told:
-            raise CaseError("the driver said nothing")
-        figures: Figures = json.loads(told[-1].removeprefix(MARK))
-        return figures
+        with self.started(*command, env=env) as process:
+            process.wait(timeout_s)
+        return process.told()
 
     @contextlib.contextmanager
     def started(self, *command: str, env: Mapping[str, str] | None = None) -> Iterator["Process"]:
@@ -171,7 +174,7 @@ class Site:
             trace = self.strace / f"{self.root.name}-{base.name}.strace"
             command = (*_STRACE, "-o", str(trace), *command)
         base.with_suffix(".cmd").write_text(shlex.join(command) + "\n")
-        environment = {**os.environ, **_QUIET, "PYTHONPATH": str(TOOLS), **(env or {})}
+        environment = {**os.environ, **QUIET, "PYTHONPATH": str(TOOLS), **(env or {})}
         out, err = base.with_suffix(".out"), base.with_suffix(".err")
         with out.open("wb") as out_file, err.open("wb") as err_file:
             popen = subprocess.Popen(
@@ -193,6 +196,28 @@ class Process:
     popen: subprocess.Popen[bytes]
     stdout: Path
     stderr: Path
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for its end.
+
+        Raises:
+            CaseError: It failed, or took too long.
+        """
+        try:
+            code = self.popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise CaseError(f"no end after {timeout_s:g} s; {self.last_lines()}") from None
+        if code:
+            raise CaseError(f"exit status {code}: {self.last_lines()}")
+
+    def told(self) -> Figures:
+        """Return what the second half of a peer's module has told."""
+        printed = self.stdout.read_text(errors="replace")
+        told = [line for line in printed.splitlines() if line.startswith(MARK)]
+        if not told:
+            raise CaseError("the driver said nothing")
+        figures: Figures = json.loads(told[-1].removeprefix(MARK))
+        return figures
 
     def last_lines(self) -> str:
         """Return the end of what it said, on one line."""

@@ -25,7 +25,7 @@ import vllm_interface
 
 from interop.cases import Case, CaseError, Figures, Peer, Place
 from interop.driver import require, tell
-from interop.peers import vllm_tier
+from interop.peers import vllm_shared, vllm_tier
 from interop.peers.vllm_manager import unzipped
 from interop.peers.vllm_tier import beside, make_pool
 from interop.site import BUILD, TOOLS, Site, venv_of
@@ -34,7 +34,7 @@ _RECORDINGS: Final = TOOLS.parent / "tests" / "connectors"
 _VERSION: Final = "0.32.0"
 _CHUNK_TOKENS: Final = 64
 _ANSWER: Final = 16
-_ENV: Final = {
+ENV: Final = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_WAIT_POLICY": "PASSIVE",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "2",
@@ -49,6 +49,8 @@ def _cases(site: Site) -> Iterator[Case]:
     yield Case("kvfs tier in the manager of 0.33.0", Place.MOUNT, partial(_manage, site))
     yield Case("kvfs tier, engine replaced: prompts and answers", Place.MOUNT,
                partial(_tier, site))  # fmt: skip
+    yield Case("kvfs tier, two engines at once, the owner killed", Place.MOUNT,
+               partial(_shared, site))  # fmt: skip
     yield Case("examples/vllm/chat.py twice", Place.MOUNT, partial(_example, site))
     for place in Place:
         yield Case("fs tier, engine and mount replaced, second engine hits", place,
@@ -76,17 +78,21 @@ def _manage(site: Site) -> Figures:
 
 
 def _tier(site: Site) -> Figures:
-    return vllm_tier.run(site, _model(site), _ENV)
+    return vllm_tier.run(site, checkpoint(site), ENV)
+
+
+def _shared(site: Site) -> Figures:
+    return vllm_shared.run(site, checkpoint(site), ENV)
 
 
 def _example(site: Site) -> Figures:
     """Run the example as its text says; the second run must find what the first one stored."""
     pool, script = make_pool(site, "example"), TOOLS.parent / "examples" / "vllm" / "chat.py"
-    env = {name: value for name, value in _ENV.items() if "MULTIPROCESSING" not in name}
+    env = {name: value for name, value in ENV.items() if "MULTIPROCESSING" not in name}
     last = ""
     for message in (_prompts()[1] + " Arden. What else is there to tell?", "And then?"):
         last = site.run(
-            str(site.python), str(script), "--model", str(_model(site)), "--pool", str(pool),
+            str(site.python), str(script), "--model", str(checkpoint(site)), "--pool", str(pool),
             message, timeout_s=900, env={**env, "PYTHONPATH": str(beside(site))},
         ).strip().splitlines()[-1]  # fmt: skip
     found = re.search(
@@ -101,15 +107,15 @@ def _run(site: Site, place: Place) -> Figures:
     root = str(site.directory(place, "vllm"))
     told = str(site.scratch / f"{place}.json")
     path = os.pathsep.join(str(one) for one in (beside(site), TOOLS))
-    drive = partial(site.drive, "vllm", timeout_s=900, env={**_ENV, "PYTHONPATH": path})
-    model = str(_model(site))
+    drive = partial(site.drive, "vllm", timeout_s=900, env={**ENV, "PYTHONPATH": path})
+    model = str(checkpoint(site))
     figures = drive("first", model, root, told)
     if place is Place.MOUNT:
         site.remount()
     return figures | drive("second", model, root, told)
 
 
-def _model(site: Site) -> Path:
+def checkpoint(site: Site) -> Path:
     """Return the checkpoint, converted if it is not there."""
     model = BUILD / "models" / "smollm2-135m"
     if not (model / "config.json").exists():

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from functools import partial
 from importlib.metadata import distribution
 from pathlib import Path
@@ -20,6 +21,8 @@ from interop.driver import require, tell
 from interop.site import Site
 
 CHUNK_TOKENS: Final = 64
+STEP_S: Final = 0.001  # between steps that compute nothing, as in vLLM's server
+_SETTLE_S_MAX: Final = 120.0
 _ANSWER: Final = 150
 _REPLY: Final = 24
 _SESSION: Final = "towns/42"
@@ -78,28 +81,28 @@ def main() -> None:
     verb, model, pool, told = sys.argv[1:5]
     llm = engine(model, pool)
     if verb == "first":
-        answers = [_ask(llm, _ids(llm, text), _ANSWER) for text in prompts()]
-        longer = answers[1]["ids"] + answers[1]["tokens"] + _ids(llm, _FOLLOW_UP)
-        reply = _ask(llm, longer, _REPLY, session=_SESSION)
+        answers = [ask(llm, encode(llm, text), _ANSWER) for text in prompts()]
+        longer = answers[1]["ids"] + answers[1]["tokens"] + encode(llm, _FOLLOW_UP)
+        reply = ask(llm, longer, _REPLY, session=_SESSION)
         llm.llm_engine.engine_core.shutdown()
-        counts = _counters(llm)
+        counts = counters(llm)
         Path(told).write_text(json.dumps({"answers": answers, "longer": longer, "reply": reply}))
         tell({"chunks stored": counts.get("stored_chunks", 0)})
     else:
         former = json.loads(Path(told).read_text())
         # The conversation first: nothing of it is in this engine's memory yet.
-        reply = _ask(llm, former["longer"], _REPLY, session=_SESSION)
-        answers = [_ask(llm, one["ids"], _ANSWER) for one in former["answers"]]
-        counts = _counters(llm)
+        reply = ask(llm, former["longer"], _REPLY, session=_SESSION)
+        answers = [ask(llm, one["ids"], _ANSWER) for one in former["answers"]]
+        counts = counters(llm)
         llm.llm_engine.engine_core.shutdown()
         prompt, cached = len(former["answers"][1]["ids"]), reply["cached"]
         require(counts.get("hits", 0) > 0, f"nothing was found in kvfs: {counts}")
         require(counts.get("loaded_chunks", 0) > 0, f"nothing was loaded from kvfs: {counts}")
         least = prompt + CHUNK_TOKENS
         require(cached >= least, f"no decoded chunk came back: {cached} of {least} tokens")
-        _require_same(reply, former["reply"])
+        require_same(reply, former["reply"])
         for answer, then in zip(answers, former["answers"], strict=True):
-            _require_same(answer, then)
+            require_same(answer, then)
         tell({
             "hits": counts["hits"], "chunks loaded": counts["loaded_chunks"],
             "conversation from kvfs": f"{cached} of {len(former['longer'])} tokens, "
@@ -109,14 +112,14 @@ def main() -> None:
     os._exit(0)  # its threads of the CPU do not always end by themselves
 
 
-def _require_same(answer: dict[str, Any], then: dict[str, Any]) -> None:
+def require_same(answer: dict[str, Any], then: dict[str, Any]) -> None:
     """The second engine must say what the first one said."""
     now, before = answer["tokens"], then["tokens"]
     require(now == before, f"another answer: {now}, the first engine's was {before}")
 
 
-def engine(model: str, pool: str) -> Any:
-    """Start vLLM with the tier, decoded chunks offloaded too.
+def engine(model: str, pool: str | None) -> Any:
+    """Start vLLM with the tier, decoded chunks offloaded too; without a pool, as it is.
 
     In float32: what was computed and what was loaded meet in other places than in one engine, which
     in bfloat16 is enough for another token here and there.
@@ -134,7 +137,7 @@ def engine(model: str, pool: str) -> Any:
         kv_transfer_config=KVTransferConfig(
             kv_connector="OffloadingConnector", kv_role="kv_both",
             kv_connector_extra_config=extra,
-        ),
+        ) if pool is not None else None,
     )  # fmt: skip
 
 
@@ -146,11 +149,13 @@ def prompts() -> list[str]:
     return [" ".join(lines) + " The oldest book is", " ".join(lines[:14]) + " The town of"]
 
 
-def _ids(llm: Any, text: str) -> list[int]:
+def encode(llm: Any, text: str) -> list[int]:
+    """Return the tokens of a text."""
     return list(llm.get_tokenizer().encode(text, add_special_tokens=False))
 
 
-def _ask(llm: Any, ids: list[int], count: int, session: str = "") -> dict[str, Any]:
+def ask(llm: Any, ids: list[int], count: int, session: str = "") -> dict[str, Any]:
+    """Answer a prompt: `count` tokens, and how many of the prompt's were not computed."""
     from vllm import SamplingParams
 
     more = {"kv_transfer_params": {"kvfs.session": session}} if session else {}
@@ -162,7 +167,19 @@ def _ask(llm: Any, ids: list[int], count: int, session: str = "") -> dict[str, A
             "cached": int(output.num_cached_tokens or 0)}  # fmt: skip
 
 
-def _counters(llm: Any) -> dict[str, int]:
+def forget(llm: Any) -> None:
+    """Let what is stored be stored, then drop vLLM's own copies, in its cache and host memory."""
+    engine = llm.llm_engine
+    scheduler = engine.engine_core.engine_core.scheduler  # of an engine in this process
+    deadline = time.monotonic() + _SETTLE_S_MAX
+    while scheduler.has_requests():  # a server goes on, too, while transfers are under way
+        require(time.monotonic() < deadline, "vLLM does not end its stores")
+        engine.step()
+        time.sleep(STEP_S)
+    require(bool(llm.reset_prefix_cache(reset_connector=True)), "vLLM's own copies stay")
+
+
+def counters(llm: Any) -> dict[str, int]:
     """Return kvfs's counters as vLLM publishes them."""
     prefix = "vllm:kvfs_"
     return {
