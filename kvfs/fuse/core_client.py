@@ -29,6 +29,7 @@ from kvfs.errors import UnavailableError
 from kvfs.file_writer import DIGEST_BYTES
 from kvfs.fuse.core_messages import (
     ANSWER_HEADER,
+    CLOSE_BRIEFLY,
     COUNTERS,
     DIGESTS_MAX,
     HANDLE,
@@ -107,8 +108,8 @@ class CoreClient:
         return self.post_at_once(messages, on_answer)
 
     def close_lane_at_once(self, fh: int, on_answer: OnAnswer) -> bool:
-        """Do as `close_lane` without waiting; see `post_at_once`."""
-        return self.post_at_once([Message(Kind.CLOSE, fh)], on_answer)
+        """Do as `close_lane_briefly` without waiting for the answer; see `post_at_once`."""
+        return self.post_at_once([_brief_close(fh)], on_answer)
 
     def install_backing(self, fh: int, inode: int, fd: int) -> None:
         """Let the kernel read the file of a handle itself, from this descriptor."""
@@ -121,6 +122,14 @@ class CoreClient:
             OSError: EBUSY: they do not end; it goes on being read.
         """
         self._close(Message(Kind.CLOSE, fh))
+
+    def close_lane_briefly(self, fh: int) -> None:
+        """Take any lane from a handle, if its reads are done; others need not wait for that.
+
+        Raises:
+            OSError: EBUSY: they are not; it is to be tried again.
+        """
+        self.call(_brief_close(fh))
 
     def install_write(
         self, fh: int, inode: int, fd: int, credit_bytes: int, stride: int, start_bytes: int
@@ -350,3 +359,7 @@ class CoreClient:
             return UnavailableError(f"kvfs-core did not answer within {_DEADLINE_S:.0f} s")
         self._has_ended = True
         return UnavailableError(f"kvfs-core has ended: {error.strerror or error}")
+
+
+def _brief_close(fh: int) -> Message:
+    return Message(Kind.CLOSE, fh, struct.pack("<II", 0, CLOSE_BRIEFLY))

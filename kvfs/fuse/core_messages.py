@@ -24,6 +24,7 @@ assert BLOCK.itemsize == 48
 BLOCK_VERIFIED: Final = 1
 VERIFY_READS: Final = 1  # hash blocks not yet verified at their first read
 SHORT_READS: Final = 2  # answer reads across the end too, with fewer bytes
+CLOSE_BRIEFLY: Final = 1  # reads under way are not waited for
 COUNTERS: Final = (
     "requests_native_read", "bytes_native_read", "requests_native_write", "bytes_native_write",
     "lookups_answered", "forwarded", "deadline_hits", "interrupts", "verify_failures", "faults",

@@ -168,8 +168,8 @@ class Lanes(LanePlans):
         with self._lock:
             self._note_answers()
             stuck, self._stuck = self._stuck, []
-        for fh, installed in stuck:
-            self._take_down(fh, installed)
+        for fh, installed in stuck:  # perhaps many, of a device that stalls: nobody waits for them
+            self._take_down(fh, installed, close=self._client.close_lane_briefly)
         self._revoke(now_ns - TABLE_NS)
         self._drop_segments(now_ns - LINGER_NS)
         self.views.sweep(now_ns - VIEW_LINGER_NS)
@@ -293,10 +293,12 @@ class Lanes(LanePlans):
             self._take_down(fh, installed)
         return is_open
 
-    def _take_down(self, fh: int, installed: _Installed) -> None:
+    def _take_down(
+        self, fh: int, installed: _Installed, close: Callable[[int], None] | None = None
+    ) -> None:
         """Take what was installed from the core; what it may still read stays held."""
         try:
-            self._client.close_lane(fh)
+            (close or self._client.close_lane)(fh)
         except (OSError, UnavailableError) as error:
             if not self._client.has_ended:
                 _log.warning("kvfs-core keeps what it reads: handle %d: %s", fh, error)

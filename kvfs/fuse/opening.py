@@ -300,11 +300,11 @@ class Opening(pyfuse3.Operations):
         """
         self._places.for_reading(handle, caller)
         if not self._may_pass_through(handle):
-            self._places.require_no_passthrough(handle.inode)
+            self._places.require_no_passthrough(handle.inode, caller)
             if plan is not None:
                 plan.lane = Lane.NATIVE
         elif plan is None or plan.lane is not Lane.PASSTHROUGH:
-            self._places.require_no_passthrough(handle.inode)
+            self._places.require_no_passthrough(handle.inode, caller)
         handle.is_passthrough = plan is not None and plan.lane is Lane.PASSTHROUGH
         return self._handles.add(handle)
 

@@ -58,14 +58,17 @@ class Places:
         self._yields: dict[int, int] = {}
         self._detours: dict[tuple[int, int], _Detour] = {}
 
-    def require_no_passthrough(self, inode: int) -> None:
-        """Raise ESTALE, and give the node another number, if the kernel reads this one's file."""
+    def require_no_passthrough(self, inode: int, caller: int = NOBODY) -> None:
+        """Raise ESTALE, and give the node another number, if the kernel reads this one's file.
+
+        The caller has been told to come back then, and is not told again for another reason.
+        """
         if not self._handles.is_passthrough(inode):
             return
         node_id = node_of(inode)
         while self._handles.is_passthrough(self._inodes.current(node_id)):
             self._inodes.renumber(node_id)
-        self._keep_clear(self._inodes.current(node_id))
+        self._expect(caller, node_id, self._inodes.current(node_id))
         raise FUSEError(errno.ESTALE)
 
     def must_yield(self, inode: int) -> bool:
@@ -88,7 +91,7 @@ class Places:
             yield
 
     def _choose_for_writing(self, inode: int, node: Node, identity: Identity, caller: int) -> None:
-        self.require_no_passthrough(inode)
+        self.require_no_passthrough(inode, caller)
         was_told = self._has_come_back(caller, node.node_id)
         taken = self._handles.where(node.node_id, identity)
         if taken is not None and taken != inode:  # what writers see is cached there alone
@@ -149,11 +152,15 @@ class Places:
         return detour is not None and detour.end_ns > self._clock.monotonic_ns()
 
     def _tell(self, caller: int, node: Node, inode: int, shown: Node | None = None) -> NoReturn:
+        self._expect(caller, node.node_id, inode, shown)
+        raise FUSEError(errno.ESTALE)
+
+    def _expect(self, caller: int, node_id: int, inode: int, shown: Node | None = None) -> None:
+        """Note that a caller is about to come back by a number."""
         now_ns = self._clock.monotonic_ns()
         self._detours = {k: known for k, known in self._detours.items() if known.end_ns > now_ns}
-        self._detours[caller, node.node_id] = _Detour(inode, shown, now_ns + YIELD_NS)
+        self._detours[caller, node_id] = _Detour(inode, shown, now_ns + YIELD_NS)
         self._keep_clear(inode)
-        raise FUSEError(errno.ESTALE)
 
     def _keep_clear(self, inode: int) -> None:
         """Let nobody take a number for passthrough until who was told to has come back by it."""

@@ -5,7 +5,8 @@
 
 #include <errno.h>
 
-enum { CLOSE_WAIT_MS = 1000 };
+/* Who waits for the answer has patience; others come again, and messages queue behind this one. */
+enum { CLOSE_WAIT_MS = 1000, CLOSE_BRIEF_MS = 2, CLOSE_IS_BRIEF = 1 };
 /* One block of READ_BLOCKS. */
 enum {
     BLOCK_REF = 0,
@@ -186,7 +187,9 @@ int64_t backing_begin(struct core *core, struct message *message, struct answer 
 int64_t close_handle(struct core *core, struct message *message, struct answer *answer)
 {
     struct lane *lane;
-    int status = files_close(&core->files, message->argument, CLOSE_WAIT_MS, &lane);
+    bool is_brief = message->nbytes >= 8 && (load32(message->payload + 4) & CLOSE_IS_BRIEF);
+    int64_t wait_ms = is_brief ? CLOSE_BRIEF_MS : CLOSE_WAIT_MS;
+    int status = files_close(&core->files, message->argument, wait_ms, &lane);
     if (status != 0 || lane == NULL)
         return status;
     /* Those that do not fit were asked for before (DIGESTS): the payload says how many. */

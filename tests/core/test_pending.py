@@ -14,6 +14,7 @@ import pytest
 
 from tests.core.owner import (
     ALLOW,
+    CLOSE,
     CREATE,
     FORGET,
     LOOKUP,
@@ -23,6 +24,7 @@ from tests.core.owner import (
     READDIR,
     RELEASE,
     RELEASEDIR,
+    ControlError,
     FakeOwner,
     Request,
     SilentError,
@@ -314,8 +316,10 @@ def test_a_stalled_device(make_owner: Callable[..., FakeOwner], tmp_path: Path) 
 
     def on_open(node: object, fh: int) -> int:
         fast.install(fh, 2, size, size, [(1, 0, size, bytes(16))])
+        handles.append(fh)
         return 1
 
+    handles: list[int] = []
     fast.on_open = on_open  # type: ignore[assignment]
     code = """
 import errno, os, sys
@@ -331,6 +335,15 @@ except OSError as error:
         assert os.listdir(fast.path) == ["f"], round_
     assert fast.status()["deadline_hits"] == 4
     assert fast.status()["threads"] > 2
+    # Closing what is read still makes no other message wait, if it is not to.
+    begin = time.monotonic()
+    for fh in handles:
+        with pytest.raises(ControlError, match="EBUSY"):
+            fast.call(CLOSE, fh, struct.pack("<II", 0, 1))
+    brief = time.monotonic() - begin
+    with pytest.raises(ControlError, match="EBUSY"):
+        fast.call(CLOSE, handles[0])
+    assert brief < time.monotonic() - begin - brief, "four take less time than one that waits"
     held.answer()
     owner_pid = fast.process.pid
     wait_until(lambda: state_of(owner_pid) in "SR", "the core is out of it")

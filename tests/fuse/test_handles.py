@@ -10,6 +10,7 @@ import trio
 import trio.testing
 from pyfuse3 import FUSEError
 
+from kvfs.clock import SystemClock
 from kvfs.engine.catalog_schema import ROOT_NODE
 from kvfs.errors import BusyError, UnavailableError
 from kvfs.fuse.handles import (
@@ -22,6 +23,7 @@ from kvfs.fuse.handles import (
     is_version,
     node_of,
 )
+from kvfs.fuse.places import Places
 from kvfs.fuse.requests import RequestCounters, Runner
 from tests.fuse.mounting import DEADLINE_S
 
@@ -31,6 +33,8 @@ NODE = dataclasses.replace(ROOT_NODE, node_id=(77 << 32) | 5)
 class Reader:
     def __init__(self, version: int) -> None:
         self.version = version
+        self.raw = None
+        self.size_bytes = 5 << 20
 
 
 def reading(inode: int, version: int, *, is_passthrough: bool = False) -> ReadHandle:
@@ -162,3 +166,23 @@ async def test_what_no_thread_was_free_for_is_given_back(expected_warnings: list
     runner = Runner(DEADLINE_S, 1, RequestCounters())
     await runner.run(lambda: done.append("called"), unused=lambda: done.append("unused"))
     assert done == ["unused", "called"]
+
+
+def test_a_writer_is_told_to_come_back_once() -> None:
+    """The kernel comes back once: a second ESTALE would be what open(2) returns."""
+    handles, inodes, node_id = Handles(), Inodes(), NODE.node_id
+    places = Places(handles, inodes, SystemClock())
+    handles.add(reading(node_id, 1, is_passthrough=True))
+
+    def open_to_write(inode: int) -> None:
+        with places.writing(inode, NODE, caller=7):
+            pass
+
+    with pytest.raises(FUSEError):
+        open_to_write(node_id)
+    number = inodes.current(node_id)
+    assert number != node_id
+    # Who opens for reading meanwhile finds the same number, and has the former content.
+    assert places.must_yield(number)
+    handles.add(reading(number, 1))
+    open_to_write(number)

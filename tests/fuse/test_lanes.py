@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import kvfs
 from kvfs.engine.catalog_schema import Node, NodeState, Origin
 from kvfs.file_reading import FileReader
 from kvfs.fuse import lanes as lanes_module
-from kvfs.fuse.core_messages import Kind
+from kvfs.fuse.core_messages import CLOSE_BRIEFLY, Kind
 from kvfs.fuse.lane_plans import Lane
 from kvfs.fuse.lanes import Lanes
 from kvfs.pool import Pool
@@ -421,6 +422,31 @@ def test_late_refusals(pool: Pool, lanes: Lanes, core: FakeCore) -> None:
     lanes.sweep()
     lanes.reclaim()
     assert not core.segments
+    pool.files.close_read(reader)
+
+
+def test_a_close_that_nobody_waits_for_does_not_wait(
+    pool: Pool, lanes: Lanes, core: FakeCore, expected_warnings: list[str]
+) -> None:
+    """Else the core's answers to pings would queue behind those of many files that stall."""
+    expected_warnings.append("keeps what it reads")
+    reader = pool.files.open_read(make_file(pool, "f", b"x" * MIB))
+    assert install(lanes, 1, reader) is Lane.NATIVE
+    payloads: list[bytes] = []
+
+    def refuse(_: int, payload: bytes) -> tuple[int, bytes]:
+        payloads.append(payload)
+        return -errno.EBUSY, b""
+
+    core.answers[Kind.CLOSE] = refuse
+    assert lanes.close_at_once(1)
+    settled(lanes, core)
+    lanes.sweep()
+    assert len(payloads) >= 2
+    assert set(payloads) == {struct.pack("<II", 0, CLOSE_BRIEFLY)}
+    del core.answers[Kind.CLOSE]
+    lanes.sweep()
+    assert not core.tables
     pool.files.close_read(reader)
 
 
