@@ -6,6 +6,8 @@ Layer: L5.
   in the child.
 - The parent waits on a pipe: for READY, for the child's error, or for its end without a word. It
   exits with the child's code, so that `kvfs mount ... && cp ...` does what it says.
+- The child closes what its caller had open beyond stdio: a pipe whose reader waits for its end, a
+  file of the mount itself, which could not be unmounted.
 """
 
 import logging
@@ -72,6 +74,8 @@ def run_in_background(work: Callable[[Ready], int]) -> int:
 def _child(work: Callable[[Ready], int], write_end: int) -> None:
     """Run `work` and end the process."""
     os.chdir("/")
+    os.closerange(_STDIO[-1] + 1, write_end)
+    os.closerange(write_end + 1, os.sysconf("SC_OPEN_MAX"))
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     is_ready = False

@@ -1,5 +1,6 @@
 """kvfs: mounting in the background and in the foreground, unmounting, and the daemon's manners."""
 
+import fcntl
 import os
 import select
 import signal
@@ -211,6 +212,22 @@ def test_daemon_lets_go_of_the_terminal():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "0\n"
+
+
+def test_daemon_lets_go_of_what_its_caller_has_open(root):
+    code = (
+        "import os, sys; from kvfs.cli.daemon import run_in_background\n"
+        "def work(ready):\n"
+        "    open(sys.argv[1], 'w').write(' '.join(os.listdir('/proc/self/fd')))\n"
+        "    ready(); return 0\n"
+        "run_in_background(work)"
+    )
+    with open(os.devnull, "rb") as null:
+        fd = fcntl.fcntl(null.fileno(), fcntl.F_DUPFD, 200)
+    words = [sys.executable, "-c", code, str(root / "found")]
+    subprocess.run(words, check=True, pass_fds=(fd,))
+    os.close(fd)
+    assert str(fd) not in (root / "found").read_text().split()
 
 
 def test_umount_of_nothing(point):
