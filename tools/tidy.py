@@ -11,7 +11,6 @@ Layer: tool.
     C                    functions of at most 70 lines
     Markdown             one H1 per document
 
-- The rules for people are in CONTRIBUTING.md; this file is what enforces them.
 - It reads; it never changes a file. Exit status 1 when a rule is broken, 0 with warnings alone.
 """
 

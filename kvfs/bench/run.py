@@ -62,8 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--blocks", type=int, metavar="N", help=f"small blocks for lookup and reopen ({BLOCKS})"
     )
     parser.add_argument(
-        "--directory", type=Path, metavar="PATH", help="where files on disk go (the temporary one)"
-    )
+        "--directory", type=Path, metavar="PATH",
+        help="where files on disk go (the system's directory for temporary files)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--quick", action="store_true", help="small and short: a smoke test")
 
@@ -89,6 +90,8 @@ def main(arguments: argparse.Namespace) -> int:
         names += GROUPS.get(name, (name,))
     size_bytes, blocks, repeats = _amounts(arguments)
     directory = arguments.directory or Path(tempfile.gettempdir())
+    if not directory.is_dir():
+        raise UsageError(f"no such directory: {directory}; make it first")
     scale = Scale(size_bytes, blocks, repeats, directory)
     report = Report(this_machine(), scale)
     progress = Progress(sys.stderr, is_json=arguments.json)

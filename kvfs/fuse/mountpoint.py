@@ -112,7 +112,8 @@ def prepare(path: Path, *, allow_nonempty: bool) -> Path:
         raise UsageError(f"mountpoint is not a directory: {path}")
     if not allow_nonempty and any(path.iterdir()):
         raise RefusedError(
-            f"mountpoint is not empty: {path}; choose another, or allow hiding what it holds"
+            f"mountpoint is not empty: {path}; choose another, or hide what it holds with "
+            "--allow-nonempty"
         )
     if not os.path.exists("/dev/fuse"):
         raise UnavailableError("no /dev/fuse: load the module 'fuse', or give the container it")
