@@ -35,7 +35,7 @@ from tests.core.owner import (
 from tests.fuse.mounting import wait_until
 
 pytestmark = pytest.mark.fuse
-SHORT = "deadline_ms=100"  # of the core's own; 1.2 s for the owner
+SHORT = "deadline_ms=100"  # of the core's own; 1.1 s for the owner
 
 
 class Held:
