@@ -77,8 +77,10 @@ class FileAdoption(FileWriting):
         except BaseException:
             self._unpin(adopted)
             raise
+        writer.is_adopting = True
         writer.is_dirty = writer.is_written = False  # from here on it can be lost
         self._note_adopted(adopted)
+        writer.is_adopting = False
         if is_persisted:
             self._name([adopted])
         writer.kept_bytes, writer.kept_version = nbytes, version
@@ -128,6 +130,7 @@ class FileAdoption(FileWriting):
             raise
         finally:
             if staged.file.state is None:
+                writer.kept_bytes = adopted.size_bytes
                 writer.staged = None
                 writer.digests.clear()
         return True

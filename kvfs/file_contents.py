@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _OPEN_ATTEMPTS = 4
 _WHOLE_MAX = 1 << 12  # contexts, a few hundred bytes each
+_NAMED_MAX = 1 << 12  # as many files may be named while a row that was read is on its way
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +54,25 @@ class Adopted:
     ctime_ns: int
     pinned_bytes: int = 0
     """Pinned until it is named, in a durable namespace: only names keep blocks there."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    """What stat shows of content."""
+
+    version: int
+    size_bytes: int
+    block_count: int
+    tail_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+def _figures(adopted: Adopted) -> _Figures:
+    return _Figures(
+        adopted.version, adopted.size_bytes, len(adopted.keys), adopted.tail_bytes,
+        adopted.mtime_ns, adopted.ctime_ns,
+    )  # fmt: skip
 
 
 class FileContents(FileReading):
@@ -75,6 +95,7 @@ class FileContents(FileReading):
         self._lock = threading.Lock()
         self._publish_lock = threading.Lock()
         self._adopted: dict[int, Adopted] = {}
+        self._named: dict[int, _Figures] = {}  # of late: rows read before know nothing of it
         self._readers: dict[int, int] = {}
         self._versions: dict[int, int] = {}  # adopted while somebody had the file open
         self._places: dict[int, Lease] = {}
@@ -97,17 +118,21 @@ class FileContents(FileReading):
         return node.origin is Origin.API and node.block_count > 0
 
     def current(self, node: Node) -> Node:
-        """Return a node with the size and times that stat shows, of content adopted or resident."""
+        """Return a node with the size and times that stat shows, of content adopted or resident.
+
+        What was named since the row was read is shown, too.
+        """
         adopted = self._adopted.get(node.node_id)
-        if adopted is not None:
+        known = self._named.get(node.node_id) if adopted is None else _figures(adopted)
+        if known is not None and (adopted is not None or known.version > node.version):
             return with_changes(
                 node,
-                size_bytes=adopted.size_bytes,
-                block_count=len(adopted.keys),
-                tail_bytes=adopted.tail_bytes,
-                version=adopted.version,
-                mtime_ns=adopted.mtime_ns,
-                ctime_ns=max(node.ctime_ns, adopted.ctime_ns),
+                size_bytes=known.size_bytes,
+                block_count=known.block_count,
+                tail_bytes=known.tail_bytes,
+                version=known.version,
+                mtime_ns=known.mtime_ns,
+                ctime_ns=max(node.ctime_ns, known.ctime_ns),
             )
         if not self.must_look(node):
             return node
@@ -338,6 +363,8 @@ class FileContents(FileReading):
         for adopted, old in former:
             with self._lock:
                 is_latest = self._adopted.get(adopted.node_id) is adopted
+                if is_latest and old is not None:
+                    self._note_named(adopted)
                 if is_latest:
                     del self._adopted[adopted.node_id]
             if old is None:
@@ -350,6 +377,13 @@ class FileContents(FileReading):
             # Eviction may have taken a block before it could know the name that needs it.
             if is_latest and not self._is_resident(adopted.namespace_id, adopted.keys):
                 self._vanish(adopted.node_id, adopted.version)
+
+    def _note_named(self, adopted: Adopted) -> None:
+        """Remember what the catalog names from now on. REQUIRES: the lock."""
+        self._named.pop(adopted.node_id, None)
+        if len(self._named) >= _NAMED_MAX:
+            del self._named[next(iter(self._named))]
+        self._named[adopted.node_id] = _figures(adopted)
 
     def _write_content(self, adopted: Adopted) -> None:
         self._catalog.replace_content(

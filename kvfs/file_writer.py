@@ -142,6 +142,8 @@ class FileWriter:
     is_ready: bool = False
     is_dirty: bool = False
     """Differs from what was adopted."""
+    is_adopting: bool = False
+    """What was adopted is served in a moment: until then the writer knows best."""
     is_written: bool = False
     """Bytes were written since it was last adopted; not only made or emptied."""
     is_extended: bool = False

@@ -64,7 +64,9 @@ class Files(FileAdoption):
     def current(self, node: Node) -> Node:
         """Return a node with the size and times that stat shows: of bytes being written, too."""
         writer = self.writer_of(node.node_id)
-        if writer is not None and (writer.is_dirty or writer.is_granted):
+        if writer is not None and (
+            writer.is_dirty or writer.is_adopting or writer.is_granted  # in this order
+        ):
             return with_changes(node, size_bytes=writer.size_bytes, mtime_ns=writer.shown_mtime_ns)
         raw_bytes = self.raws.size_of(node.node_id)
         if raw_bytes is not None:

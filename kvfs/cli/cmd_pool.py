@@ -70,6 +70,7 @@ def create_pool(arguments: argparse.Namespace, console: Console) -> int:
         raise UsageError("no pool given: 'kvfs-admin --pool PATH pool create ...' says where")
     path = Path(given).absolute()
     from kvfs.config import parse_device_url
+    from kvfs.devices.open import free_bytes
     from kvfs.lifecycle import create_pool as create
     from kvfs.lifecycle import plan_devices, require_free
 
@@ -97,6 +98,13 @@ def create_pool(arguments: argparse.Namespace, console: Console) -> int:
         columns = (Column("tier"), Column("device"), Column("kind"), Column("size", True),
                    Column("segment", True), Column("segments", True), Column("where"))  # fmt: skip
         console.table(columns, rows)
+    for row, url in plan:
+        free = free_bytes(url)
+        if free is not None and url.size_bytes > free:
+            console.say(
+                f"warning: {row.name} may grow to {console.size(url.size_bytes)}, but "
+                f"{url.location} has {console.size(free)} free; it will be full before"
+            )
     if not arguments.dry_run:
         urls = [str(url) for _, url in plan]
         create(path, urls, name=arguments.name or None).close()

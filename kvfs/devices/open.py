@@ -158,8 +158,17 @@ def capacity_of(url: DeviceURL) -> int:
         return url.size_bytes
     if url.scheme != "dir":
         raise UsageError(f"device size missing: {url}: expected an option such as size=4GiB")
-    free = os.statvfs(nearest_existing(url.location))
-    return free.f_bavail * free.f_frsize * _FREE_SHARE_PERCENT // 100 // PAGE * PAGE
+    free = free_bytes(url)
+    assert free is not None
+    return free * _FREE_SHARE_PERCENT // 100 // PAGE * PAGE
+
+
+def free_bytes(url: DeviceURL) -> int | None:
+    """Return what the filesystem of a directory has left; None for other kinds."""
+    if url.scheme != "dir":
+        return None
+    found = os.statvfs(nearest_existing(url.location))
+    return found.f_bavail * found.f_frsize
 
 
 def location_of(device: Device) -> int:

@@ -3,7 +3,8 @@
 Layer: L5.
 
 - Blocking work runs in a worker thread and is waited for until the deadline; then the request fails
-  with EIO and the worker finishes on its own. What it made by then is undone by it.
+  with EIO and the worker finishes on its own. What it made by then is undone by it. A request of
+  several steps has one deadline for all.
 - A namespace may have a deadline of its own. Whose it is that a request is about is told by the
   inode or handle that it names; what the kernel has not looked up since the owner came has the
   mount's.
@@ -19,6 +20,7 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar, cast
 
 import pyfuse3
@@ -88,8 +90,24 @@ class HasCounters(Protocol):
 
 
 _S = TypeVar("_S", bound=HasCounters)
-_namespace_id: ContextVar[int] = ContextVar("namespace_id", default=0)
-"""The namespace that the request at work is about; 0: none, or not known."""
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """A request at work.
+
+    Attributes:
+        namespace_id: The namespace that it is about; 0: none, or not known.
+        begin_s: When it came, by trio's clock.
+        nbytes: What all its steps so far were to move.
+    """
+
+    namespace_id: int
+    begin_s: float
+    nbytes: int = 0
+
+
+_at_work: ContextVar[_Request | None] = ContextVar("at_work", default=None)
 
 
 def translate(name: str, error: Exception) -> pyfuse3.FUSEError:
@@ -113,7 +131,8 @@ def handler(
     async def guarded(self: _S, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         begin = self.clock.monotonic_ns()
         number = args[0] if args else 0
-        _namespace_id.set(self.namespace_of(name, number) if isinstance(number, int) else 0)
+        namespace_id = self.namespace_of(name, number) if isinstance(number, int) else 0
+        _at_work.set(_Request(namespace_id, trio.current_time()))
         try:
             return await function(self, *args, **kwargs)
         except Exception as error:
@@ -150,6 +169,9 @@ class Runner:
     ) -> _T:  # fmt: skip
         """Call a function in a worker thread and return what it returns.
 
+        The deadline is the request's: a second step has what the first has left, and the time for
+        its own bytes. What is not part of a request has it for itself.
+
         Args:
             function: Synchronous work.
             args: Its arguments.
@@ -161,16 +183,18 @@ class Runner:
         Raises:
             FUSEError: EIO: the deadline passed.
         """
-        own_ms = self._deadlines_ms().get(_namespace_id.get(), 0)
+        request = _at_work.get() or _Request(0, trio.current_time())
+        request.nbytes += nbytes
+        own_ms = self._deadlines_ms().get(request.namespace_id, 0)
         limit_s = own_ms / 1000 if own_ms else self._deadline_s
-        limit_s += nbytes / BYTES_PER_S_MIN
+        limit_s += request.nbytes / BYTES_PER_S_MIN
         extra_s = limit_s - self._deadline_s
         work = functools.partial(function, *args)
         if extra_s >= _LONG_S and self.on_patience is not None:
             work = functools.partial(self._patiently, extra_s, work)
         call = _Call(work, undo)
         try:
-            with trio.move_on_after(limit_s):
+            with trio.move_on_at(request.begin_s + limit_s):
                 result: _T = await trio.to_thread.run_sync(
                     call.run, abandon_on_cancel=True, limiter=self._limiter
                 )
@@ -180,7 +204,7 @@ class Runner:
             if not call.is_taken and not call.abandon() and unused is not None:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(unused)
-        self._counters.note_timeout(_namespace_id.get())
+        self._counters.note_timeout(request.namespace_id)
         if on_timeout is not None:
             on_timeout()
         name = getattr(function, "__qualname__", repr(function))

@@ -11,13 +11,15 @@ void core_wake_main(struct core *core)
     (void)pthread_kill(core->main_thread, SIGUSR1);
 }
 
+enum { GRACE_MS = 1000 };
+
 int64_t core_deadline_ns(const struct core *core, uint64_t nbytes, bool is_forwarded)
 {
     uint64_t moved = nbytes < MOVED_MAX ? nbytes : MOVED_MAX;
     int64_t allowed_ms = (int64_t)core->options.deadline_ms + (int64_t)(moved / BYTES_PER_MS);
     /* The owner has a deadline of its own and should be the one to say so. */
     if (is_forwarded)
-        allowed_ms = 2 * allowed_ms + 1000;
+        allowed_ms += GRACE_MS;
     return now_ns() + allowed_ms * NS_PER_MS;
 }
 

@@ -62,6 +62,14 @@ def test_create_refusals(root, empty_pool, capsys):
     assert "unknown device" in wrong.err
 
 
+def test_create_tells_what_does_not_fit(root, capsys):
+    large = f"dir:{root}/dev?size=900TiB&segment=1GiB"
+    done = Admin(capsys, root / "new")("pool", "create", large, "--dry-run")
+    assert done.code == 0
+    assert "warning: dir0 may grow to 900.0 TiB, but" in done.err
+    assert "free; it will be full before" in done.err
+
+
 def test_create_needs_a_place(root, capsys):
     assert command.main(["pool", "create", url(root)]) == 2
     assert "no pool given" in capsys.readouterr().err

@@ -238,10 +238,8 @@ def test_umount_of_nothing(point):
 def test_wait_closed(pool_path):
     with kvfs.open_pool(pool_path), pytest.raises(BusyError, match=r"after 0\.05 s"):
         cmd_mount.wait_closed(pool_path, 0.05)
-    start = time.monotonic()
     cmd_mount.wait_closed(pool_path, 30)
     cmd_mount.wait_closed(pool_path / "nope", 30)
-    assert time.monotonic() - start < 10
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     assert ControlClient.connect(pool_path) is None
 

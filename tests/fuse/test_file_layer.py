@@ -12,6 +12,7 @@ import pytest
 import kvfs
 from kvfs.engine.catalog_schema import Node, NodeState
 from kvfs.errors import DeviceError
+from kvfs.file_contents import Adopted
 from kvfs.pool import Pool
 from kvfs.tree import Tree
 from tests.fuse.mounting import MIB, wait_until
@@ -145,6 +146,33 @@ def test_new_content_is_served_before_and_after_it_is_named(pool: Pool) -> None:
     row = pool.catalog.node(node.node_id)
     assert (row.state, row.size_bytes) == (NodeState.ACTIVE, 16)
     assert read(pool, "f") == data
+
+
+@pytest.mark.parametrize("size", [5000, 9 * MIB], ids=["log", "segment"])
+def test_stat_shows_what_was_closed(pool: Pool, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """At every moment of an adoption, and by a row that was read before it was named."""
+    files, shown = pool.files, []
+    note_adopted = files._note_adopted
+
+    def note(adopted: Adopted) -> None:
+        shown.append(files.current(pool.catalog.node(adopted.node_id)).size_bytes)
+        note_adopted(adopted)
+        shown.append(files.current(pool.catalog.node(adopted.node_id)).size_bytes)
+
+    monkeypatch.setattr(files, "_note_adopted", note)
+    rows = []
+    for nbytes in (size, size + 1):
+        node = Tree(pool).lookup(1, "f")
+        rows += [] if node is None else [pool.catalog.node(node.node_id)]
+        node = write(pool, "f", bytes(nbytes))
+        rows.append(pool.catalog.node(node.node_id))
+        files.publish()
+        assert shown == [nbytes, nbytes]
+        assert {files.current(row).size_bytes for row in rows} == {nbytes}
+        shown.clear()
+    # A later change of the row counts.
+    named = Tree(pool).set_attributes(node.node_id, mtime_ns=77)
+    assert files.current(pool.catalog.node(node.node_id)).mtime_ns == named.mtime_ns == 77
 
 
 def test_lost_block_takes_the_name(pool: Pool) -> None:

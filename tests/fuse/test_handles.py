@@ -24,7 +24,7 @@ from kvfs.fuse.handles import (
     node_of,
 )
 from kvfs.fuse.places import Places
-from kvfs.fuse.requests import RequestCounters, Runner
+from kvfs.fuse.requests import BYTES_PER_S_MIN, RequestCounters, Runner, handler
 from tests.fuse.mounting import DEADLINE_S
 
 NODE = dataclasses.replace(ROOT_NODE, node_id=(77 << 32) | 5)
@@ -166,6 +166,41 @@ async def test_what_no_thread_was_free_for_is_given_back(expected_warnings: list
     runner = Runner(DEADLINE_S, 1, RequestCounters())
     await runner.run(lambda: done.append("called"), unused=lambda: done.append("unused"))
     assert done == ["unused", "called"]
+
+
+class TwoSteps:
+    """A mount with one request, whose second step comes when the time is over."""
+
+    def __init__(self) -> None:
+        self.clock, self.counters = SystemClock(), RequestCounters()
+        self.runner = Runner(0.05, 4, self.counters)
+        self.done: list[str] = []
+
+    def namespace_of(self, name: str, number: int) -> int:
+        return 0
+
+    @handler
+    async def both(self, may_go: threading.Event) -> None:
+        with pytest.raises(FUSEError):
+            await self.runner.run(lambda: may_go.wait(DEADLINE_S))
+        await self.runner.run(lambda: self.done.append("second"))
+
+    @handler
+    async def moving(self, nbytes: int) -> None:
+        for _ in range(2):
+            await self.runner.run(lambda: self.done.append("moved"), nbytes=nbytes)
+
+
+async def test_a_request_has_one_deadline(expected_warnings: list[str]) -> None:
+    expected_warnings.append("request timed out")
+    mount, may_go = TwoSteps(), threading.Event()
+    with pytest.raises(FUSEError):
+        await mount.both(may_go)
+    may_go.set()
+    assert mount.done == []
+    assert mount.counters.timeouts == {0: 2}
+    await mount.moving(int(DEADLINE_S) * BYTES_PER_S_MIN)  # the time of each step's bytes is added
+    assert mount.done == ["moved"] * 2
 
 
 def test_a_writer_is_told_to_come_back_once() -> None:
