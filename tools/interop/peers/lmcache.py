@@ -9,13 +9,14 @@ asserts, on any file), so the adapter is driven here through the same factory.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from interop.cases import Case, CaseError, Figures, Peer, Place
+from interop.cases import Case, CaseError, Figures, Peer, Place, UnavailableError
 from interop.driver import rate_mib_s, require, tell
 from interop.ratios import compare
 from interop.site import Site
@@ -27,6 +28,7 @@ _ARENA_BYTES: Final = 256 << 20
 _ENV: Final = {"LMCACHE_DISABLE_BANNER": "1", "LMCACHE_TRACK_USAGE": "false",
                "NO_COLOR": "1"}  # fmt: skip
 _GOALS: Final = {"store MB/s": 0.6, "load MB/s": 0.9}
+_DROP_CACHES: Final = Path("/proc/sys/vm/drop_caches")
 _VERIFIED: Final = "data verified OK"
 # (what the table says, adapter, its options)
 _ADAPTERS: Final[tuple[tuple[str, str, dict[str, object]], ...]] = (
@@ -50,6 +52,9 @@ def _cases(site: Site) -> Iterator[Case]:
         for place in Place:
             yield Case(f"bench l2, {adapter}, loaded by a second process after a remount", place,
                        partial(_second, site, place, adapter))  # fmt: skip
+    for adapter in ("fs", "fs_native"):
+        yield Case(f"bench l2, {adapter}, loaded from a cold disk, against the plain directory",
+                   Place.MOUNT, partial(_cold, site, adapter))  # fmt: skip
     for place in Place:
         yield Case("dax adapter, mapped file, store and load", place, partial(_dax, site, place))
 
@@ -98,6 +103,25 @@ def _second(site: Site, place: Place, adapter: str) -> Figures:
     if place is Place.MOUNT:
         site.remount()
     return _bench(site, config, "--only", "load")
+
+
+def _cold(site: Site, adapter: str) -> Figures:
+    """Load on both places in turns what neither has in memory: once, by a second process."""
+
+    def run(place: Place, turn: int) -> Figures:
+        path = site.directory(place, "lmcache") / f"cold-{adapter}-{turn}"
+        config: dict[str, object] = {"type": adapter, "base_path": str(path)}
+        _bench(site, config, "--only", "store")
+        if place is Place.MOUNT:
+            site.remount()
+        os.sync()
+        try:
+            _DROP_CACHES.write_text("3")
+        except PermissionError as error:
+            raise UnavailableError(f"only root can drop the page cache: {error}") from error
+        return _bench(site, config, "--only", "load", "--rounds", "1")
+
+    return compare(run, {"load MB/s": _GOALS["load MB/s"]})
 
 
 def _dax(site: Site, place: Place) -> Figures:
