@@ -29,6 +29,7 @@ import msgspec
 
 from kvfs.admin import messages as msg
 from kvfs.admin.operations import Owner, answer
+from kvfs.clients.peer import begin
 from kvfs.control_client import (
     QUESTION_BYTES_MAX,
     REPLY_BYTES_MAX,
@@ -191,19 +192,22 @@ class ControlServer:
                 target=self._serve, args=(connection,), name="kvfs-control-client", daemon=True
             )
             with self._lock:
-                is_welcome = len(self._connections) < CONNECTIONS_MAX and self._listener is not None
-                if is_welcome:
+                refusal = self._refusal() or begin(thread)
+                if refusal is None:
                     self._connections.add(connection)
                     self._threads = [old for old in self._threads if old.is_alive()]
                     self._threads.append(thread)
-            if is_welcome:
-                thread.start()
-                continue
-            if self._listener is None:
-                self._refuse(connection, UnavailableError("the pool is being closed"))
-            else:
-                self._refuse(connection, BusyError("too many connections; try again"))
-            connection.close()
+            if refusal is not None:
+                self._refuse(connection, refusal)
+                connection.close()
+
+    def _refusal(self) -> KvfsError | None:
+        """Return why there can be no connection more, if so. REQUIRES: the lock."""
+        if self._listener is None:
+            return UnavailableError("the pool is being closed")
+        if len(self._connections) >= CONNECTIONS_MAX:
+            return BusyError("too many connections; try again")
+        return None
 
     def _serve(self, connection: socket.socket) -> None:
         try:

@@ -35,6 +35,21 @@ struct kvfs_notice {
 static_assert(offsetof(struct kvfs_page_header, heartbeat_ns) == 64, "shared between processes");
 static_assert(offsetof(struct kvfs_notice, is_revoked) == 16, "shared between processes");
 
+/* How often this process was forked since the first one attached; asking for its id at every hold
+ * would be a system call. */
+static uint32_t forks;
+static pthread_once_t forks_once = PTHREAD_ONCE_INIT;
+
+static void count_fork(void)
+{
+    forks++;
+}
+
+static void watch_forks(void)
+{
+    (void)pthread_atfork(NULL, NULL, count_fork);
+}
+
 static size_t page_bytes(uint64_t slot_count)
 {
     return HEADER_BYTES + (size_t)slot_count * sizeof(uint64_t);
@@ -141,6 +156,8 @@ static int attach(struct kvfs_lease_page *page, const char **reason)
         page_bytes(header.slot_count) != (size_t)nbytes)
         return -EBADMSG;
     page->slot_count = header.slot_count;
+    (void)pthread_once(&forks_once, watch_forks);
+    page->fork_count = forks;
     page->is_client = true;
     return open_book(page);
 }
@@ -251,6 +268,8 @@ int kvfs_lease_page_hold(struct kvfs_lease_page *page, const uint64_t *places, s
 {
     if (!page->is_client)
         return -EROFS;
+    if (page->fork_count != forks)
+        return -ECHILD;
     size_t done = 0;
     pthread_mutex_lock(&page->lock);
     while (done < count && hold_one(page, places[done]))
@@ -264,7 +283,7 @@ int kvfs_lease_page_hold(struct kvfs_lease_page *page, const uint64_t *places, s
 
 void kvfs_lease_page_release(struct kvfs_lease_page *page, const uint64_t *places, size_t count)
 {
-    if (!page->is_client)
+    if (!page->is_client || page->fork_count != forks)
         return;
     pthread_mutex_lock(&page->lock);
     for (size_t i = 0; i < count; i++)

@@ -18,6 +18,9 @@
  * Both sides may misbehave: sizes are checked once against sealed files, and nothing that is read
  * from the other side is used as an index, a bound or an address.
  *
+ * A forked child shares the page with its parent, whose holds it must not end: what it attached is
+ * the parent's, hold fails with -ECHILD there, release does nothing.
+ *
  * Thread-safety: hold and release are serialised by an inner mutex; the rest runs on any thread.
  * create, attach and destroy belong to one thread. Errors are -errno. */
 #ifndef KVFS_LEASE_PAGE_H
@@ -45,6 +48,7 @@ struct kvfs_lease_page {
     int fd;              /* owned, as is notice_fd */
     int notice_fd;
     bool is_client;
+    uint32_t fork_count; /* forks between the first process and the one that attached */
     /* The client's own book-keeping; the page is only ever written. Chains are of slot numbers
      * plus one, 0 ends them. */
     uint64_t *places;

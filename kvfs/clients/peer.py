@@ -1,4 +1,4 @@
-"""Who is at the other end of a UNIX socket, and what a namespace lets him do.
+"""Who is at the other end of a UNIX socket, what a namespace lets him do, who answers him.
 
 Layer: L5.
 
@@ -9,11 +9,12 @@ Layer: L5.
 import array
 import socket
 import struct
+import threading
 from dataclasses import dataclass
 from typing import Final
 
 from kvfs.engine.catalog_schema import Node
-from kvfs.errors import RefusedError
+from kvfs.errors import BusyError, RefusedError
 
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 _SO_PEERGROUPS: Final = 59
@@ -63,3 +64,12 @@ def peer_of(connection: socket.socket) -> Peer:
     except OSError:
         groups = array.array("I")  # a kernel before 4.13: its own group must do
     return Peer(pid, uid, gid, frozenset(groups))
+
+
+def begin(thread: threading.Thread) -> BusyError | None:
+    """Start the thread that answers a connection; return why it cannot be, if so."""
+    try:
+        thread.start()
+    except RuntimeError as error:  # the process may have no more
+        return BusyError(f"the pool's owner has no thread left for this: {error}; try again")
+    return None

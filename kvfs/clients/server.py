@@ -32,7 +32,7 @@ import msgspec
 
 from kvfs.clients import channel
 from kvfs.clients import messages as msg
-from kvfs.clients.peer import peer_of
+from kvfs.clients.peer import begin, peer_of
 from kvfs.clients.session import Connection, Session
 from kvfs.errors import (
     BusyError,
@@ -215,12 +215,11 @@ class ClientServer:
             )
             uid = peer_of(connection).uid
             with self._lock:
-                refusal = self._refusal(uid)
+                refusal = self._refusal(uid) or begin(thread)
                 if refusal is None:
                     self._connections[connection], self._uids[connection] = None, uid
                     self._threads = [old for old in self._threads if old.is_alive()]
                     self._threads.append(thread)
-                    thread.start()
             if refusal is not None:
                 self._tell(connection, refusal)
                 connection.close()

@@ -340,6 +340,26 @@ def test_a_forked_child_is_refused(tmp_path) -> None:
         assert space.match_prefix(keys) == 1
 
 
+def test_a_forked_child_ends_no_hold_of_its_parent(tmp_path) -> None:
+    with served(tmp_path, DRAM) as (pool, server), client(tmp_path) as remote:
+        space, local = remote.namespace("n", LAYOUT), pool.namespace("n")
+        keys, _ = space.keys(tokens(20, 1))
+        data = payloads(20, 1)
+        space.put(keys, data, durability="none")
+        with space.view(keys) as view:
+            pid = os.fork()
+            if pid == 0:
+                view.close()
+                os._exit(0)
+            assert os.waitpid(pid, 0)[1] == 0
+            assert server.statistics()[0].held_segments == 1
+            for step in range(8):
+                more, _ = local.keys(tokens(250, 10 + step))
+                local.put(more, payloads(250, step), durability="none")
+            view.check()
+            assert (view.numpy(np.uint8, (20, BLOCK)) == data).all()
+
+
 def test_closed_client(tmp_path) -> None:
     with served(tmp_path) as (_, server):
         remote = client(tmp_path)

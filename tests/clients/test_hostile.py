@@ -366,6 +366,23 @@ def test_floods_of_connections(place) -> None:
     assert threading.active_count() < 60
 
 
+def test_no_thread_left_for_one_connection(place, monkeypatch) -> None:
+    pool, server = place
+
+    def fail(thread: threading.Thread) -> None:
+        monkeypatch.undo()
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with connect(pool) as connection, pytest.raises(kvfs.BusyError, match="no thread left"):
+        ask(connection, msg.Hello(1, 1, "one too many"))
+    main, joined = begin(pool)
+    main.close()
+    joined.close()
+    wait_until(lambda: not server._connections, "all have gone")
+    assert not server._uids
+
+
 FLOOD = """
 import os, socket, struct, sys
 sys.path.insert(0, sys.argv[2])

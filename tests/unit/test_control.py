@@ -225,6 +225,17 @@ def test_too_many_connections(pool, server):
     pytest.fail("no connection was given back")
 
 
+def test_no_thread_left_for_one_connection(pool, server, monkeypatch):
+    def fail(thread):
+        monkeypatch.undo()
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(BusyError, match="no thread left"):
+        ask(pool, msg.Hello())
+    assert ask(pool, msg.Hello())
+
+
 def test_silent_connection_is_ended(pool):
     with ControlServer(pool, timeout_s=0.05), connection(pool) as silent:
         silent.sendall(b"\x10\x00")
