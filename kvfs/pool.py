@@ -41,6 +41,7 @@ from kvfs.engine.recovery import (
 from kvfs.engine.state import EngineState
 from kvfs.engine.store import Store
 from kvfs.errors import (
+    BusyError,
     ClosedError,
     DeviceError,
     ExistsError,
@@ -428,6 +429,10 @@ class Pool:
         """Publish, flush, close; idempotent.
 
         Errors of the last flush are raised after everything is closed.
+
+        Raises:
+            BusyError: Operations did not end in time; devices stay open.
+            DeviceError: Blocks were lost; everything is closed.
         """
         if self._is_closed:
             return
@@ -439,7 +444,8 @@ class Pool:
             try:
                 step()
             except Exception as error:  # noqa: BLE001 - raised again when all is closed
-                failure = failure or error
+                is_worse = isinstance(error, BusyError)  # devices are still open
+                failure = error if is_worse else failure or error
         self._is_closed = True
         if self._lock_fd >= 0:
             os.close(self._lock_fd)

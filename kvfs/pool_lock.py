@@ -5,8 +5,11 @@ Layer: L4.
 - A flock(2) on `<pool>/lock`, which says for people whose it is. It belongs to the open file, not
   to the process: who is given a duplicate of the descriptor has it, too, and it is free when the
   last duplicate is closed. So it passes from an owner to the next without ever being free.
+- Only the owner's user may open the file: whoever can read it can lock it, and clients of other
+  users reach the pool's directory.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -17,6 +20,7 @@ from typing import Final
 from kvfs.errors import BusyError, RefusedError
 
 LOCK_NAME: Final = "lock"
+_MODE: Final = 0o600
 
 
 def take(root: Path) -> int:
@@ -25,7 +29,7 @@ def take(root: Path) -> int:
     Raises:
         BusyError: Another process has it.
     """
-    fd = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    fd = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -69,6 +73,8 @@ def is_signed(root: Path) -> bool:
 
 
 def _sign(fd: int) -> None:
+    with contextlib.suppress(PermissionError):  # another user's, who let this one in
+        os.fchmod(fd, _MODE)  # made by an earlier release
     command = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
     text = json.dumps({"pid": os.getpid(), "command": command})
     os.ftruncate(fd, 0)

@@ -27,7 +27,7 @@ from kvfs.cli.logs import FORMATS, start_logging
 from kvfs.cli.takeover import TIMEOUT_S, Heirs, ask
 from kvfs.config import PoolOptions
 from kvfs.devices.keeper import MEMORY_VERSION
-from kvfs.errors import KvfsError, UsageError
+from kvfs.errors import DeviceError, KvfsError, UsageError
 
 if TYPE_CHECKING:
     from kvfs.pool import Pool
@@ -208,7 +208,8 @@ def owned(
 ) -> "Iterator[Pool]":  # fmt: skip
     """Open the pool, and let others reach it, while the block runs.
 
-    If an heir has come by then, the lock stays in the estate.
+    If an heir has come by then, the lock stays in the estate, and what the last flush could not
+    persist is only logged: the heir finds the rest.
 
     Args:
         service: Which, and how.
@@ -226,16 +227,21 @@ def owned(
         service.pool, options=service.pool_options, allow_moved=service.allow_moved,
         keeper=estate.keeper, lock_fd=estate.take_lock(),
     )  # fmt: skip
-    with pool, _doors(pool, service, estate, mount, heirs, is_waited_for=is_waited_for):
-        try:
-            with notify.Watchdog(lambda: _take_a_turn(pool)):
-                yield pool
-        finally:
-            if heirs is not None and heirs.has_one:
-                estate.keep_lock(pool)
-            else:
-                notify.tell_stopping(f"closing {service.pool}")
-            _log.info("closing %s", service.pool, extra={"pool": service.pool})
+    try:
+        with pool, _doors(pool, service, estate, mount, heirs, is_waited_for=is_waited_for):
+            try:
+                with notify.Watchdog(lambda: _take_a_turn(pool)):
+                    yield pool
+            finally:
+                if heirs is not None and heirs.has_one:
+                    estate.keep_lock(pool)
+                else:
+                    notify.tell_stopping(f"closing {service.pool}")
+                _log.info("closing %s", service.pool, extra={"pool": service.pool})
+    except DeviceError as error:  # everything is closed all the same
+        if heirs is None or not heirs.has_one:
+            raise
+        _log.error("%s is handed over, but: %s", service.pool, error)
 
 
 @contextmanager

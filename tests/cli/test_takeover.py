@@ -18,6 +18,9 @@ import pytest
 import kvfs
 from kvfs.admin import messages as msg
 from kvfs.cli import takeover
+from kvfs.cli.estate import Estate
+from kvfs.cli.service import Service, owned
+from kvfs.config import PoolOptions
 from kvfs.control_client import owners
 from kvfs.devices.keeper import MEMORY_VERSION
 from kvfs.errors import BusyError, FormatVersionError, RefusedError, UnavailableError
@@ -273,3 +276,36 @@ def test_a_program_gives_its_pool_to_nobody(path):
         pytest.raises(RefusedError, match="end it instead"),
     ):
         takeover.ask(path, QUESTION, DEADLINE_S)
+
+
+def test_what_was_lost_does_not_keep_the_rest_from_passing_on(path, expected_warnings):
+    """A failed persist that nobody has heard of yet is told when the pool is closed."""
+    expected_warnings.append("handed over, but: 3 blocks were lost")
+    service = Service(
+        pool=str(path), log="", log_format="text", is_verbose=False, allow_moved=False,
+        pool_options=PoolOptions(), metrics="",
+    )  # fmt: skip
+    heirs, estate, came = takeover.Heirs(), Estate(), threading.Event()
+    inherited: list[Estate] = []
+
+    def inherit() -> None:
+        heir = takeover.ask(path, QUESTION, DEADLINE_S)
+        inherited.append(heir)
+        heir.confirm()
+
+    thread = threading.Thread(target=inherit)
+    with owned(service, estate, heirs=heirs) as pool:
+        space = pool.namespace("warm", LAYOUT)
+        keys, _ = space.keys(np.arange(4 * COUNT))
+        space.put(keys, payload(), durability="none")
+        pool.store.state.counters.blocks_lost += 3
+        heirs.open(came.set)
+        thread.start()
+        assert came.wait(DEADLINE_S)
+    assert heirs.give(estate)
+    thread.join()
+    estate.close()
+    (heir,) = inherited
+    with owned(service, heir) as pool:
+        assert pool.namespace("warm").match_prefix(keys) == COUNT
+    heir.close()

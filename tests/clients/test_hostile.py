@@ -5,6 +5,7 @@ import mmap
 import os
 import random
 import socket
+import stat
 import struct
 import threading
 from pathlib import Path
@@ -458,6 +459,15 @@ def test_mutated_messages(place) -> None:
             main, joined = begin(pool)
     joined.close()
     main.close()
+
+
+def test_nobody_else_can_lock_the_pool(tmp_path) -> None:
+    with served(tmp_path, DRAM) as (pool, _):
+        lock = pool.path / "lock"
+        assert stat.S_IMODE(lock.stat().st_mode) == 0o600
+    lock.chmod(0o644)  # as earlier releases made it
+    with kvfs.open_pool(pool.path):
+        assert stat.S_IMODE(lock.stat().st_mode) == 0o600
 
 
 OTHER_USER = """
