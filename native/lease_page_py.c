@@ -275,10 +275,5 @@ static PyType_Spec spec = {
 
 bool kvfs_add_lease_page(PyObject *module)
 {
-    PyObject *type = PyType_FromModuleAndSpec(module, &spec, NULL);
-    if (type == NULL)
-        return false;
-    int status = PyModule_AddType(module, (PyTypeObject *)type);
-    Py_DECREF(type);
-    return status == 0;
+    return kvfs_add_type(module, &spec);
 }

@@ -102,6 +102,16 @@ bool kvfs_shut(struct kvfs_life *life)
     return life->users == 0;
 }
 
+bool kvfs_add_type(PyObject *module, PyType_Spec *spec)
+{
+    PyObject *type = PyType_FromModuleAndSpec(module, spec, NULL);
+    if (type == NULL)
+        return false;
+    int status = PyModule_AddType(module, (PyTypeObject *)type);
+    Py_DECREF(type);
+    return status == 0;
+}
+
 PyObject *kvfs_alloc(PyTypeObject *type)
 {
     allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);

@@ -55,6 +55,9 @@ bool kvfs_leave(struct kvfs_life *life);
 /* Close; returns true if the caller must free the resources now. Idempotent. */
 bool kvfs_shut(struct kvfs_life *life);
 
+/* Make a type of a specification and add it to a module. */
+bool kvfs_add_type(PyObject *module, PyType_Spec *spec);
+
 /* Allocate an instance of a heap type, zeroed. */
 PyObject *kvfs_alloc(PyTypeObject *type);
 
