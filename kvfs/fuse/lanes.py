@@ -229,11 +229,7 @@ class Lanes(LanePlans):
             self.close(fh)  # the table of a context that has grown
             with self._lock:
                 refs = self._segments.use(lease, installed.places)
-            blocks = self._blocks(lease, refs)
-            deadline_ms = self.deadlines_ms().get(reader.namespace_id, 0)
-            self._client.install_read(
-                fh, inode, reader.size_bytes, reader.stride, blocks, self._flags(plan), deadline_ms
-            )
+            self._client.install_read(fh, inode, *self._table(plan, refs))
         except (OSError, UnavailableError):
             if not reader.is_closed:
                 self.refuse(fh)
@@ -250,20 +246,27 @@ class Lanes(LanePlans):
         if reader.is_closed or fh in self._installed or not self._segments.has(lease):
             return False
         installed = _Installed(Lane.NATIVE, len(reader.keys), self._clock.monotonic_ns())
-        blocks = self._blocks(lease, self._segments.use(lease, installed.places))
-        deadline_ms = self.deadlines_ms().get(reader.namespace_id, 0)
-        if not self._client.install_read_at_once(
-            fh, inode, reader.size_bytes, reader.stride, blocks, self._flags(plan), deadline_ms,
-            partial(self._answered, fh, installed, False),
-        ):  # fmt: skip
+        table = self._table(plan, self._segments.use(lease, installed.places))
+        on_answer = partial(self._answered, fh, installed, False)
+        if not self._client.install_read_at_once(fh, inode, *table, on_answer):
             self._let_go(installed)
             return False
         self._installed[fh] = installed
         return True
 
-    def _flags(self, plan: Plan) -> int:
+    def _table(
+        self, plan: Plan, refs: npt.NDArray[np.uint32]
+    ) -> tuple[int, int, npt.NDArray[np.void], int, int]:
+        """Return the table of a plan: size, stride, blocks, flags and deadline, as the core has it.
+
+        `refs`: what the core knows the segment of each block by.
+        """
+        reader = plan.reader
         flags = VERIFY_READS if self._store.state.options.verify_reads else 0
-        return flags | (SHORT_READS if plan.is_direct else 0)
+        flags |= SHORT_READS if plan.is_direct else 0
+        deadline_ms = self.deadlines_ms().get(reader.namespace_id, 0)
+        blocks = self._blocks(plan.lease, refs)
+        return reader.size_bytes, reader.stride, blocks, flags, deadline_ms
 
     def _blocks(self, lease: Lease, refs: npt.NDArray[np.uint32]) -> npt.NDArray[np.void]:
         records = lease.records
