@@ -18,7 +18,6 @@ import contextlib
 import logging
 import os
 import socket
-import struct
 import sys
 import threading
 from pathlib import Path
@@ -29,7 +28,7 @@ import msgspec
 
 from kvfs.admin import messages as msg
 from kvfs.admin.operations import Owner, answer
-from kvfs.clients.peer import begin
+from kvfs.clients.peer import begin, peer_of
 from kvfs.control_client import (
     QUESTION_BYTES_MAX,
     REPLY_BYTES_MAX,
@@ -52,7 +51,6 @@ from kvfs.pool import Pool
 CONNECTIONS_MAX: Final = 16
 IDLE_TIMEOUT_S: Final = 60.0
 _RETRY_S: Final = 0.1
-_CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 _log = logging.getLogger("kvfs.control")
 
 
@@ -211,8 +209,7 @@ class ControlServer:
 
     def _serve(self, connection: socket.socket) -> None:
         try:
-            raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-            _, uid, _ = _CREDENTIALS.unpack(raw)
+            uid = peer_of(connection).uid
             if uid not in (0, os.geteuid()):
                 error = RefusedError(
                     f"user {uid} may not ask: the pool belongs to user {os.geteuid()}; "

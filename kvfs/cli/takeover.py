@@ -24,7 +24,6 @@ import logging
 import os
 import select
 import socket
-import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +36,7 @@ from kvfs.admin import messages as msg
 from kvfs.cli import notify
 from kvfs.cli.estate import PARCEL_BYTES_MAX, Estate, Parcel
 from kvfs.clients import channel
+from kvfs.clients.peer import peer_of
 from kvfs.clock import Clock, SystemClock
 from kvfs.control_client import ControlClient
 from kvfs.devices.keeper import MEMORY_VERSION, is_memory
@@ -53,7 +53,6 @@ TIMEOUT_S: Final = 60.0
 _GONE_S: Final = 10.0
 _LEAST_S: Final = 0.01
 _NS_PER_S: Final = 1_000_000_000
-_CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 _log = logging.getLogger("kvfs.service")
 
 
@@ -248,8 +247,7 @@ class Heirs:
         connection, self._connection = self._connection, None
         self._wake = None
         assert connection is not None
-        raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        pid, _, _ = _CREDENTIALS.unpack(raw)
+        pid = peer_of(connection).pid
         try:
             with connection:
                 connection.settimeout(TIMEOUT_S)

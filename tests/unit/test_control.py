@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import kvfs
 from kvfs import control, control_client
 from kvfs.admin import messages as msg
+from kvfs.clients.peer import Peer
 from kvfs.control import ControlServer
 from kvfs.control_client import ControlClient, owners, socket_address
 from kvfs.errors import (
@@ -197,18 +198,10 @@ def test_path_longer_than_a_socket_may_have(tmp_path):
 
 def test_other_users_are_refused(pool, server, monkeypatch):
     monkeypatch.setattr(control.os, "geteuid", lambda: 4711)
-    monkeypatch.setattr(control, "_CREDENTIALS", _Credentials())
+    stranger = Peer(1, 4712, 4712, frozenset())  # neither root nor the owner
+    monkeypatch.setattr(control, "peer_of", lambda _: stranger)
     with pytest.raises(RefusedError, match="user 4712 may not ask"):
         ask(pool, msg.Hello())
-
-
-class _Credentials:
-    """Unpacks whatever the kernel says as a user that is neither root nor the owner."""
-
-    size = struct.calcsize("3i")
-
-    def unpack(self, raw):
-        return (1, 4712, 4712)
 
 
 def test_too_many_connections(pool, server):
