@@ -397,6 +397,11 @@ class Device(ABC):
         """
         del segment, offset, nbytes
 
+    @property
+    def bad_bytes(self) -> int:
+        """Bytes of the medium that are known to be bad and handed out no more."""
+        return 0
+
     def location(self) -> int:
         """Return a number that a copy of the device would not have; 0 if there is none."""
         return 0

@@ -16,6 +16,7 @@ Layer: L1.
 Concurrency: `_lock` guards the tables and the header; no lock is held while a place is filled.
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -47,7 +48,9 @@ from kvfs.errors import ClosedError, NoSpaceError, UsageError
 from kvfs.units import PAGE, align_up, format_bytes
 
 _log = logging.getLogger("kvfs.devices")
-_WRITE_ATOMIC_BYTES = 512  # what callers may count on; an aligned store of 8 bytes never tears
+_STORE_BYTES = 8  # an aligned store of so many never tears
+_SECTOR_BYTES = 512  # neither does a file's sector
+_LABELS_PER_PAGE = PAGE // layout.LABEL_BYTES
 
 
 class DaxDevice(FilelessDevice):
@@ -82,7 +85,7 @@ class DaxDevice(FilelessDevice):
             segment_bytes=segment_bytes,
             slot_count=slot_count_of(capacity_bytes, segment_bytes),
             is_persistent=source.is_persistent,
-            write_atomic_bytes=_WRITE_ATOMIC_BYTES,
+            write_atomic_bytes=_SECTOR_BYTES if source.is_file else _STORE_BYTES,
             takes_files=False,
             persistence=source.persistence,
         )
@@ -113,19 +116,34 @@ class DaxDevice(FilelessDevice):
             )
         sync = fdatasync if source.is_file else None
         memory = self._memory = DaxMemory(source.fd, source.nbytes, sync)
-        raw = memory.read(layout.LABELS_OFFSET, places * layout.LABEL_BYTES)
-        for place in range(places):
-            start = place * layout.LABEL_BYTES
+        for first in range(0, places, _LABELS_PER_PAGE):
+            self._read_labels(memory, first, min(places, first + _LABELS_PER_PAGE))
+        self._free.reverse()  # taken from the end: the first place first
+        known: list[Range] = []
+        with contextlib.suppress(OSError):  # what it would say is found again
+            known = layout.decode_bad(memory.read(layout.BAD_OFFSET, layout.BAD_BYTES))
+        self._bad = layout.merged([*known, *source.bad])
+        self._retire()
+
+    def _read_labels(self, memory: DaxMemory, first: int, end: int) -> None:
+        """Enter the places [first, end), whose labels lie in one page."""
+        info = self.info
+        try:
+            raw = memory.read(_label_offset(first), (end - first) * layout.LABEL_BYTES)
+        except OSError as error:
+            for place in range(first, end):
+                self._ledger.put(_bad_key(place), info.segment_bytes)
+            _log.warning("labels of %s cannot be read, %d places are lost: %s",
+                         info.name, end - first, error)  # fmt: skip
+            return
+        for place in range(first, end):
+            start = (place - first) * layout.LABEL_BYTES
             name = layout.decode_label(info.uuid, place, raw[start : start + layout.LABEL_BYTES])
             if name is None or name[0] >= info.slot_count or name in self._segments:
                 self._free.append(place)
             else:
                 self._segments[name] = place
                 self._ledger.add(_key_of(*name), info.segment_bytes)
-        self._free.reverse()  # taken from the end: the first place first
-        known = layout.decode_bad(memory.read(layout.BAD_OFFSET, layout.BAD_BYTES))
-        self._bad = layout.merged([*known, *source.bad])
-        self._retire()
 
     # --- superblock
     def read_superblock(self) -> bytes | None:
@@ -159,7 +177,11 @@ class DaxDevice(FilelessDevice):
                     for name in sorted(self._segments)]  # fmt: skip
 
     def create(self, slot: int, generation: int, tag: bytes) -> Segment:
-        """Make a log segment in a free place, filled with zeros. Durability: flush."""
+        """Make a log segment in a free place, filled with zeros. Durability: flush.
+
+        The former life has lost its label for good before its bytes are overwritten, and the place
+        has its new one only when they are zero for good: what a label names is whole.
+        """
         memory = self._opened()
         assert 0 <= slot < self.info.slot_count
         del tag  # nobody sees bytes of a former life
@@ -169,12 +191,14 @@ class DaxDevice(FilelessDevice):
         try:
             while True:
                 place = self._take_place()
+                memory.persist()
                 try:
                     memory.zero(self._start(place), nbytes)
                     break
                 except OSError:
                     whole = [(self._start(place), nbytes)]
                     self._note(memory.faults(self._start(place), nbytes) or whole, place)
+            memory.persist()
             label = layout.encode_label(self.info.uuid, place, slot, generation)
             memory.store(_label_offset(place), label)
         except BaseException:
@@ -291,6 +315,11 @@ class DaxDevice(FilelessDevice):
             return list(self._bad)
 
     @property
+    def bad_bytes(self) -> int:
+        """How many bytes cannot be read or written."""
+        return sum(nbytes for _, nbytes in self.bad_ranges)
+
+    @property
     def used_bytes(self) -> int:
         """What counts against the capacity: segments, and places that went bad."""
         return self._ledger.used_bytes
@@ -364,7 +393,7 @@ class DaxDevice(FilelessDevice):
     def _give_back(self, place: int) -> None:
         """Make a place free, unless it is bad. REQUIRES: `_lock`."""
         if any(self._places_of([one]) & {place} for one in self._bad):
-            self._ledger.put(f"bad {place}", self.info.segment_bytes)
+            self._ledger.put(_bad_key(place), self.info.segment_bytes)
         else:
             self._free.append(place)
 
@@ -379,8 +408,10 @@ class DaxDevice(FilelessDevice):
                 self._opened().persist()
             except OSError as error:
                 _log.warning("bad ranges of %s are not kept: %s", self.info.name, error)
-            if place not in self._segments.values():
-                self._ledger.put(f"bad {place}", self.info.segment_bytes)
+            if place not in self._segments.values():  # else once it is freed
+                self._ledger.put(_bad_key(place), self.info.segment_bytes)
+                if place in self._free:
+                    self._free.remove(place)
         _log.warning("memory is bad: %s: %s from offset %#x", self.info.name,
                      format_bytes(sum(nbytes for _, nbytes in ranges)), ranges[0][0])  # fmt: skip
 
@@ -388,7 +419,7 @@ class DaxDevice(FilelessDevice):
         """Take places with bad ranges out of the free ones."""
         bad = self._places_of(self._bad)
         for place in bad & set(self._free):
-            self._ledger.put(f"bad {place}", self.info.segment_bytes)
+            self._ledger.put(_bad_key(place), self.info.segment_bytes)
         self._free = [place for place in self._free if place not in bad]
 
     def _places_of(self, ranges: Iterable[Range]) -> set[int]:
@@ -407,6 +438,10 @@ class DaxDevice(FilelessDevice):
 
 def _key_of(slot: int, generation: int) -> str:
     return f"{slot:08x}-{generation:08x}"
+
+
+def _bad_key(place: int) -> str:
+    return f"bad {place}"
 
 
 def _label_offset(place: int) -> int:

@@ -13,7 +13,6 @@ from kvfs.devices.dax_layout import Copy
 from kvfs.devices.dax_memory import DaxMemory
 from kvfs.devices.dax_source import open_source
 from kvfs.errors import CorruptionError
-from kvfs.units import PAGE
 
 _log = logging.getLogger("kvfs.devices")
 
@@ -32,15 +31,15 @@ class SuperblockCopies:
         Raises:
             CorruptionError: Fewer copies hold than are needed to be sure which is the newest.
         """
-        found, is_blank = self._found()
+        found, spoiled = self._found()
         if len(found) >= layout.READ_QUORUM:
             return max(found, key=lambda copy: copy.sequence).raw
-        if is_blank:  # the first superblock of all may have reached one copy before a crash
-            return None
+        if len(found) + spoiled < layout.WRITE_QUORUM:
+            return None  # at most, a crash ended the first write of all
         raise CorruptionError(
             f"superblock damaged: {self._name}: expected at least {layout.READ_QUORUM} of "
             f"{layout.COPIES} copies that hold, found {len(found)}; to give the device up, "
-            "write zeros over its first 2 MiB"
+            "'daxio --zero --len 2M --output' with its path"
         )
 
     def write(self, raw: bytes) -> None:
@@ -66,21 +65,21 @@ class SuperblockCopies:
         if written < layout.WRITE_QUORUM:
             raise OSError(errno.EIO, f"{written} superblock copies written", self._name)
 
-    def _found(self) -> tuple[list[Copy], bool]:
-        """Return the copies that hold, and whether all others were never written."""
-        found, is_blank = [], True
+    def _found(self) -> tuple[list[Copy], int]:
+        """Return the copies that hold, and how many others there are, damaged or unreadable."""
+        found, spoiled = [], 0
         for number in range(layout.COPIES):
             try:
                 area = self._memory.read(number * layout.COPY_BYTES, layout.COPY_BYTES)
             except OSError:
-                is_blank = False
+                spoiled += 1
                 continue
             copy = layout.decode_copy(area)
             if copy is not None:
                 found.append(copy)
-            elif any(area[:PAGE]):
-                is_blank = False
-        return found, is_blank
+            elif layout.is_copy(area):
+                spoiled += 1
+        return found, spoiled
 
 
 def peek_superblock(location: str) -> bytes | None:

@@ -11,7 +11,8 @@ Layer: L1, pure.
   whole, so that one torn by a power cut fails its checksum and the place counts as free.
 - A copy of the superblock: a page that says what follows it, then the superblock. The copies are
   written one after the other, three of four at least; two at least are needed to read. So any two
-  have the newest among them, however old the others are.
+  have the newest among them, however old the others are. Where less than three were ever begun, no
+  write was ever finished.
 - The table of bad ranges: what could not be read or written. A place with such a range is given to
   no segment any more.
 - All integers are little-endian; checksums are XXH3 (see kvfs.engine.format).
@@ -74,6 +75,11 @@ def decode_copy(area: bytes) -> Copy | None:
     if len(raw) != nbytes or _native.xxh3_128(raw) != digest:
         return None
     return Copy(sequence, raw)
+
+
+def is_copy(area: bytes) -> bool:
+    """Say whether an area was meant to hold a copy, be it damaged."""
+    return area[: len(_COPY_MAGIC)] == _COPY_MAGIC
 
 
 def encode_label(device: UUID, place: int, slot: int, generation: int) -> bytes:

@@ -11,6 +11,7 @@ Layer: L1.
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import stat
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from kvfs.units import MIB, format_bytes
 
 ALIGNMENT: Final = 2 * MIB
 PERSISTENCE_OF_FILES: Final = "page"
+_log = logging.getLogger("kvfs.devices")
 _SYSFS: Final = Path("/sys")
 _SECTOR: Final = 512
 _DOMAINS: Final = ("cpu_cache", "memory_controller")
@@ -136,11 +138,10 @@ def _describe(fd: int, location: str, sysfs: Path) -> DaxSource:
     device = _device_of(status, location, sysfs)
     region = _region_of(device)
     domain = _text(region / "persistence_domain") if region is not None else ""
-    flush = region / "deep_flush" if region is not None else None
     return DaxSource(
         fd, _number(device / "size"), domain if domain in _DOMAINS else "none", False,
         bad=_badblocks(device, region),
-        deep_flush=flush if flush is not None and _text(flush) == "1" else None,
+        deep_flush=_deep_flush(region),
     )  # fmt: skip
 
 
@@ -153,7 +154,7 @@ def _device_of(status: os.stat_result, location: str, sysfs: Path) -> Path:
         )
     number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
     link = sysfs / "dev/char" / number
-    if not stat.S_ISCHR(status.st_mode) or not (link / "size").exists():
+    if not stat.S_ISCHR(status.st_mode) or not (link / "align").exists():
         raise UsageError(f"not a DAX device: {location}; {_HINT}")
     return link.resolve()
 
@@ -166,12 +167,24 @@ def _region_of(device: Path) -> Path | None:
     return None
 
 
+def _deep_flush(region: Path | None) -> Path | None:
+    """Return where to write for a deep flush; None where there is none, or only root may."""
+    if region is None:
+        return None
+    path = region / "deep_flush"
+    return path if _text(path) == "1" and os.access(path, os.W_OK) else None
+
+
 def _badblocks(device: Path, region: Path | None) -> tuple[Range, ...]:
     """Return what the region knows to be bad, as ranges of the device."""
-    if region is None or not (region / "badblocks").exists():
+    if region is None or not _text(region / "badblocks"):
         return ()
     first, size = _number(device / "resource"), _number(device / "size")
-    delta = first - _number(region / "resource")
+    base = _number(region / "resource")
+    if not first or not base:  # root alone may know where they lie
+        _log.warning("bad blocks of %s are not known before they are met: run as root", device.name)
+        return ()
+    delta = first - base
     found = []
     for line in _text(region / "badblocks").splitlines():
         offset, nbytes = (int(field) * _SECTOR for field in line.split())

@@ -62,7 +62,7 @@ class SegmentSuite:
         assert (info.index, info.uuid, info.name) == (3, DEVICE_UUID, "subject")
         assert (info.capacity_bytes, info.segment_bytes) == (CAPACITY_BYTES, SEGMENT_BYTES)
         assert info.slot_count == slot_count_of(CAPACITY_BYTES, SEGMENT_BYTES)
-        assert info.write_atomic_bytes % 512 == 0
+        assert info.write_atomic_bytes % 8 == 0
 
     def test_location_stays(self, opener: Opener) -> None:
         locations = set()

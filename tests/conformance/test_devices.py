@@ -118,3 +118,11 @@ class TestDaxMemory(FilelessSuite):
             root / "device", persistence="memory_controller", **options
         )
         shutil.rmtree(root)
+
+
+class TestFaultyDax(FilelessSuite):
+    @pytest.fixture
+    def opener(self, tmp_path: Path) -> Opener:
+        return lambda **options: CountingDevice(
+            FaultyDevice(open_dax(tmp_path / "device", **options), ())
+        )

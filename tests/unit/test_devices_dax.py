@@ -1,5 +1,6 @@
 """The DAX device: header, bad memory, and what it is opened on."""
 
+import errno
 import os
 from collections.abc import Iterator
 from itertools import pairwise
@@ -15,6 +16,7 @@ from kvfs import _native
 from kvfs.devices import dax_layout as layout
 from kvfs.devices.base import Segment
 from kvfs.devices.dax import DaxDevice
+from kvfs.devices.dax_memory import DaxMemory
 from kvfs.devices.dax_source import DaxSource, open_source, size_of
 from kvfs.errors import BusyError, CorruptionError, NoSpaceError, NotFoundError, UsageError
 from kvfs.units import MIB, PAGE
@@ -131,12 +133,29 @@ def test_one_copy_is_too_few(path: Path) -> None:
     device.close()
 
 
-def test_a_crash_in_the_first_write_leaves_a_device_never_formatted(path: Path) -> None:
+@pytest.mark.parametrize("whole", [0, 1])
+@pytest.mark.parametrize("torn_bytes", [0, 8, 16, PAGE])
+def test_a_crash_in_the_first_write_leaves_a_device_never_formatted(
+    path: Path, whole: int, torn_bytes: int
+) -> None:
     device = opened(path)
     device.write_superblock(b"first")
-    for number in (1, 2, 3):
-        copy_of(path, number, bytes(layout.COPY_BYTES))
+    for number in range(whole, 4):
+        kept = copy_of(path, number)[: torn_bytes if number == whole else 0]
+        copy_of(path, number, kept.ljust(layout.COPY_BYTES, b"\0"))
     assert device.read_superblock() is None
+    device.write_superblock(b"again")
+    assert device.read_superblock() == b"again"
+    device.close()
+
+
+def test_what_was_never_a_superblock_is_a_device_never_formatted(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(os.urandom(layout.HEADER_BYTES))
+    device = opened(path)
+    assert (device.read_superblock(), device.segments(), device.bad_ranges) == (None, [], [])
+    device.write_superblock(b"first")
+    assert device.read_superblock() == b"first"
     device.close()
 
 
@@ -214,6 +233,7 @@ def test_a_poisoned_page_costs_its_bytes_and_then_its_place(
         device.read(segment, 0, 8 * PAGE)
     start = layout.HEADER_BYTES
     assert device.bad_ranges == [(start + 2 * PAGE, PAGE)]
+    assert device.bad_bytes == PAGE
     assert device.read(segment, 3 * PAGE, PAGE) == b"d" * PAGE
     assert device.read(other, 0, 8 * PAGE) == b"d" * 8 * PAGE
     assert device.used_bytes == 2 * MIB
@@ -323,6 +343,16 @@ def test_memory_without_a_region_is_volatile(tmp_path: Path) -> None:
     assert (found.persistence, found.is_persistent) == ("memory_controller", True)
 
 
+def test_bad_blocks_of_an_unknown_place_are_left_to_be_met(
+    tmp_path: Path, expected_warnings: list[str]
+) -> None:
+    expected_warnings.append("bad blocks of dax0.0 are not known")
+    sysfs = fake_device(tmp_path, persistence_domain="cpu_cache", badblocks="0 1", deep_flush="0")
+    found = open_source("/dev/full", sysfs=sysfs)
+    os.close(found.fd)
+    assert (found.bad, found.deep_flush) == ((), None)
+
+
 def test_what_is_no_dax_device_is_refused(path: Path, tmp_path: Path) -> None:
     for location, kind, message in (
         (str(tmp_path / "missing"), NotFoundError, "'daxctl list'"),
@@ -363,3 +393,53 @@ def test_one_owner_at_a_time(path: Path) -> None:
 def test_a_files_space_is_taken_when_it_is_opened(path: Path) -> None:
     opened(path).close()
     assert path.stat().st_blocks * 512 >= layout.HEADER_BYTES + _PLACES * MIB
+
+
+# --- the order in which things reach the medium
+
+
+def test_a_place_is_free_for_good_before_it_is_filled(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = opened(path)
+    segment = device.create(0, 1, b"a")
+    put(device, segment, 0, b"old")
+    device.free(segment)
+    memory = device._memory
+    seen: list[tuple[bool, bytes]] = []
+    assert memory is not None
+    label = (layout.LABELS_OFFSET, layout.LABEL_BYTES)
+
+    def persist() -> None:
+        seen.append((any(memory.read(*label)), memory.read(layout.HEADER_BYTES, 3)))
+
+    monkeypatch.setattr(memory, "persist", persist)
+    device.create(1, 2, b"a")
+    assert seen == [(False, b"old"), (False, bytes(3))]
+    device.persist_names()
+    assert seen[2:] == [(True, bytes(3))]
+    device.close()
+
+
+def test_labels_that_cannot_be_read_cost_their_places(
+    memfd: str, monkeypatch: pytest.MonkeyPatch, expected_warnings: list[str]
+) -> None:
+    device = opened(memfd)
+    device.create(0, 1, b"a")
+    device.write_superblock(b"superblock")
+    device.close()
+    read = DaxMemory.read
+
+    def fail(memory: DaxMemory, offset: int, nbytes: int) -> bytes:
+        if layout.LABELS_OFFSET <= offset < layout.HEADER_BYTES:
+            raise OSError(errno.EIO, "memory fault")
+        return read(memory, offset, nbytes)
+
+    monkeypatch.setattr(DaxMemory, "read", fail)
+    expected_warnings.append("labels of pm0 cannot be read, 4 places are lost")
+    device = opened(memfd)
+    assert device.read_superblock() == b"superblock"
+    assert (device.segments(), device.used_bytes) == ([], 4 * MIB)
+    with pytest.raises(NoSpaceError):
+        device.create(1, 2, b"a")
+    device.close()

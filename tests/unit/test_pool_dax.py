@@ -10,6 +10,7 @@ import pytest
 import kvfs
 from kvfs import _native
 from kvfs.devices.dax import DaxDevice
+from kvfs.devices.dax_layout import COPY_BYTES
 from kvfs.engine.checker import Severity, check_pool
 from kvfs.engine.checker.salvage import salvage
 from kvfs.errors import BusyError, ExistsError, MediaError, NoSpaceError, UsageError
@@ -223,3 +224,31 @@ def test_a_damaged_catalog_is_replaced(tmp_path: Path) -> None:
         out = np.zeros_like(data)
         assert pool.namespace("n").read_into(keys, out).all()
         assert (out == data).all()
+
+
+def test_memory_that_does_not_persist_is_found_again_or_starts_empty(
+    tmp_path: Path, expected_warnings: list[str]
+) -> None:
+    device_url(tmp_path / "memory")
+    url = f"dax:{tmp_path}/memory?segment=16MiB&persistence=none"
+    data = payloads(20)
+    with kvfs.create_pool(tmp_path / "pool", [url], options=_OPTIONS) as pool:
+        space = small_namespace(pool)
+        keys, _ = space.keys(tokens(20))
+        with pytest.raises(UsageError):
+            space.put(keys, data, durability="sync")
+        space.put(keys, data, durability="async")
+    out = np.zeros_like(data)
+    with open_again(tmp_path) as pool:
+        assert pool.namespace("n").read_into(keys, out).all()
+        assert (out == data).all()
+    with (tmp_path / "memory").open("r+b") as file:  # power was lost: some of it decays
+        for copy in range(3):
+            file.seek(copy * COPY_BYTES + PAGE)
+            file.write(b"decayed")
+    expected_warnings.append("memory of the last owner is not used, dax0 starts empty")
+    with open_again(tmp_path) as pool:
+        space = pool.namespace("n")
+        assert not space.read_into(keys, out).any()
+        space.put(keys, data)
+        assert space.read_into(keys, out).all()
