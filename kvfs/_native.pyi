@@ -367,5 +367,13 @@ def seal_memfd(fd: int) -> None:
 def poison(address: int, nbytes: int) -> None:
     """Test aid: make pages of a private anonymous or memfd mapping raise SIGBUS (UFFDIO_POISON); OSError if unsupported."""
 
+def store(address: int, data: Buffer, way: str | None = None) -> int:
+    """Copy to mapped memory, write the lines back and fence, on this thread: after it the bytes are
+    in the persistence domain of a DAX mapping. `way`: fence, clflush, clflushopt or clwb, the best
+    this CPU has when missing; ValueError if it has not. Returns a status, 0 or 3 (see above)."""
+
+def write_back() -> str:
+    """The best way to write lines back that this CPU has."""
+
 def cpu_features() -> Sequence[str]:
     """The instruction set in use (base, avx2, avx512; KVFS_ISA lowers it), then "cpu:..." flags."""

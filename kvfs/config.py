@@ -3,7 +3,8 @@
 Layer: L0.
 
 A device URL is `scheme:location?option=value&option=value`, e.g. `dram:?size=4GiB`,
-`dir:/mnt/nvme/kv?size=500GiB&tier=2`. Options known to every scheme: size, segment, tier, name.
+`dir:/mnt/nvme/kv?size=500GiB&tier=2`, `dax:/dev/dax0.0`. Options known to every scheme: size,
+segment, tier, name. `dax:` knows persistence.
 """
 
 import re
@@ -14,9 +15,11 @@ from urllib.parse import parse_qsl
 from kvfs.errors import UsageError
 from kvfs.units import GIB, MIB, is_power_of_two, parse_bytes
 
-SCHEMES: Final = ("dram", "dir")
+SCHEMES: Final = ("dram", "dax", "dir")
 VOLATILE_SCHEMES: Final = ("dram",)  # what lies there ends with the owner
-DEFAULT_TIER: Final = {"dram": 0, "dir": 2}
+DEFAULT_TIER: Final = {"dram": 0, "dax": 1, "dir": 2}
+PERSISTENCE: Final = ("cpu_cache", "memory_controller", "page", "none")  # see DeviceInfo
+_OPTIONS: Final = ("size", "segment", "tier", "name")
 SEGMENT_BYTES_MIN: Final = 16 * MIB
 SEGMENT_BYTES_MAX: Final = GIB
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}\Z")
@@ -55,14 +58,17 @@ def parse_device_url(text: str) -> DeviceURL:
         options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
     except ValueError as error:
         raise UsageError(f"device options not understood: {text!r}: {error}") from error
-    unknown = set(options) - {"size", "segment", "tier", "name"}
+    known_options = (*_OPTIONS, "persistence") if scheme == "dax" else _OPTIONS
+    unknown = set(options) - set(known_options)
     if unknown:
         raise UsageError(
             f"unknown device option {min(unknown)!r} in {text!r}: "
-            "expected size, segment, tier or name"
+            f"expected {', '.join(known_options[:-1])} or {known_options[-1]}"
         )
-    if scheme == "dir" and (not location.startswith("/") or "\0" in location):
-        raise UsageError(f"a dir: device needs an absolute path: {text!r}")
+    if scheme != "dram" and (not location.startswith("/") or "\0" in location):
+        raise UsageError(f"a {scheme}: device needs an absolute path: {text!r}")
+    if options.get("persistence", "none") not in PERSISTENCE:
+        raise UsageError(f"persistence must be one of {', '.join(PERSISTENCE)}: {text!r}")
     if scheme == "dram" and (location or "size" not in options):
         raise UsageError(f"a dram: device is written 'dram:?size=4GiB', found {text!r}")
     segment_bytes = parse_bytes(options.get("segment", "0"))

@@ -129,6 +129,7 @@ def _add_pool(families: _Families, pool: Pool) -> None:
             ("kvfs_device_online", device.state != "offline"),
             ("kvfs_device_capacity_bytes", device.capacity_bytes),
             ("kvfs_device_used_bytes", device.used_bytes),
+            ("kvfs_device_bad_bytes", device.bad_bytes),
             ("kvfs_device_live_bytes", device.live_bytes),
             ("kvfs_device_blocks", device.block_count),
             ("kvfs_device_segments", device.segment_count),

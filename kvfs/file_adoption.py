@@ -137,6 +137,8 @@ class FileAdoption(FileWriting):
 
     def _is_to_be_raw(self, writer: FileWriter, node: Node) -> bool:
         """Say whether a file is to be written in place from now on."""
+        if not self._store.file_devices(0):
+            return False  # there is no place to write to: it goes into the log
         if self._catalog.wants_raw(node):
             return True
         nbytes, staged = writer.size_bytes, writer.staged

@@ -163,5 +163,6 @@ class Window:
         """Forget a copy that could not be read."""
         record = np.ascontiguousarray(self._lease.records[i : i + 1])
         self._store.state.counters[self._namespace_id].bad_reads[self._devices[i]] += 1
+        self._store.state.note_faults(record)
         self._store.state.forget(self._namespace_id, record)
         self._store.state.count_broken_pins(self._namespace_id, record["key"])

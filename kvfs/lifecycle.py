@@ -128,9 +128,8 @@ def require_free(root: Path, plan: Sequence[tuple[DeviceRow, DeviceURL]]) -> Non
 
 
 def _taken(url: DeviceURL) -> ExistsError:
-    return ExistsError(
-        f"device belongs to a pool: {url}; destroy that pool or delete the directory"
-    )
+    remedy = "delete the directory" if url.scheme == "dir" else "write zeros over its first 2 MiB"
+    return ExistsError(f"device belongs to a pool: {url}; destroy that pool or {remedy}")
 
 
 def plan_devices(urls: Sequence[DeviceURL]) -> list[tuple[DeviceRow, DeviceURL]]:
@@ -266,7 +265,7 @@ def _open_row(
     device = _open_device(row, url, keeper=keeper)
     try:
         location, is_persistent = location_of(device), device.info.is_persistent
-        if is_persistent or device.segments() or device.raw_files() or device.read_superblock():
+        if is_persistent or device.segments() or device.raw_files() or _is_formatted(device):
             try:
                 return claim_device(
                     device, pool_uuid, location, this_process(), clock, allow_moved=allow_moved
@@ -282,6 +281,13 @@ def _open_row(
     except BaseException:
         device.close()
         raise
+
+
+def _is_formatted(device: Device) -> bool:
+    try:
+        return device.read_superblock() is not None
+    except DataError:
+        return True
 
 
 def destroy_pool(path: str | os.PathLike[str]) -> None:

@@ -48,6 +48,8 @@ DEFINITIONS: Final = (
     Definition("kvfs_device_online", "gauge", "1 while the device takes writes.", _DEVICE),
     Definition("kvfs_device_capacity_bytes", "gauge", "Bytes that kvfs may use.", _DEVICE),
     Definition("kvfs_device_used_bytes", "gauge", "Bytes taken, dead blocks included.", _DEVICE),
+    Definition("kvfs_device_bad_bytes", "gauge",
+               "Bytes of the medium known to be bad, and used no more.", _DEVICE),
     Definition("kvfs_device_live_bytes", "gauge", "Bytes of blocks that can be read.", _DEVICE),
     Definition("kvfs_device_blocks", "gauge", "Blocks that can be read.", _DEVICE),
     Definition("kvfs_device_segments", "gauge", "Segments in use.", _DEVICE),

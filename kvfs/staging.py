@@ -127,8 +127,10 @@ class StagingArea:
 
     def memory_limit(self) -> int:
         """Return the size up to which a file goes into the log, and may be staged in memory."""
-        [first, *_] = self._store.file_devices(0)
-        return self._store.staging_device(first).info.segment_bytes // _QUARTER
+        devices = self._store.file_devices(0)
+        if not devices:
+            return self.budget.limit_bytes
+        return self._store.staging_device(devices[0]).info.segment_bytes // _QUARTER
 
     def log_limit(self, staged: Staged) -> int:
         """Return the size up to which a staged file goes into the log."""
@@ -362,7 +364,9 @@ class StagingArea:
 
 
 def _too_large(nbytes: int) -> NoSpaceError:
-    return NoSpaceError(f"no device can hold {nbytes} bytes; use more or larger devices")
+    return NoSpaceError(
+        f"no device can hold a file of {nbytes} bytes; use more or larger directories (dir:)"
+    )
 
 
 def data_ranges(fd: int) -> Iterator[tuple[int, int]]:

@@ -25,6 +25,8 @@ class DeviceStatistics:
     block_count: int
     bytes_written: int
     failures: int
+    persistence: str
+    bad_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,19 +92,20 @@ class View:
             raise
 
     def _map(self, mapping: _native.Mapping, lease: Held) -> bool:
-        """Map every extent; copy all of them where the process is out of maps."""
+        """Map every extent; copy all where the process is out of maps, or one has no file."""
         records = lease.records
         positions = np.arange(len(records), dtype=np.uint64) * np.uint64(self._stride)
         offsets = records["page"].astype(np.uint64) * np.uint64(PAGE)
         lengths = records["length"].astype(np.uint64)
         fds = lease.descriptors()
-        try:
-            mapping.map(positions, fds, offsets, lengths)
-        except OSError as error:
-            if error.errno not in (errno.ENOMEM, errno.ENODEV, errno.EACCES):
-                raise
-        else:
-            return True
+        if (fds >= 0).all():
+            try:
+                mapping.map(positions, fds, offsets, lengths)
+            except OSError as error:
+                if error.errno not in (errno.ENOMEM, errno.ENODEV, errno.EACCES):
+                    raise
+            else:
+                return True
         base = mapping.map_anonymous(0, mapping.nbytes)
         numbers = np.arange(len(records))
         read = self._backend.read_ranges(

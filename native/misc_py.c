@@ -4,8 +4,10 @@
 #include "cpu.h"
 #include "hash.h"
 #include "memory.h"
+#include "write_back.h"
 
 #include <errno.h>
+#include <string.h>
 
 /* Below this a hash takes less time than giving the GIL away and taking it back. */
 enum { RELEASE_BYTES_MIN = 65536, PAGE = 4096 };
@@ -123,6 +125,51 @@ static PyObject *py_poison(PyObject *module, PyObject *args, PyObject *kwargs)
     Py_RETURN_NONE;
 }
 
+/* The way of this name, the best one without a name; COUNT if this CPU does not have it. */
+static enum kvfs_write_back way_of(const char *name)
+{
+    enum kvfs_write_back best = kvfs_write_back_best();
+    if (name == NULL)
+        return best;
+    for (enum kvfs_write_back way = KVFS_WRITE_BACK_FENCE; way <= best; way++)
+        if (strcmp(name, kvfs_write_back_name(way)) == 0)
+            return way;
+    return KVFS_WRITE_BACK_COUNT;
+}
+
+static PyObject *py_store(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"address", "data", "way", NULL};
+    PyObject *address_object, *data;
+    uint64_t address;
+    const char *name = NULL;
+    int32_t status;
+    struct kvfs_views views = {0};
+    (void)module;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|z", names, &address_object, &data, &name) ||
+        !kvfs_parse_u64(address_object, "address", 1, UINTPTR_MAX, &address) || !kvfs_need_guard())
+        return NULL;
+    enum kvfs_write_back way = way_of(name);
+    if (way == KVFS_WRITE_BACK_COUNT)
+        return PyErr_Format(PyExc_ValueError, "way: this CPU has no %s, its best is %s", name,
+                            kvfs_write_back_name(kvfs_write_back_best()));
+    Py_buffer *view = kvfs_take(&views, data, false);
+    if (view == NULL)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = kvfs_store((void *)(uintptr_t)address, view->buf, (size_t)view->len, way);
+    Py_END_ALLOW_THREADS
+    kvfs_release(&views);
+    return PyLong_FromLong(status);
+}
+
+static PyObject *py_write_back(PyObject *module, PyObject *args)
+{
+    (void)module;
+    (void)args;
+    return PyUnicode_FromString(kvfs_write_back_name(kvfs_write_back_best()));
+}
+
 static PyObject *py_cpu_features(PyObject *module, PyObject *args)
 {
     const char *names[KVFS_CPU_FEATURES_MAX];
@@ -148,6 +195,8 @@ PyMethodDef kvfs_misc_methods[] = {
     METHOD(memfd),
     METHOD(seal_memfd),
     METHOD(poison),
+    METHOD(store),
+    {"write_back", py_write_back, METH_NOARGS, NULL},
     {"cpu_features", py_cpu_features, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

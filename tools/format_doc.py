@@ -19,6 +19,7 @@ from uuid import UUID
 import numpy as np
 
 from kvfs import _native
+from kvfs.devices import dax_layout as dax
 from kvfs.engine import format as fmt
 from kvfs.engine.catalog_schema import SCHEMA_VERSION
 
@@ -48,7 +49,8 @@ A device of the kind `dir` is a directory:
 | `raw/NNNNNNNNNNNNNNNN` | raw files: one file's bytes, written in place; N: node id (hexadecimal) |
 
 A device of the kind `dram` holds the same log segments and sidecars in memory, and forgets
-them.
+them. One of the kind `dax` is memory that stays, or a file in its place; see
+[A DAX device](#a-dax-device).
 """
 
 _NAMESPACES: Final = """\
@@ -56,6 +58,45 @@ The namespace table is MessagePack: an array of maps with the keys `namespace_id
 64-bit integer), `name` and `layout_json` (strings). It follows the page at once and is padded
 with zeros to a multiple of 4096; the file ends there. Page and table together have at most
 {limit} bytes.
+"""
+
+_DAX: Final = """\
+## A DAX device
+
+All of /dev/daxX.Y, or of a file of a multiple of 2 MiB, is divided so:
+
+| offset | bytes | what |
+| ---: | ---: | --- |
+| 0 | {copies} * {copy_bytes} | copies of the superblock |
+| {labels} | {places} * {label_bytes} | labels, one for each place |
+| {bad} | {bad_bytes} | the table of bad ranges |
+| {header} + p * `segment_bytes` | `segment_bytes` | place p: one log segment, as above |
+
+There are at most {places} places. A segment has a place from its creation until it is freed,
+which need not be the one of its slot's number. There are no files, sidecars or raw files.
+
+A **copy** is a page that begins with `KVFSDAX1`, then a sequence and the length of the superblock
+(u64 each), its XXH3-128, and an XXH3-64 of these 40 bytes; the superblock follows the page. It
+is written to all copies, one persisted after the other, each with the same sequence, one above
+the last; {write} of {copies} must succeed. To read, at least {read} must hold, and the one of
+the highest sequence counts. If fewer hold, and together with those that only begin so, or cannot
+be read, there are fewer than {write}, the device was never formatted; otherwise it is refused.
+
+A **label** is one aligned line of {label_bytes} bytes: `KVFSPLC1`, slot and generation (u32 each),
+the device's uuid (16 bytes), 24 zero bytes, and an XXH3-64 of these 56 bytes with the place's
+number as its seed. A place whose label does not hold, or is another device's, is free. When a
+segment is freed its label is overwritten with zeros. A place is filled with zeros after that was
+persisted, and gets its next label after the zeros were.
+
+The **table of bad ranges** begins with `KVFSBAD1` and a count (u64); pairs of offset on the device
+and length in bytes (u64 each) follow, then an XXH3-64 of all before it. A place that such a range
+touches is given to no segment. The table is a memory of faults met, no more: one that does not hold
+counts as empty. `dax_layout.py` has these structures in code.
+
+What was stored is persistent after non-temporal stores, or after the lines were written back, and a
+store fence on the same thread; in a file after fdatasync. A power cut may tear what was not, to
+8 bytes.
+
 """
 
 _RECOVERY: Final = """\
@@ -245,6 +286,18 @@ def render_format_doc() -> str:
         "",
         _example(),
         "",
+        _DAX.format(
+            copies=dax.COPIES,
+            copy_bytes=dax.COPY_BYTES,
+            labels=dax.LABELS_OFFSET,
+            places=dax.PLACES_MAX,
+            label_bytes=dax.LABEL_BYTES,
+            bad=dax.BAD_OFFSET,
+            bad_bytes=dax.BAD_BYTES,
+            header=dax.HEADER_BYTES,
+            write=dax.WRITE_QUORUM,
+            read=dax.READ_QUORUM,
+        ),
         _RECOVERY.format(
             open=fmt.OPEN_POSITION,
             seal=fmt.SEAL_POSITION,

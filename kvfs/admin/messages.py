@@ -102,7 +102,10 @@ class HelloAnswer(msgspec.Struct, frozen=True):
 
 
 class DeviceAnswer(msgspec.Struct, frozen=True):
-    """One device. `failures`: writes and persists that failed since the pool was opened."""
+    """One device. `failures`: writes and persists that failed since the pool was opened.
+
+    `persistence`: see DeviceInfo. `bad_bytes`: of the medium, known to be bad and used no more.
+    """
 
     index: int
     name: str
@@ -120,6 +123,8 @@ class DeviceAnswer(msgspec.Struct, frozen=True):
     block_count: int
     bytes_written: int
     failures: int
+    persistence: str
+    bad_bytes: int
 
 
 class DeviceListAnswer(msgspec.Struct, frozen=True):

@@ -88,6 +88,8 @@ def _devices(pool: Pool) -> list[msg.DeviceAnswer]:
             block_count=found.block_count,
             bytes_written=found.bytes_written,
             failures=found.failures,
+            persistence=found.persistence,
+            bad_bytes=found.bad_bytes,
         )
         for found in pool.statistics().devices
     ]

@@ -159,7 +159,11 @@ class Session:
         with state.lock:
             for place in places:
                 segment = self._segment(place)
-                if segment is not None and segment.namespace_id == request.namespace_id:
+                if (
+                    segment is not None
+                    and segment.namespace_id == request.namespace_id
+                    and segment.handle.fd >= 0  # else it cannot be mapped, and is a miss
+                ):
                     answers.append(_describe(place, segment))
                     nbytes += len(answers[-1].digests)
                     connection.outgoing.append(_read_only(segment.handle.fd))

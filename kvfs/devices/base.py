@@ -51,6 +51,11 @@ class DeviceInfo:
             below does: a directory on tmpfs survives the process only).
         write_atomic_bytes: Largest aligned write that a power cut never tears.
         cloning: Which parts of its segments `assemble` can share.
+        takes_files: Whether it takes staging, file segments and raw files; else those methods
+            raise OSError with EOPNOTSUPP.
+        persistence: Of mapped media, what holds stored bytes when the power fails: "cpu_cache" (a
+            store is enough), "memory_controller" (once its line is written back), "page" (after
+            fdatasync), "none"; "" elsewhere.
     """
 
     index: int
@@ -65,6 +70,8 @@ class DeviceInfo:
     is_persistent: bool
     write_atomic_bytes: int
     cloning: Cloning = NOTHING
+    takes_files: bool = True
+    persistence: str = ""
 
 
 def slot_count_of(capacity_bytes: int, segment_bytes: int) -> int:
@@ -93,7 +100,8 @@ class Segment:
     Attributes:
         is_file: File segment: payload in one file, summary in a sidecar.
         nbytes: Size of the payload file or slot.
-        fd: Descriptor of the payload, valid until `Device.release` or `free`; what views map.
+        fd: Descriptor of the payload, valid until `Device.release` or `free`; what views map. -1 if
+            there is none that could be handed on: then `address` is set.
         address: Where the payload is mapped in this process, 0 if it is not.
         state: The device's own.
         is_fixed: Nobody can write it any more; it is not to be resumed.
@@ -380,6 +388,19 @@ class Device(ABC):
     @abstractmethod
     def bytes_written(self) -> int:
         """Payload (with its padding), staging and summary bytes handed to the medium since open."""
+
+    def note_bad(self, segment: Segment, offset: int, nbytes: int) -> None:
+        """Look which bytes of a payload cannot be read any more; they are never handed out again.
+
+        For who reads at `Segment.address` and met a fault. Does nothing where the medium below
+        keeps account of that itself.
+        """
+        del segment, offset, nbytes
+
+    @property
+    def bad_bytes(self) -> int:
+        """Bytes of the medium that are known to be bad and handed out no more."""
+        return 0
 
     def location(self) -> int:
         """Return a number that a copy of the device would not have; 0 if there is none."""

@@ -14,6 +14,9 @@ from uuid import UUID
 
 from kvfs.config import DeviceURL
 from kvfs.devices.base import Device
+from kvfs.devices.dax import DaxDevice
+from kvfs.devices.dax_layout import HEADER_BYTES
+from kvfs.devices.dax_source import open_source, size_of
 from kvfs.devices.directory import DirectoryDevice
 from kvfs.devices.filesystem import SEGMENTS, SUPERBLOCK
 from kvfs.devices.keeper import Keeper
@@ -90,8 +93,23 @@ def _open_memory(request: DeviceRequest) -> Device:
     )
 
 
+def _open_dax(request: DeviceRequest) -> Device:
+    url = request.url
+    return DaxDevice(
+        open_source(url.location, persistence=url.options.get("persistence", "")),
+        index=request.index,
+        uuid=request.uuid,
+        capacity_bytes=request.capacity_bytes,
+        segment_bytes=request.segment_bytes,
+        name=request.name,
+        tier=url.tier,
+        url=str(url),
+    )
+
+
 SCHEMES: Final[dict[str, Callable[[DeviceRequest], Device]]] = {
     "dram": _open_memory,
+    "dax": _open_dax,
     "dir": _open_directory,
 }
 
@@ -153,9 +171,14 @@ def open_device(
 
 
 def capacity_of(url: DeviceURL) -> int:
-    """Return the size a new device gets: as given, else 80 % of the directory's free space."""
+    """Return the size a new device gets: as given, else what a DAX or directory device has.
+
+    All of a DAX device behind its header, 80 % of a directory's free space.
+    """
     if url.size_bytes:
         return url.size_bytes
+    if url.scheme == "dax":
+        return max(0, size_of(url.location) - HEADER_BYTES)
     if url.scheme != "dir":
         raise UsageError(f"device size missing: {url}: expected an option such as size=4GiB")
     free = free_bytes(url)

@@ -191,6 +191,15 @@ class WrapperDevice(Device):
         """Forward."""
         return self.inner.bytes_written
 
+    @property
+    def bad_bytes(self) -> int:
+        """Forward."""
+        return self.inner.bad_bytes
+
+    def note_bad(self, segment: Segment, offset: int, nbytes: int) -> None:
+        """Forward."""
+        self._call("note_bad", 0, lambda: self.inner.note_bad(segment, offset, nbytes))
+
     def location(self) -> int:
         """Forward."""
         return self._call("location", 0, self.inner.location)

@@ -27,6 +27,7 @@ _ATTEMPTS = 3  # copies of one block tried before it is a miss
 _SCRATCH_BYTES = 8 << 20
 Mask = npt.NDArray[np.bool_]
 EventArray = npt.NDArray[np.void]
+_FAULT = 3  # a status of native batches: memory cannot be read
 EVENT = np.dtype([
     ("device", "<u2"), ("phase", "u1"), ("flags", "u1"), ("segment", "<u4"), ("entry", "<u4"),
     ("tag", "<u4"),
@@ -54,7 +55,7 @@ class Lease:
     parts: list[Part] = field(default_factory=list)
 
     def descriptors(self) -> npt.NDArray[np.int32]:
-        """Return the file that holds each record's bytes; -1 for a miss."""
+        """Return the file that holds each record's bytes; -1 for a miss, or where there is none."""
         fds = np.full(len(self.records), -1, np.int32)
         for part in self.parts:
             fds[part.positions] = part.segment.handle.fd
@@ -451,6 +452,7 @@ class Reader:
         tally = self._state.counters[namespace_id]
         for device, status in zip(records["device"].tolist(), statuses.tolist(), strict=True):
             (tally.bad_checksums if status == 1 else tally.bad_reads)[device] += 1
+        self._state.note_faults(records[statuses == _FAULT])
         self._state.forget(namespace_id, np.ascontiguousarray(records))
         self._state.count_broken_pins(namespace_id, np.ascontiguousarray(records["key"]))
 

@@ -32,6 +32,7 @@ from kvfs.engine.segment_table import (
 from kvfs.errors import NotFoundError
 from kvfs.keys import KeyArray
 from kvfs.metrics import Counters
+from kvfs.units import PAGE
 
 
 class Names(Protocol):
@@ -126,6 +127,16 @@ class EngineState:
     def segment_of(self, device: int, slot: int, generation: int) -> SegmentState | None:
         """Return the segment that records of this place mean, or None if it is gone."""
         return self._by_index[device].state_of(slot, generation)
+
+    def note_faults(self, records: RecordArray) -> None:
+        """Tell devices of memory that could not be read, where the segment is there still."""
+        for device, slot, generation, positions in group_by_segment(records):
+            segment = self.segment_of(device, slot, generation)
+            if segment is None:
+                continue
+            for record in records[positions]:
+                start, nbytes = int(record["page"]) * PAGE, int(record["length"])
+                self._by_index[device].device.note_bad(segment.handle, start, nbytes)
 
     def segment_at(self, device: int, slot: int) -> SegmentState | None:
         """Return what lies in a slot now; None for nothing, and for numbers that are none."""

@@ -393,4 +393,6 @@ def _device_statistics(device: DeviceState) -> DeviceStatistics:
         block_count=sum(segment.live_count for segment in segments),
         bytes_written=device.device.bytes_written,
         failures=device.failures,
+        persistence=info.persistence,
+        bad_bytes=device.device.bad_bytes,
     )

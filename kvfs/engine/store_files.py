@@ -36,7 +36,8 @@ class StoreFiles:
     def file_devices(self, nbytes: int) -> list[int]:
         """Return the devices in service that could hold a file of this size, fastest tier first.
 
-        Volatile ones only in a pool that has no others.
+        Volatile ones only in a pool that has no others. None in a pool whose devices take no files:
+        there all that fits into staging memory goes into the log.
 
         Raises:
             UnavailableError: None is in service.
@@ -44,7 +45,11 @@ class StoreFiles:
         tiers = self.state.lasting_tiers()
         if not tiers:
             raise UnavailableError("no device in service takes files; see 'pool status'")
-        return [tier.info.index for tier in tiers if nbytes <= _file_bytes_max(tier)]
+        return [
+            tier.info.index
+            for tier in tiers
+            if tier.info.takes_files and nbytes <= _file_bytes_max(tier)
+        ]
 
     def create_staging(self, device_index: int, name: str, namespace_id: int) -> Staging:
         """Make a staging file on one of `file_devices`."""

@@ -73,7 +73,7 @@ class LanePlans:
         lease = self._store.lease(reader.namespace_id, reader.keys, verify=False)
         plan = Plan(Lane.NAMESPACE, reader, lease)
         try:
-            if lease.records["length"].all() and self._is_healthy(lease):
+            if lease.records["length"].all() and _has_files(lease) and self._is_healthy(lease):
                 self._choose(plan, may_pass=may_pass and self.has_passthrough)
         finally:
             if plan.lane is Lane.NAMESPACE:
@@ -176,6 +176,11 @@ class LanePlans:
             not part.segment.needs_verify or is_verified(lease.records[part.positions]).all()
             for part in lease.parts
         )
+
+
+def _has_files(lease: Lease) -> bool:
+    """Say whether all of it can be read through descriptors, by others than this process."""
+    return all(part.segment.handle.fd >= 0 for part in lease.parts)
 
 
 def _is_whole_file(reader: FileReader, lease: Lease) -> bool:

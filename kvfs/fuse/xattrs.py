@@ -161,7 +161,7 @@ class Xattrs:
             paths = np.full(len(records), "", object)
             for device, slot, generation, positions in group_by_segment(records):
                 segment = store.state.segment_of(device, slot, generation)
-                if segment is not None:
+                if segment is not None and segment.handle.fd >= 0:
                     paths[positions] = _path_of(segment.handle.fd)
             return extents_json(paths.tolist(), records, start)
 

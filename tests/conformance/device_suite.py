@@ -1,7 +1,7 @@
 """What every device must do, as tests.
 
-A new device is finished when a subclass of DeviceSuite passes: give it an `opener`. Each test names
-a sentence of kvfs.devices.base.
+A new device is finished when a subclass of DeviceSuite passes, or of FilelessSuite if it takes no
+files: give it an `opener`. Each test names a sentence of kvfs.devices.base.
 """
 
 import errno
@@ -9,12 +9,13 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from kvfs import _native
-from kvfs.devices.base import Device, SegmentName, slot_count_of
+from kvfs.devices.base import Device, SegmentName, Staging, slot_count_of
 from kvfs.errors import ClosedError, NoSpaceError
 from kvfs.units import KIB, PAGE
 from tests.conformance.file_suite import FileSuite
@@ -33,12 +34,16 @@ from tests.conformance.helpers import (
 )
 
 
-class DeviceSuite(FileSuite, GrowthSuite):
-    """Subclasses give `opener`: a fixture that returns a function (capacity_bytes=...) -> Device.
+class SegmentSuite:
+    """What every device must do, with files or without.
+
+    Subclasses give `opener`: a fixture that returns a function (capacity_bytes=...) -> Device.
 
     For a persistent device, and one that `is_kept`, a second call, after close, opens the same
     medium; but staging files of memory are not kept.
     """
+
+    is_kept: ClassVar[bool] = False  # memory that its next owner gets
 
     @pytest.fixture
     def opener(self) -> Opener:
@@ -57,7 +62,7 @@ class DeviceSuite(FileSuite, GrowthSuite):
         assert (info.index, info.uuid, info.name) == (3, DEVICE_UUID, "subject")
         assert (info.capacity_bytes, info.segment_bytes) == (CAPACITY_BYTES, SEGMENT_BYTES)
         assert info.slot_count == slot_count_of(CAPACITY_BYTES, SEGMENT_BYTES)
-        assert info.write_atomic_bytes % 512 == 0
+        assert info.write_atomic_bytes % 8 == 0
 
     def test_location_stays(self, opener: Opener) -> None:
         locations = set()
@@ -85,14 +90,17 @@ class DeviceSuite(FileSuite, GrowthSuite):
         segment = device.create(0, 1, TAG)
         assert (segment.slot, segment.generation, segment.is_file) == (0, 1, False)
         assert segment.device_index == device.info.index
-        assert segment.nbytes == SEGMENT_BYTES == os.fstat(segment.fd).st_size
+        assert segment.nbytes == SEGMENT_BYTES
+        assert segment.fd >= 0 or segment.address
+        assert segment.fd < 0 or os.fstat(segment.fd).st_size == SEGMENT_BYTES
         assert device.read(segment, 0, SEGMENT_BYTES) == bytes(SEGMENT_BYTES)
         assert device.segments() == [SegmentName(0, 1, False, SEGMENT_BYTES)]
         assert device.used_bytes == SEGMENT_BYTES
 
     def test_space_is_reserved(self, device: Device) -> None:
         segment = device.create(0, 1, TAG)
-        assert os.fstat(segment.fd).st_blocks * 512 >= SEGMENT_BYTES
+        if segment.fd >= 0:  # else the device reserved it when it was opened
+            assert os.fstat(segment.fd).st_blocks * 512 >= SEGMENT_BYTES
 
     def test_payloads_are_hashed_and_zero_filled(self, device: Device) -> None:
         segment = device.create(0, 1, TAG)
@@ -111,8 +119,9 @@ class DeviceSuite(FileSuite, GrowthSuite):
         segment = device.create(0, 1, TAG)
         data = random_bytes(PAGE)
         put(device, segment, (PAGE, data))
-        with mmap.mmap(segment.fd, SEGMENT_BYTES, prot=mmap.PROT_READ) as view:
-            assert view[PAGE : 2 * PAGE] == data
+        if segment.fd >= 0:
+            with mmap.mmap(segment.fd, SEGMENT_BYTES, prot=mmap.PROT_READ) as view:
+                assert view[PAGE : 2 * PAGE] == data
         if segment.address:
             lengths = np.array([PAGE], np.uint64)
             source = np.array([segment.address + PAGE], np.uint64)
@@ -243,45 +252,19 @@ class DeviceSuite(FileSuite, GrowthSuite):
         assert device.used_bytes == CAPACITY_BYTES
         with pytest.raises(NoSpaceError, match=r"subject: 8.0 MiB of 8.0 MiB used, 1.0 MiB more"):
             device.create(count, 1, TAG)
-        staging = device.create_staging("x")
-        with pytest.raises(NoSpaceError):
-            device.write_staging(staging, 0, b"1")
-        with pytest.raises(NoSpaceError):
-            device.resize_staging(staging, 1)
-        assert staging.nbytes == 0
         assert device.used_bytes == CAPACITY_BYTES
         assert len(device.segments()) == count
         device.free(segments[0])
-        device.write_staging(staging, 0, b"1" * SEGMENT_BYTES)
+        device.create(count, 1, TAG)
         with pytest.raises(NoSpaceError):
-            device.adopt(staging, 0, 2, b"sidecar")
-        assert device.used_bytes == CAPACITY_BYTES
-        device.free(segments[1])
-        device.adopt(staging, 0, 2, b"sidecar")
-        assert device.used_bytes == CAPACITY_BYTES - SEGMENT_BYTES + PAGE
-        with pytest.raises(NoSpaceError):
-            device.create(count, 1, TAG)
+            device.create(count + 1, 1, TAG)
 
-    def test_used_bytes_is_exact_to_the_page(self, device: Device) -> None:
+    def test_used_bytes_follows_segments(self, device: Device) -> None:
         assert device.used_bytes == 0
-        staging = device.create_staging("one")
-        assert device.used_bytes == 0
-        for end, used in ((1, PAGE), (PAGE, PAGE), (PAGE + 1, 2 * PAGE)):
-            device.write_staging(staging, end - 1, b"x")
-            assert (staging.nbytes, device.used_bytes) == (end, used)
-        device.resize_staging(staging, 10 * PAGE)
-        assert device.used_bytes == 10 * PAGE
-        device.resize_staging(staging, 5)
-        assert device.used_bytes == PAGE
-        device.write_staging(staging, 1, b"yz")
-        assert (staging.nbytes, device.used_bytes) == (5, PAGE)
-        segment = device.adopt(staging, 0, 1, b"s" * (PAGE + 1))
-        assert device.used_bytes == PAGE + 2 * PAGE
-        other = device.create(1, 1, TAG)
-        assert device.used_bytes == 3 * PAGE + SEGMENT_BYTES
-        device.free(segment)
-        assert device.used_bytes == SEGMENT_BYTES
-        device.free(other)
+        segments = [device.create(slot, 1, TAG) for slot in range(2)]
+        assert device.used_bytes == 2 * SEGMENT_BYTES
+        for segment in segments:
+            device.free(segment)
         assert device.used_bytes == 0
 
     # --- free, release, attach
@@ -299,10 +282,17 @@ class DeviceSuite(FileSuite, GrowthSuite):
     def test_a_map_outlives_the_free_of_another_segment(self, device: Device) -> None:
         kept, freed = device.create(0, 1, TAG), device.create(1, 1, TAG)
         put(device, kept, (0, b"k" * PAGE))
-        with mmap.mmap(kept.fd, PAGE, prot=mmap.PROT_READ) as view:
+        if kept.fd >= 0:
+            with mmap.mmap(kept.fd, PAGE, prot=mmap.PROT_READ) as view:
+                device.free(freed)
+                device.create(2, 2, TAG)
+                assert view[:] == b"k" * PAGE
+        else:  # who reads at the address
             device.free(freed)
             device.create(2, 2, TAG)
-            assert view[:] == b"k" * PAGE
+            digest = np.frombuffer(_native.xxh3_128(b"k" * PAGE), np.uint8)
+            source, length = np.array([kept.address], np.uint64), np.array([PAGE], np.uint64)
+            assert _native.verify(source, length, digest, np.zeros(1, np.int32)) == 0
 
     def test_release_keeps_the_segment(self, device: Device) -> None:
         segment = device.create(0, 1, TAG)
@@ -354,29 +344,25 @@ class DeviceSuite(FileSuite, GrowthSuite):
         put(device, log, (0, b"log" * 1000))
         device.write_tail(log, 3, b"end")
         device.persist(log)
-        make_file(device, b"file" * 1000, 8, 12, b"sidecar")
         device.write_superblock(b"superblock")
-        staging = device.create_staging("lost")
-        device.write_staging(staging, 0, b"x" * 5000)
         device.persist_names()
-        used = device.used_bytes
         device.close()
 
         device = opener()
-        assert used == SEGMENT_BYTES + 2 * PAGE + 2 * PAGE
-        assert device.used_bytes == used - (2 * PAGE if self.is_kept else 0)
+        assert device.used_bytes == SEGMENT_BYTES
         assert device.bytes_written == 0
         assert device.read_superblock() == b"superblock"
-        assert device.reap_staging() == (0 if self.is_kept else 1)
-        assert device.used_bytes == used - 2 * PAGE
+        assert device.reap_staging() == 0
         names = device.segments()
-        assert names == [SegmentName(7, 11, False, SEGMENT_BYTES), SegmentName(8, 12, True, 4000)]
-        log, file = (device.attach(name) for name in names)
+        assert names == [SegmentName(7, 11, False, SEGMENT_BYTES)]
+        log = device.attach(names[0])
         assert device.read(log, 0, 3000) == b"log" * 1000
         assert device.read_tail(log, 3) == b"end"
-        assert device.read(file, 0, 5000) == b"file" * 1000
         device.free(log)
-        device.free(file)
+        assert (device.used_bytes, device.segments()) == (0, [])
+        device.persist_names()
+        device.close()
+        device = opener()
         assert (device.used_bytes, device.segments()) == (0, [])
         device.close()
 
@@ -394,8 +380,9 @@ class DeviceSuite(FileSuite, GrowthSuite):
         device = opener()
         device.write_superblock(b"superblock")
         put(device, device.create(0, 1, TAG), (0, b"x"))
-        make_file(device, b"file")
-        device.create_staging("s")
+        if device.info.takes_files:
+            make_file(device, b"file")
+            device.create_staging("s")
         device.destroy()
         with pytest.raises(ClosedError):
             device.segments()
@@ -406,7 +393,9 @@ class DeviceSuite(FileSuite, GrowthSuite):
 
     def test_close_is_idempotent_and_final(self, opener: Opener) -> None:
         device = opener()
-        segment, staging = device.create(0, 1, TAG), device.create_staging("s")
+        segment, staging = device.create(0, 1, TAG), Staging("s", -1, 0)
+        if device.info.takes_files:
+            staging = device.create_staging("s")
         before = len(os.listdir("/proc/self/fd"))
         device.close()
         device.close()
@@ -444,13 +433,14 @@ class DeviceSuite(FileSuite, GrowthSuite):
                     put(device, segment, (0, data), (8 * PAGE, data[: PAGE + 7]))
                     device.write_tail(segment, 128, data[:128])
                     device.persist(segment)
-                    staging = device.create_staging(f"s{number}")
-                    device.write_staging(staging, 0, data)
-                    file = device.adopt(staging, count + number, turn + 1, data[:100])
+                    if device.info.takes_files:
+                        staging = device.create_staging(f"s{number}")
+                        device.write_staging(staging, 0, data)
+                        file = device.adopt(staging, count + number, turn + 1, data[:100])
+                        assert device.read(file, 0, len(data)) == data
+                        device.free(file)
                     assert device.read(segment, 0, len(data)) == data
                     assert device.read_tail(segment, 128) == data[:128]
-                    assert device.read(file, 0, len(data)) == data
-                    device.free(file)
                     device.free(segment)
             except BaseException as error:  # noqa: BLE001
                 errors.append(error)
@@ -462,7 +452,8 @@ class DeviceSuite(FileSuite, GrowthSuite):
             thread.join(60)
         assert not errors
         assert (device.used_bytes, device.segments()) == (0, [])
-        each = 5 * PAGE + 2 * PAGE + 128 + 5 * PAGE + 100
+        each = 5 * PAGE + 2 * PAGE + 128
+        each += 5 * PAGE + 100 if device.info.takes_files else 0
         assert device.bytes_written == count * rounds * each
 
     def test_threads_racing_for_the_last_space_never_exceed_it(self, device: Device) -> None:
@@ -488,3 +479,28 @@ class DeviceSuite(FileSuite, GrowthSuite):
             thread.join(60)
         assert sorted(outcomes) == ["full"] * (3 * count) + ["made"] * count
         assert device.used_bytes == CAPACITY_BYTES
+
+
+class DeviceSuite(SegmentSuite, FileSuite, GrowthSuite):
+    """A device that takes files."""
+
+
+class FilelessSuite(SegmentSuite):
+    """A device that takes none, and says so."""
+
+    def test_files_are_refused(self, device: Device) -> None:
+        assert not device.info.takes_files
+        assert (device.reap_staging(), device.raw_files()) == (0, [])
+        staging = Staging("s", -1, 0)
+        calls: list[Callable[[], object]] = [
+            lambda: device.create_staging("s"), lambda: device.write_staging(staging, 0, b"x"),
+            lambda: device.resize_staging(staging, 1), lambda: device.persist_staging(staging),
+            lambda: device.reserve_staging(staging, 1), lambda: device.settle_staging(staging),
+            lambda: device.seal_staging(staging, is_shared=False),
+            lambda: device.adopt(staging, 0, 1, b""), lambda: device.drop_staging(staging),
+            lambda: device.keep_raw(staging, 1), lambda: device.open_raw(1),
+            lambda: device.release_raw(staging),
+        ]  # fmt: skip
+        for call in calls:
+            with pytest.raises(OSError, match="not supported"):
+                call()

@@ -1,18 +1,29 @@
 """What every device must do with staging files and file segments; a part of DeviceSuite."""
 
 import os
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from kvfs.devices.base import Device, SegmentName
-from kvfs.errors import ClosedError, UsageError
+from kvfs.errors import ClosedError, NoSpaceError, UsageError
 from kvfs.units import PAGE
-from tests.conformance.helpers import make_file, put, random_bytes
+from tests.conformance.helpers import (
+    CAPACITY_BYTES,
+    SEGMENT_BYTES,
+    TAG,
+    Opener,
+    make_file,
+    put,
+    random_bytes,
+)
 
 
 class FileSuite:
-    """Staging, adoption and sidecars. The subclass gives `device`."""
+    """Staging, adoption and sidecars. The subclass gives `device` and `opener`."""
+
+    is_kept: ClassVar[bool] = False  # memory that its next owner gets
 
     # --- staging and file segments
 
@@ -118,3 +129,73 @@ class FileSuite:
         assert device.reap_staging() == 0
         device.write_staging(staging, 0, b"still here")
         assert len(device.segments()) == 1
+
+    # --- capacity
+
+    def test_files_and_segments_share_the_capacity(self, device: Device) -> None:
+        count = CAPACITY_BYTES // SEGMENT_BYTES
+        segments = [device.create(slot, 1, TAG) for slot in range(count)]
+        staging = device.create_staging("x")
+        with pytest.raises(NoSpaceError):
+            device.write_staging(staging, 0, b"1")
+        with pytest.raises(NoSpaceError):
+            device.resize_staging(staging, 1)
+        assert staging.nbytes == 0
+        assert device.used_bytes == CAPACITY_BYTES
+        assert len(device.segments()) == count
+        device.free(segments[0])
+        device.write_staging(staging, 0, b"1" * SEGMENT_BYTES)
+        with pytest.raises(NoSpaceError):
+            device.adopt(staging, 0, 2, b"sidecar")
+        assert device.used_bytes == CAPACITY_BYTES
+        device.free(segments[1])
+        device.adopt(staging, 0, 2, b"sidecar")
+        assert device.used_bytes == CAPACITY_BYTES - SEGMENT_BYTES + PAGE
+        with pytest.raises(NoSpaceError):
+            device.create(count, 1, TAG)
+
+    def test_used_bytes_is_exact_to_the_page(self, device: Device) -> None:
+        assert device.used_bytes == 0
+        staging = device.create_staging("one")
+        assert device.used_bytes == 0
+        for end, used in ((1, PAGE), (PAGE, PAGE), (PAGE + 1, 2 * PAGE)):
+            device.write_staging(staging, end - 1, b"x")
+            assert (staging.nbytes, device.used_bytes) == (end, used)
+        device.resize_staging(staging, 10 * PAGE)
+        assert device.used_bytes == 10 * PAGE
+        device.resize_staging(staging, 5)
+        assert device.used_bytes == PAGE
+        device.write_staging(staging, 1, b"yz")
+        assert (staging.nbytes, device.used_bytes) == (5, PAGE)
+        segment = device.adopt(staging, 0, 1, b"s" * (PAGE + 1))
+        assert device.used_bytes == PAGE + 2 * PAGE
+        other = device.create(1, 1, TAG)
+        assert device.used_bytes == 3 * PAGE + SEGMENT_BYTES
+        device.free(segment)
+        assert device.used_bytes == SEGMENT_BYTES
+        device.free(other)
+        assert device.used_bytes == 0
+
+    def test_files_survive_a_close(self, opener: Opener) -> None:
+        device = opener()
+        if not (device.info.is_persistent or self.is_kept):
+            device.close()
+            return  # see test_what_survives_a_close
+        device.create(7, 11, TAG)
+        make_file(device, b"file" * 1000, 8, 12, b"sidecar")
+        staging = device.create_staging("lost")
+        device.write_staging(staging, 0, b"x" * 5000)
+        device.persist_names()
+        used = device.used_bytes
+        device.close()
+
+        device = opener()
+        assert used == SEGMENT_BYTES + 2 * PAGE + 2 * PAGE
+        assert device.reap_staging() == (0 if self.is_kept else 1)
+        names = [name for name in device.segments() if name.is_file]
+        assert names == [SegmentName(8, 12, True, 4000)]
+        file = device.attach(names[0])
+        assert device.read(file, 0, 5000) == b"file" * 1000
+        device.free(file)
+        assert device.used_bytes in (0, SEGMENT_BYTES)  # memory knows a segment once persisted
+        device.close()

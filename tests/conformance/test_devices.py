@@ -1,5 +1,6 @@
 """The device suite over every device and every wrapper."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,12 +10,15 @@ from typing import Any
 import pytest
 
 from kvfs.devices.base import Device
+from kvfs.devices.dax import DaxDevice
+from kvfs.devices.dax_layout import HEADER_BYTES
+from kvfs.devices.dax_source import open_source
 from kvfs.devices.directory import DirectoryDevice
 from kvfs.devices.keeper import Keeper
 from kvfs.devices.memory import MemoryDevice
 from kvfs.devices.osfs import OSFileSystem
 from kvfs.devices.wrappers import CountingDevice, FaultyDevice
-from tests.conformance.device_suite import DeviceSuite
+from tests.conformance.device_suite import DeviceSuite, FilelessSuite
 from tests.conformance.helpers import CAPACITY_BYTES, DEVICE_UUID, SEGMENT_BYTES, Opener
 
 _IDENTITY: dict[str, Any] = {
@@ -87,3 +91,38 @@ class TestWrappedMemory(DeviceSuite):
     @pytest.fixture
     def opener(self) -> Opener:
         return lambda **options: CountingDevice(FaultyDevice(open_memory(**options), ()))
+
+
+def open_dax(path: Path, capacity_bytes: int = CAPACITY_BYTES, persistence: str = "") -> Device:
+    with path.open("ab") as file:
+        os.truncate(file.fileno(), HEADER_BYTES + CAPACITY_BYTES)
+    source = open_source(str(path), persistence=persistence)
+    return DaxDevice(source, capacity_bytes=capacity_bytes, **_IDENTITY)
+
+
+class TestDax(FilelessSuite):
+    @pytest.fixture
+    def opener(self, tmp_path: Path) -> Opener:
+        return lambda **options: open_dax(tmp_path / "device", **options)
+
+
+class TestDaxMemory(FilelessSuite):
+    """On tmpfs every page is memory that stays where it is, as on a character device."""
+
+    @pytest.fixture
+    def opener(self) -> Iterator[Opener]:
+        if not Path("/dev/shm").is_dir():
+            pytest.skip("no /dev/shm")
+        root = Path(tempfile.mkdtemp(prefix="kvfs-test-", dir="/dev/shm"))
+        yield lambda **options: open_dax(
+            root / "device", persistence="memory_controller", **options
+        )
+        shutil.rmtree(root)
+
+
+class TestFaultyDax(FilelessSuite):
+    @pytest.fixture
+    def opener(self, tmp_path: Path) -> Opener:
+        return lambda **options: CountingDevice(
+            FaultyDevice(open_dax(tmp_path / "device", **options), ())
+        )

@@ -17,6 +17,7 @@ import pytest
 import kvfs
 from kvfs.engine.catalog_schema import NodeState, Origin
 from kvfs.engine.checker import Severity, check_pool
+from kvfs.units import MIB
 from tests.crash.victim import LAYOUT, SPACE, Operation, expected
 from tests.invariants import check_engine
 
@@ -150,12 +151,19 @@ def _check_files(pool: kvfs.Pool, operations: dict[int, Operation], tally: Tally
         assert bytes(content) == operation.payloads[0], f"{name}: wrong bytes"
 
 
-def _kill_rounds(tmp_path: Path, rng: random.Random, rounds: int) -> None:
+def _device_url(kind: str, path: Path) -> str:
+    if kind == "dax":
+        with path.open("wb") as file:
+            os.truncate(file.fileno(), 258 * MIB)
+    return f"{kind}:{path}?size=256MiB&segment=16MiB"
+
+
+def _kill_rounds(tmp_path: Path, rng: random.Random, rounds: int, kind: str) -> None:
     faulthandler.cancel_dump_traceback_later()  # nothing hangs: a round takes a second
     done = kills = 0
     for start in range(0, rounds, _ROUNDS_PER_POOL):
         root = tmp_path / f"pool{start}"
-        devices = [f"dir:{tmp_path}/device{start}?size=256MiB&segment=16MiB"]
+        devices = [_device_url(kind, tmp_path / f"device{start}")]
         with kvfs.create_pool(root, devices) as pool:
             pool.namespace(SPACE, LAYOUT, retention="durable")
         tally = Tally()
@@ -170,12 +178,14 @@ def _kill_rounds(tmp_path: Path, rng: random.Random, rounds: int) -> None:
 
 @pytest.mark.crash
 @pytest.mark.timeout(300)
-def test_killed_at_random_moments(tmp_path: Path, rng: random.Random) -> None:
-    _kill_rounds(tmp_path, rng, 10)
+@pytest.mark.parametrize("kind", ["dir", "dax"])
+def test_killed_at_random_moments(tmp_path: Path, rng: random.Random, kind: str) -> None:
+    _kill_rounds(tmp_path, rng, 10, kind)
 
 
 @pytest.mark.crash
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_killed_200_times(tmp_path: Path, rng: random.Random) -> None:
-    _kill_rounds(tmp_path, rng, 200)
+@pytest.mark.parametrize("kind", ["dir", "dax"])
+def test_killed_200_times(tmp_path: Path, rng: random.Random, kind: str) -> None:
+    _kill_rounds(tmp_path, rng, 200, kind)

@@ -83,11 +83,16 @@ class MountedPool:
     def __init__(
         self, base: Path, *, dir_mib: int = 256, dram_mib: int = 64, segment_mib: int = 16,
         pool_options: dict[str, Any] | None = None, mount_options: dict[str, Any] | None = None,
+        kind: str = "dir",
     ) -> None:  # fmt: skip
         self.pool_path = base / "pool"
         self.path = base / "mnt"
         self.device_path = base / "device"
-        self.device_path.mkdir()
+        if kind == "dir":
+            self.device_path.mkdir()
+        else:
+            with self.device_path.open("wb") as file:
+                file.truncate((dir_mib + 2) * MIB)
         self.path.mkdir()
         self.expected_log: list[str] = []
         self.name_count = 0
@@ -99,7 +104,7 @@ class MountedPool:
             "pool_options": pool_options or {},
             "mount_options": mount_options or {},
         }
-        self._devices = [f"dir:{self.device_path}?size={dir_mib}MiB&segment={segment_mib}MiB"]
+        self._devices = [f"{kind}:{self.device_path}?size={dir_mib}MiB&segment={segment_mib}MiB"]
         if dram_mib:
             self._devices.append(f"dram:?size={dram_mib}MiB&segment=16MiB")
         self._process: subprocess.Popen[str] | None = None

@@ -28,17 +28,29 @@ def test_a_directory() -> None:
     assert (url.size_bytes, url.segment_bytes) == (500 * GIB, 64 * MIB)
     assert (url.tier, url.name) == (3, "ssd0")
     assert parse_device_url("dir:/x").tier == 2
+    dax = parse_device_url("dax:/dev/dax0.0?persistence=memory_controller&size=4GiB")
+    assert (dax.scheme, dax.location, dax.tier, dax.size_bytes) == (
+        "dax",
+        "/dev/dax0.0",
+        1,
+        4 * GIB,
+    )
+    assert parse_device_url(str(dax)) == dax
     assert parse_device_url("dir:/x").size_bytes == 0
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "expected one of dram:, dir:"),
-        ("/mnt/kv", "expected one of dram:, dir:"),
+        ("", "expected one of dram:, dax:, dir:"),
+        ("/mnt/kv", "expected one of dram:, dax:, dir:"),
         ("nvme:/x", "unknown device 'nvme:/x'"),
         ("dir:relative", "needs an absolute path"),
         ("dir:", "needs an absolute path"),
+        ("dax:dax0.0", "needs an absolute path"),
+        ("dax:/dev/dax0.0?persistence=maybe", "one of cpu_cache, memory_controller, page, none"),
+        ("dax:/dev/dax0.0?colour=red", "expected size, segment, tier, name or persistence"),
+        ("dir:/x?persistence=none", "unknown device option 'persistence'"),
         ("dram:", "is written 'dram:?size=4GiB'"),
         ("dram:/x?size=1GiB", "is written 'dram:?size=4GiB'"),
         ("dir:/x?colour=red", "unknown device option 'colour'"),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvfs.config import SCHEMES as URL_SCHEMES
 from kvfs.config import DeviceURL, parse_device_url
 from kvfs.devices.base import SLOT_COUNT_MAX, Device, slot_count_of
+from kvfs.devices.dax import DaxDevice
 from kvfs.devices.directory import DirectoryDevice
 from kvfs.devices.ledger import Ledger
 from kvfs.devices.memory import MemoryDevice
@@ -54,6 +55,25 @@ def test_a_directory_is_opened(tmp_path: Path) -> None:
         opened(url, create=False)
     (tmp_path / "kv/kvfs.superblock").write_bytes(b"anything")
     opened(url, create=False).close()
+
+
+def test_dax_is_opened(tmp_path: Path) -> None:
+    url = parse_device_url(f"dax:{tmp_path}/memory?persistence=memory_controller")
+    with pytest.raises(NotFoundError, match="no DAX device"):
+        capacity_of(url)
+    with (tmp_path / "memory").open("wb") as file:
+        file.truncate(34 * MIB)
+    assert capacity_of(url) == 32 * MIB
+    device = opened(url)
+    assert isinstance(device, DaxDevice)
+    info = device.info
+    assert (info.kind, info.index, info.uuid, info.name) == ("dax", 2, UUID(int=5), "one")
+    assert (info.tier, info.is_persistent, info.url) == (1, True, str(url))
+    assert (info.persistence, info.takes_files) == ("memory_controller", False)
+    assert location_of(device) != 0
+    device.close()
+    with pytest.raises(UsageError, match="give a smaller size"):
+        opened(url, capacity_bytes=48 * MIB)
 
 
 def test_memory_is_opened() -> None:

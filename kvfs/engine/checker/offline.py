@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from kvfs.clock import SystemClock
-from kvfs.config import DeviceURL, parse_device_url
+from kvfs.config import VOLATILE_SCHEMES, DeviceURL, parse_device_url
 from kvfs.devices.base import Device
 from kvfs.devices.directory import DirectoryDevice
 from kvfs.devices.filesystem import OSFile
-from kvfs.devices.open import is_formatted
+from kvfs.devices.open import is_formatted, open_device
 from kvfs.devices.osfs import OSFileSystem
 from kvfs.devices.reflink import NOTHING, Cloning
 from kvfs.engine.catalog import Catalog
@@ -232,8 +232,8 @@ def _open_devices(
     for row in rows:
         try:
             url = parse_device_url(row.url)
-            if url.scheme == "dir":
-                device = _open_directory(row, url, writable=writable)
+            if url.scheme not in VOLATILE_SCHEMES:
+                device = _open_device(row, url, writable=writable)
                 stack.callback(device.close)
                 devices.append(device)
         except BusyError:
@@ -244,6 +244,15 @@ def _open_devices(
                 remedy = "put back a copy of the catalog"
             report.add(Severity.ERROR, "device-missing", row.name, str(error), remedy)
     return devices
+
+
+def _open_device(row: DeviceRow, url: DeviceURL, *, writable: bool) -> Device:
+    if url.scheme == "dir":
+        return _open_directory(row, url, writable=writable)
+    return open_device(
+        url, index=row.index, uuid=uuid.UUID(bytes=row.uuid), capacity_bytes=url.size_bytes,
+        segment_bytes=url.segment_bytes, name=row.name, create=False,
+    )  # fmt: skip
 
 
 def _open_directory(row: DeviceRow, url: DeviceURL, *, writable: bool) -> Device:

@@ -3,7 +3,8 @@
 Layer: L3.
 
 - The bytes of the damaged file name the devices: a device's URL is text in one piece, found without
-  the database. A directory counts as the pool's only if the file holds the uuid of its superblock.
+  the database. A directory or DAX device counts as the pool's only if the file holds the uuid of
+  its superblock.
 - Superblocks give the pool's uuid and the namespaces that ever had a segment there. Blocks stay and
   are found by their keys. Names, contexts, pins, retention and the pool's own name are lost.
 - Ids of nodes are never given twice: the new catalog begins at an epoch above every one that a
@@ -20,8 +21,9 @@ from typing import Final
 
 import numpy as np
 
-from kvfs.config import DeviceURL, parse_device_url
+from kvfs.config import VOLATILE_SCHEMES, DeviceURL, parse_device_url
 from kvfs.devices.base import Device
+from kvfs.devices.dax_copies import peek_superblock
 from kvfs.devices.filesystem import SUPERBLOCK
 from kvfs.engine import format as fmt
 from kvfs.engine.catalog import Catalog
@@ -34,12 +36,13 @@ from kvfs.engine.catalog_schema import (
 )
 from kvfs.engine.format import NamespaceRecord, Superblock
 from kvfs.engine.log import load_segment
-from kvfs.errors import CorruptionError, DataError, ExistsError, UsageError
+from kvfs.errors import CorruptionError, DataError, ExistsError, NotFoundError, UsageError
 from kvfs.keys import is_file_key, new_namespace_id, new_uuid
 from kvfs.layout import OPAQUE, Layout
 
 _URL: Final = re.compile(
-    rb"(?:dir:/[^\x00-\x1f?]{0,4096}|dram:)\?(?:[a-z]+=[a-z0-9_.-]+&)*size=\d+(?:&tier=\d+)?"
+    rb"(?:(?:dir|dax):/[^\x00-\x1f?]{0,4096}|dram:)\?"
+    rb"(?:[a-z]+=[a-z0-9_.-]+&)*size=\d+(?:&tier=\d+)?"
 )
 _EPOCHS_SKIPPED: Final = 1024  # that may have been used and left no trace
 _MODE: Final = 0o755
@@ -51,8 +54,8 @@ class Salvage:
 
     Attributes:
         rows: Devices that are there.
-        missing: URLs of directories that are not, or whose superblock is not the pool's.
-        superblocks: Of the directories among `rows`.
+        missing: URLs of persistent devices that are not, or whose superblock is not the pool's.
+        superblocks: Of the persistent devices among `rows`.
     """
 
     rows: list[DeviceRow] = field(default_factory=list)
@@ -69,7 +72,7 @@ class Salvage:
         if self.missing:
             raise CorruptionError(f"no superblock of this pool in {', '.join(self.missing)}")
         if not self.superblocks:
-            raise CorruptionError("it names no directory, so no block is left")
+            raise CorruptionError("it names no directory or DAX device, so no block is left")
         if len({superblock.pool_uuid for superblock in self.superblocks}) > 1:
             raise CorruptionError("the devices that it names belong to several pools")
 
@@ -81,10 +84,10 @@ def salvage(catalog: Path) -> Salvage:
     directories: list[tuple[Superblock, DeviceURL]] = []
     others: list[DeviceURL] = []
     for url in _urls(raw):
-        if url.scheme != "dir":
+        if url.scheme in VOLATILE_SCHEMES:
             others.append(url)
             continue
-        superblock = _superblock(url.location)
+        superblock = _superblock(url)
         if superblock is None or superblock.device_uuid.bytes not in raw:
             found.missing.append(str(url))
         else:
@@ -111,10 +114,14 @@ def _urls(raw: bytes) -> Iterable[DeviceURL]:
             continue
 
 
-def _superblock(location: str) -> Superblock | None:
+def _superblock(url: DeviceURL) -> Superblock | None:
     try:
-        return fmt.decode_superblock((Path(location) / SUPERBLOCK).read_bytes(), location)
-    except (OSError, DataError):
+        if url.scheme == "dax":
+            raw = peek_superblock(url.location) or b""
+        else:
+            raw = (Path(url.location) / SUPERBLOCK).read_bytes()
+        return fmt.decode_superblock(raw, url.location)
+    except (OSError, DataError, NotFoundError, UsageError):
         return None
 
 
