@@ -343,8 +343,18 @@ class Mapping:
 @final
 class Arena:
     """A shared mapping of one file descriptor (a memfd slot or a segment file)."""
-    def __init__(self, fd: int, nbytes: int, populate: bool = False, writable: bool = True) -> None:
+    def __init__(
+        self,
+        fd: int,
+        nbytes: int,
+        populate: bool = False,
+        writable: bool = True,
+        sync: bool = False,
+        huge: bool = False,
+    ) -> None:
         """MAP_SHARED; populate uses MADV_POPULATE_WRITE, or _READ (OSError when it fails).
+
+        sync: MAP_SYNC, of a file on persistent memory (OSError, EOPNOTSUPP, elsewhere). huge: asks for huge pages.
 
         ValueError if a regular file is shorter than nbytes (a device has no size to check)."""
     @property
@@ -363,6 +373,12 @@ def memfd(name: str, nbytes: int, is_final: bool = True) -> int:
 
 def seal_memfd(fd: int) -> None:
     """Fix the size of a memfd and forbid new writers (F_SEAL_FUTURE_WRITE): maps made before go on writing."""
+
+def bind_memfd(fd: int, nbytes: int, node: int) -> None:
+    """Take the pages of a memfd below an offset from one NUMA node, whoever touches them first.
+
+    OSError: EINVAL, there is no such node; EIO, pages are on another one already.
+    """
 
 def poison(address: int, nbytes: int) -> None:
     """Test aid: make pages of a private anonymous or memfd mapping raise SIGBUS (UFFDIO_POISON); OSError if unsupported."""

@@ -3,8 +3,9 @@
 Layer: L0.
 
 A device URL is `scheme:location?option=value&option=value`, e.g. `dram:?size=4GiB`,
-`dir:/mnt/nvme/kv?size=500GiB&tier=2`, `dax:/dev/dax0.0`. Options known to every scheme: size,
-segment, tier, name. `dax:` knows persistence.
+`cxl:node=1?size=64GiB`, `dax:/dev/dax0.0`, `pmem:/mnt/pmem/kv`, `dir:/mnt/nvme/kv?tier=2`. Options
+known to every scheme: size, segment, tier, name. `emulated:PROFILE:` before any of them makes the
+device behave like another kind (`kvfs.emulation`): `emulated:cxl:dram:?size=4GiB`.
 """
 
 import re
@@ -12,22 +13,32 @@ from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import parse_qsl
 
+from kvfs.emulation import EMULATION_OPTIONS, PROFILES, overrides
 from kvfs.errors import UsageError
 from kvfs.units import GIB, MIB, is_power_of_two, parse_bytes
 
-SCHEMES: Final = ("dram", "dax", "dir")
-VOLATILE_SCHEMES: Final = ("dram",)  # what lies there ends with the owner
-DEFAULT_TIER: Final = {"dram": 0, "dax": 1, "dir": 2}
+SCHEMES: Final = ("dram", "cxl", "dax", "pmem", "dir")
+EMULATED: Final = "emulated"
+VOLATILE_SCHEMES: Final = ("dram", "cxl")  # what lies there ends with the owner
+DIRECTORY_SCHEMES: Final = ("pmem", "dir")  # what lies there are files below a directory
+DEFAULT_TIER: Final = {"dram": 0, "cxl": 1, "dax": 1, "pmem": 1, "dir": 2}
 PERSISTENCE: Final = ("cpu_cache", "memory_controller", "page", "none")  # see DeviceInfo
 _OPTIONS: Final = ("size", "segment", "tier", "name")
+_OWN_OPTIONS: Final = {"dram": ("numa", "huge"), "cxl": ("huge",), "dax": ("persistence",)}
+_FORM: Final = {"dram": "dram:?size=4GiB", "cxl": "cxl:node=1?size=64GiB"}
 SEGMENT_BYTES_MIN: Final = 16 * MIB
 SEGMENT_BYTES_MAX: Final = GIB
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}\Z")
+_NODE: Final = re.compile(r"node=(\d{1,4})\Z")
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceURL:
-    """A parsed device URL. Sizes in bytes; zero means not given."""
+    """A parsed device URL. Sizes in bytes; zero means not given.
+
+    `profile`: what the device is to behave like; empty for what it is. `scheme` and `location` are
+    those of the device itself.
+    """
 
     scheme: str
     location: str
@@ -36,47 +47,61 @@ class DeviceURL:
     tier: int = 0
     name: str = ""
     options: dict[str, str] = field(default_factory=dict)
+    profile: str = ""
+
+    @property
+    def kind(self) -> str:
+        """What the device is called: its scheme, or "emulated"."""
+        return EMULATED if self.profile else self.scheme
+
+    @property
+    def node(self) -> int:
+        """NUMA node that memory is taken from; -1 for any."""
+        found = _NODE.match(self.location)
+        return int(found[1]) if found else int(self.options.get("numa", "-1"))
 
     def __str__(self) -> str:
         extra = "&".join(f"{key}={value}" for key, value in sorted(self.options.items()))
-        return f"{self.scheme}:{self.location}" + (f"?{extra}" if extra else "")
+        start = f"{EMULATED}:{self.profile}:" if self.profile else ""
+        return f"{start}{self.scheme}:{self.location}" + (f"?{extra}" if extra else "")
 
 
 def parse_device_url(text: str) -> DeviceURL:
     """Parse one device URL.
 
     Raises:
-        UsageError: Unknown scheme or option, or a value out of range; the message lists what is
-            known.
+        UsageError: Unknown scheme, profile or option, or a value out of range; the message lists
+            what is known.
     """
-    scheme, separator, rest = text.partition(":")
+    profile, inner = _split_profile(text)
+    scheme, separator, rest = inner.partition(":")
     if not separator or scheme not in SCHEMES:
         known = ", ".join(f"{name}:" for name in SCHEMES)
-        raise UsageError(f"unknown device {text!r}: expected one of {known}")
+        raise UsageError(f"unknown device {inner!r}: expected one of {known}")
     location, _, query = rest.partition("?")
     try:
         options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
     except ValueError as error:
         raise UsageError(f"device options not understood: {text!r}: {error}") from error
-    known_options = (*_OPTIONS, "persistence") if scheme == "dax" else _OPTIONS
+    known_options = (*_OPTIONS, *_OWN_OPTIONS.get(scheme, ()))
+    if profile:
+        known_options += EMULATION_OPTIONS
     unknown = set(options) - set(known_options)
     if unknown:
         raise UsageError(
             f"unknown device option {min(unknown)!r} in {text!r}: "
             f"expected {', '.join(known_options[:-1])} or {known_options[-1]}"
         )
-    if scheme != "dram" and (not location.startswith("/") or "\0" in location):
-        raise UsageError(f"a {scheme}: device needs an absolute path: {text!r}")
-    if options.get("persistence", "none") not in PERSISTENCE:
-        raise UsageError(f"persistence must be one of {', '.join(PERSISTENCE)}: {text!r}")
-    if scheme == "dram" and (location or "size" not in options):
-        raise UsageError(f"a dram: device is written 'dram:?size=4GiB', found {text!r}")
+    _check_location(text, scheme, location, options)
+    if profile:
+        options |= overrides(options)
     segment_bytes = parse_bytes(options.get("segment", "0"))
     if segment_bytes and not (
         is_power_of_two(segment_bytes) and SEGMENT_BYTES_MIN <= segment_bytes <= SEGMENT_BYTES_MAX
     ):
         raise UsageError("segment must be a power of two from 16MiB to 1GiB")
-    tier_text = options.get("tier", str(DEFAULT_TIER[scheme]))
+    tier = PROFILES[profile].tier if profile else DEFAULT_TIER[scheme]
+    tier_text = options.get("tier", str(tier))
     if not tier_text.isdecimal() or int(tier_text) > 15:
         raise UsageError(f"tier must be a number from 0 to 15, found {tier_text!r}")
     name = options.get("name", "")
@@ -90,7 +115,45 @@ def parse_device_url(text: str) -> DeviceURL:
         tier=int(tier_text),
         name=name,
         options=options,
+        profile=profile,
     )
+
+
+def _split_profile(text: str) -> tuple[str, str]:
+    """Return profile and URL of the device behind `emulated:PROFILE:`; "" without."""
+    if not text.startswith(f"{EMULATED}:"):
+        return "", text
+    profile, separator, inner = text.removeprefix(f"{EMULATED}:").partition(":")
+    if not separator or profile not in PROFILES:
+        raise UsageError(
+            f"unknown profile {profile!r} in {text!r}: expected one of {', '.join(PROFILES)}, then "
+            "a device, such as 'emulated:cxl:dram:?size=4GiB'"
+        )
+    return profile, inner
+
+
+def _check_location(text: str, scheme: str, location: str, options: dict[str, str]) -> None:
+    """Raise UsageError unless a device can be where the URL says."""
+    if scheme in VOLATILE_SCHEMES:
+        is_placed = bool(_NODE.match(location)) if scheme == "cxl" else not location
+        if not is_placed or "size" not in options:
+            raise UsageError(f"a {scheme}: device is written '{_FORM[scheme]}', found {text!r}")
+    elif not location.startswith("/") or "\0" in location:
+        raise UsageError(f"a {scheme}: device needs an absolute path: {text!r}")
+    if options.get("persistence", "none") not in PERSISTENCE:
+        raise UsageError(f"persistence must be one of {', '.join(PERSISTENCE)}: {text!r}")
+    numa = options.get("numa", "0")
+    if not numa.isdecimal() or len(numa) > 4:
+        raise UsageError(f"numa must be the number of a node, found {numa!r}: {text!r}")
+    if options.get("huge", "no") not in ("yes", "no"):
+        raise UsageError(f"huge must be yes or no: {text!r}")
+
+
+def scheme_of(text: str) -> str:
+    """Return the scheme of a device URL that may be of another release: the device's own."""
+    if text.startswith(f"{EMULATED}:"):
+        text = text.split(":", 2)[-1]
+    return text.partition(":")[0]
 
 
 def default_segment_bytes(capacity_bytes: int) -> int:

@@ -135,6 +135,7 @@ def _add_pool(families: _Families, pool: Pool) -> None:
             ("kvfs_device_segments", device.segment_count),
             ("kvfs_device_written_bytes_total", device.bytes_written),
             ("kvfs_device_failures_total", device.failures),
+            ("kvfs_device_energy_joules_total", device.energy_joules),
         ):
             families.add(name, value, device.name, device.tier)
 
@@ -173,7 +174,7 @@ def _add_numbers(families: _Families, name: str, tally: Tally) -> None:
         ("kvfs_evicted_blocks_total", tally.blocks_evicted),
         ("kvfs_evicted_files_total", tally.files_evicted),
         ("kvfs_relocated_blocks_total", tally.blocks_relocated),
-        ("kvfs_relocated_bytes_total", tally.bytes_relocated),
+        ("kvfs_relocated_bytes_total", sum(tally.relocated)),
         ("kvfs_verified_blocks_total", tally.blocks_verified),
         ("kvfs_lost_blocks_total", tally.blocks_lost),
         ("kvfs_broken_pins_total", tally.pins_broken),

@@ -11,6 +11,7 @@ Layer: L4.
 """
 
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from kvfs.engine.segment_table import group_by_segment, is_verified
 from kvfs.engine.store import Store
 from kvfs.keys import KeyArray
 from kvfs.units import PAGE
+
+if TYPE_CHECKING:
+    from kvfs.devices.base import Meter
 
 WINDOW_BLOCKS = 1024
 
@@ -53,13 +57,17 @@ class Window:
         addresses = np.zeros(len(records), np.uint64)
         vouched = is_verified(records)
         in_memory = np.zeros(len(records), np.bool_)
+        self._meters: dict[int, Meter] = {}  # of devices that want to know
         for device, slot, generation, positions in group_by_segment(records):
             segment = store.state.segment_of(device, slot, generation)
             assert segment is not None, "a leased segment is there"
             fds[positions] = -1 if segment.handle.address else segment.handle.fd
             addresses[positions] = segment.handle.address
             # A memory file never makes its reader wait, and does not know RWF_NOWAIT.
-            in_memory[positions] = not store.state.device(device).info.is_persistent
+            below = store.state.device(device).device
+            in_memory[positions] = not below.info.is_persistent
+            if below.meter is not None:
+                self._meters[device] = below.meter
             if not store.state.options.verify_reads and not segment.needs_verify:
                 vouched[positions] = True
         self._offsets: list[int] = (records["page"].astype(np.int64) * PAGE).tolist()
@@ -114,10 +122,14 @@ class Window:
             have = max(0, min(self._lengths[i] - inner, stop - position))
             if not self._lengths[i]:
                 raise LostBlockError(f"block {block} is missing")
-            low = position - offset
+            low, meter = position - offset, self._meters.get(self._devices[i])
+            if meter is not None and not wait:
+                return False  # it may take its time
             if have and not self._copy_part(i, inner, target[low : low + have], wait=wait):
                 return False
             self._file_bytes[self._devices[i]] += have
+            if meter is not None:
+                meter.note_read(have)
             if have < stop - position:
                 target[low + have : stop - offset] = bytes(stop - position - have)
             position = stop

@@ -19,7 +19,14 @@ from typing import Final
 
 from kvfs import pool_lock
 from kvfs.clock import Clock, SystemClock
-from kvfs.config import DeviceURL, PoolOptions, default_segment_bytes, parse_device_url
+from kvfs.config import (
+    DIRECTORY_SCHEMES,
+    DeviceURL,
+    PoolOptions,
+    default_segment_bytes,
+    parse_device_url,
+    scheme_of,
+)
 from kvfs.devices.base import Device
 from kvfs.devices.filesystem import SUPERBLOCK
 from kvfs.devices.keeper import Keeper
@@ -123,12 +130,13 @@ def require_free(root: Path, plan: Sequence[tuple[DeviceRow, DeviceURL]]) -> Non
     if root.is_dir() and any(root.iterdir()):
         raise ExistsError(f"directory is not empty: {root}")
     for _, url in plan:
-        if url.scheme == "dir" and (Path(url.location) / SUPERBLOCK).exists():
+        if url.scheme in DIRECTORY_SCHEMES and (Path(url.location) / SUPERBLOCK).exists():
             raise _taken(url)
 
 
 def _taken(url: DeviceURL) -> ExistsError:
-    remedy = "delete the directory" if url.scheme == "dir" else "write zeros over its first 2 MiB"
+    is_directory = url.scheme in DIRECTORY_SCHEMES
+    remedy = "delete the directory" if is_directory else "write zeros over its first 2 MiB"
     return ExistsError(f"device belongs to a pool: {url}; destroy that pool or {remedy}")
 
 
@@ -140,7 +148,8 @@ def plan_devices(urls: Sequence[DeviceURL]) -> list[tuple[DeviceRow, DeviceURL]]
     """
     if not urls:
         raise UsageError("a pool needs at least one device, e.g. 'dir:/mnt/nvme/kv?size=100GiB'")
-    roots = [Path(url.location).resolve() for url in urls if url.scheme == "dir"]
+    roots = [Path(url.location).resolve() for url in urls
+             if url.scheme in DIRECTORY_SCHEMES]  # fmt: skip
     for root in roots:
         if not set(roots).isdisjoint(root.parents):
             raise UsageError(f"a device cannot lie inside another: {root}; put it beside it")
@@ -148,9 +157,9 @@ def plan_devices(urls: Sequence[DeviceURL]) -> list[tuple[DeviceRow, DeviceURL]]
     names: set[str] = set()
     counts: dict[str, int] = {}
     for index, url in enumerate(urls):
-        number = counts.get(url.scheme, 0)
-        counts[url.scheme] = number + 1
-        name = url.name or f"{url.scheme}{number}"
+        number = counts.get(url.kind, 0)
+        counts[url.kind] = number + 1
+        name = url.name or f"{url.kind}{number}"
         if name in names:
             raise UsageError(f"two devices are called {name!r}; give one another name=")
         names.add(name)
@@ -342,7 +351,7 @@ def _devices_left(root: Path) -> list[DeviceRow]:
             parse_device_url(row.url)
     except (CorruptionError, ValueError):
         rows = salvage(root / CATALOG_NAME).rows
-        return [row for row in rows if row.url.startswith("dir:")]
+        return [row for row in rows if scheme_of(row.url) in DIRECTORY_SCHEMES]
     return rows
 
 

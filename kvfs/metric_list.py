@@ -58,6 +58,8 @@ DEFINITIONS: Final = (
     Definition("kvfs_device_failures_total", "counter",
                "Writes, persists and frees that failed; after some the device leaves service.",
                _DEVICE),
+    Definition("kvfs_device_energy_joules_total", "counter",
+               "What the bytes moved would have taken, on a device that is emulated.", _DEVICE),
     # --- what was asked for
     Definition("kvfs_prefix_blocks_asked_total", "counter",
                "Blocks asked for by match_prefix.", _SPACE),

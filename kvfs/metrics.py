@@ -59,6 +59,7 @@ class Tally:
         file_bytes: Bytes of files that were copied, by device.
         written: Bytes appended or adopted, by device, with padding; extra copies and relocated
             blocks count too.
+        relocated: Bytes of those that were copied to make room, by device.
         evicted: Segments evicted, by device.
         bad_checksums: Blocks that did not hold what was written, by device.
         bad_reads: Blocks that could not be read, by device.
@@ -79,7 +80,6 @@ class Tally:
     blocks_verified: int = 0
     blocks_evicted: int = 0
     blocks_relocated: int = 0
-    bytes_relocated: int = 0
     files_evicted: int = 0
     refused_no_space: int = 0
     refused_no_device: int = 0
@@ -89,6 +89,7 @@ class Tally:
     leased: Rows = field(init=False)
     read: Rows = field(init=False)
     written: list[int] = field(init=False)
+    relocated: list[int] = field(init=False)
     file_bytes: list[int] = field(init=False)
     evicted: list[int] = field(init=False)
     bad_checksums: list[int] = field(init=False)
@@ -116,7 +117,7 @@ class Tally:
 
 
 _ROWS: Final = ("looked_up", "leased", "read")
-_LISTS: Final = ("written", "file_bytes", "evicted", "bad_checksums", "bad_reads")
+_LISTS: Final = ("written", "relocated", "file_bytes", "evicted", "bad_checksums", "bad_reads")
 _NUMBERS: Final = tuple(
     each.name for each in fields(Tally) if each.type is int and each.name != "devices"
 )
@@ -181,7 +182,7 @@ class Counters(dict[int, Tally]):
             "write_errors": self.write_errors,
             "blocks_evicted": total.blocks_evicted,
             "blocks_relocated": total.blocks_relocated,
-            "bytes_relocated": total.bytes_relocated,
+            "bytes_relocated": sum(total.relocated),
             "segments_evicted": sum(total.evicted),
             "files_evicted": total.files_evicted,
             "puts_refused": total.refused_no_space + total.refused_no_device,

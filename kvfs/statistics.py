@@ -8,7 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class DeviceStatistics:
-    """One device in figures. Sizes in bytes; errors counted since open."""
+    """One device in figures. Sizes in bytes; errors, bytes and energy counted since open.
+
+    `bytes_stored`: of `bytes_written` those that were asked for, not moved to make room.
+    `energy_joules`: what the bytes moved would have taken, of an emulated device.
+    """
 
     index: int
     name: str
@@ -27,6 +31,9 @@ class DeviceStatistics:
     failures: int
     persistence: str
     bad_bytes: int
+    bad_ranges: tuple[tuple[int, int], ...] = ()
+    bytes_stored: int = 0
+    energy_joules: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

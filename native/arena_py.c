@@ -9,6 +9,12 @@
 #define MADV_POPULATE_READ 22
 #define MADV_POPULATE_WRITE 23
 #endif
+#ifndef MAP_SYNC
+#define MAP_SYNC 0x80000
+#endif
+#ifndef MAP_SHARED_VALIDATE
+#define MAP_SHARED_VALIDATE 0x03
+#endif
 
 typedef struct {
     PyObject_HEAD
@@ -42,15 +48,24 @@ static bool check_size(int fd, uint64_t nbytes)
     return false;
 }
 
+struct how {
+    int is_populated;
+    int is_synchronous;
+    int is_huge;
+};
+
 /* Map and populate; returns 0 or -errno. */
-static int map_arena(Arena *self, int fd, size_t nbytes, bool is_populated)
+static int map_arena(Arena *self, int fd, size_t nbytes, struct how how)
 {
     int protection = PROT_READ | (self->is_writable ? PROT_WRITE : 0);
     int advice = self->is_writable ? MADV_POPULATE_WRITE : MADV_POPULATE_READ;
-    void *mapped = mmap(NULL, nbytes, protection, MAP_SHARED, fd, 0);
+    int flags = how.is_synchronous ? MAP_SHARED_VALIDATE | MAP_SYNC : MAP_SHARED;
+    void *mapped = mmap(NULL, nbytes, protection, flags, fd, 0);
     if (mapped == MAP_FAILED)
         return -errno;
-    if (is_populated && madvise(mapped, nbytes, advice) != 0) {
+    if (how.is_huge)
+        (void)madvise(mapped, nbytes, MADV_HUGEPAGE); /* a wish: small pages do, too */
+    if (how.is_populated && madvise(mapped, nbytes, advice) != 0) {
         int status = -errno;
         (void)munmap(mapped, nbytes);
         return status;
@@ -62,12 +77,14 @@ static int map_arena(Arena *self, int fd, size_t nbytes, bool is_populated)
 
 static PyObject *arena_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"fd", "nbytes", "populate", "writable", NULL};
+    static char *names[] = {"fd", "nbytes", "populate", "writable", "sync", "huge", NULL};
     PyObject *nbytes_object;
     uint64_t nbytes;
-    int fd, is_populated = 0, is_writable = 1, status;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iO|pp", names, &fd, &nbytes_object,
-                                     &is_populated, &is_writable) ||
+    int fd, is_writable = 1, status;
+    struct how how = {0};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iO|pppp", names, &fd, &nbytes_object,
+                                     &how.is_populated, &is_writable, &how.is_synchronous,
+                                     &how.is_huge) ||
         !kvfs_parse_u64(nbytes_object, "nbytes", 1, (uint64_t)PY_SSIZE_T_MAX, &nbytes) ||
         !check_size(fd, nbytes))
         return NULL;
@@ -76,7 +93,7 @@ static PyObject *arena_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     self->is_writable = is_writable != 0;
     Py_BEGIN_ALLOW_THREADS
-    status = map_arena(self, fd, nbytes, is_populated != 0);
+    status = map_arena(self, fd, nbytes, how);
     Py_END_ALLOW_THREADS
     self->is_open = status == 0;
     if (status == 0)

@@ -58,6 +58,26 @@ int kvfs_memfd(const char *name, uint64_t nbytes, bool is_final)
     return status;
 }
 
+enum { NODES_MAX = 10000, BITS = 64, NODE_WORDS = NODES_MAX / BITS + 1 };
+enum { POLICY_BIND = 2, POLICY_STRICT = 1 }; /* MPOL_BIND, MPOL_MF_STRICT: numaif.h is libnuma's */
+
+int kvfs_memfd_bind(int fd, uint64_t nbytes, unsigned node)
+{
+    if (node >= NODES_MAX)
+        return -EINVAL;
+    unsigned long nodes[NODE_WORDS] = {0};
+    nodes[node / BITS] = 1UL << node % BITS;
+    /* The policy is kept by the memfd, not by the map that it is set through. */
+    void *mapped = mmap(NULL, nbytes, PROT_NONE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+    if (mapped == MAP_FAILED)
+        return -errno;
+    long done = syscall(SYS_mbind, mapped, nbytes, POLICY_BIND, nodes, sizeof nodes * 8,
+                        POLICY_STRICT);
+    int status = done == 0 ? 0 : -errno;
+    (void)munmap(mapped, nbytes);
+    return status;
+}
+
 static int poison_through(int uffd, uintptr_t address, uint64_t nbytes)
 {
     struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_POISON};

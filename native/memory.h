@@ -14,6 +14,10 @@ int kvfs_memfd(const char *name, uint64_t nbytes, bool is_final);
  * mappings; existing ones stay. */
 int kvfs_memfd_seal(int fd, bool is_read_only);
 
+/* Take the memory of a memfd from one NUMA node, from here on and whoever touches it, up to an
+ * offset of nbytes. REQUIRES: no page of it is there yet, or all are on that node (else -EIO). */
+int kvfs_memfd_bind(int fd, uint64_t nbytes, unsigned node);
+
 /* Make pages raise SIGBUS by UFFDIO_POISON. -EOPNOTSUPP if the kernel cannot.
  * REQUIRES: address and nbytes are multiples of 4096; a mapping of anonymous memory or a memfd.
  * Private content of the pages is lost. */

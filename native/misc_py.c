@@ -105,6 +105,23 @@ static PyObject *py_seal_memfd(PyObject *module, PyObject *args, PyObject *kwarg
     Py_RETURN_NONE;
 }
 
+static PyObject *py_bind_memfd(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"fd", "nbytes", "node", NULL};
+    PyObject *nbytes_object;
+    uint64_t nbytes;
+    unsigned node;
+    int fd;
+    (void)module;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iOI", names, &fd, &nbytes_object, &node) ||
+        !kvfs_parse_u64(nbytes_object, "nbytes", 1, (uint64_t)INT64_MAX, &nbytes))
+        return NULL;
+    int status = kvfs_memfd_bind(fd, nbytes, node);
+    if (status != 0)
+        return kvfs_raise(status);
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_poison(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"address", "nbytes", NULL};
@@ -194,6 +211,7 @@ PyMethodDef kvfs_misc_methods[] = {
     METHOD(buffer_address),
     METHOD(memfd),
     METHOD(seal_memfd),
+    METHOD(bind_memfd),
     METHOD(poison),
     METHOD(store),
     {"write_back", py_write_back, METH_NOARGS, NULL},

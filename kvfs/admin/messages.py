@@ -101,10 +101,19 @@ class HelloAnswer(msgspec.Struct, frozen=True):
     opened_ns: int
 
 
+class RangeAnswer(msgspec.Struct, frozen=True):
+    """A part of a device. Bytes."""
+
+    offset: int
+    nbytes: int
+
+
 class DeviceAnswer(msgspec.Struct, frozen=True):
     """One device. `failures`: writes and persists that failed since the pool was opened.
 
-    `persistence`: see DeviceInfo. `bad_bytes`: of the medium, known to be bad and used no more.
+    `persistence`: see DeviceInfo. `bad_bytes`: of the medium, known to be bad and used no more;
+    `bad_ranges` says where. `bytes_stored`: of `bytes_written`, not moved to make room. Speeds are
+    what the kernel or an emulation tells, 0 if nothing does. `energy_joules`: of emulated devices.
     """
 
     index: int
@@ -125,6 +134,13 @@ class DeviceAnswer(msgspec.Struct, frozen=True):
     failures: int
     persistence: str
     bad_bytes: int
+    bad_ranges: list[RangeAnswer] = []
+    bytes_stored: int = 0
+    energy_joules: float = 0.0
+    read_bytes_per_s: int = 0
+    write_bytes_per_s: int = 0
+    read_latency_ns: int = 0
+    write_latency_ns: int = 0
 
 
 class DeviceListAnswer(msgspec.Struct, frozen=True):

@@ -9,6 +9,7 @@ Layer: L5.
 Concurrency: any thread; the pool serialises what must be.
 """
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -69,7 +70,7 @@ def device_list(pool: Pool, owner: Owner, question: msg.DeviceList) -> msg.Devic
 
 
 def _devices(pool: Pool) -> list[msg.DeviceAnswer]:
-    uuids = {device.info.index: str(device.info.uuid) for device in pool.store.state.devices}
+    infos = {device.info.index: device.info for device in pool.store.state.devices}
     return [
         msg.DeviceAnswer(
             index=found.index,
@@ -78,7 +79,7 @@ def _devices(pool: Pool) -> list[msg.DeviceAnswer]:
             tier=found.tier,
             state=found.state,
             url=found.url,
-            uuid=uuids[found.index],
+            uuid=str(infos[found.index].uuid),
             is_persistent=found.is_persistent,
             capacity_bytes=found.capacity_bytes,
             used_bytes=found.used_bytes,
@@ -90,6 +91,10 @@ def _devices(pool: Pool) -> list[msg.DeviceAnswer]:
             failures=found.failures,
             persistence=found.persistence,
             bad_bytes=found.bad_bytes,
+            bad_ranges=[msg.RangeAnswer(*one) for one in found.bad_ranges],
+            bytes_stored=found.bytes_stored,
+            energy_joules=found.energy_joules,
+            **dataclasses.asdict(infos[found.index].figures),
         )
         for found in pool.statistics().devices
     ]

@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from kvfs import _native
-from kvfs.config import parse_device_url
+from kvfs.config import DIRECTORY_SCHEMES, parse_device_url
 from kvfs.devices.base import Device, Segment, SegmentName
 from kvfs.devices.directory import DirectoryDevice
 from kvfs.devices.filesystem import SUPERBLOCK
@@ -163,7 +163,7 @@ def targets_of(rows: list[tuple[int, str, str]]) -> list[DeviceTarget]:
     """Return the directories among devices given as (number, name, URL)."""
     urls = [(index, name, parse_device_url(text)) for index, name, text in rows]
     return [DeviceTarget(name, url.location, index) for index, name, url in urls
-            if url.scheme == "dir"]  # fmt: skip
+            if url.scheme in DIRECTORY_SCHEMES]  # fmt: skip
 
 
 def open_raw(target: DeviceTarget) -> Device:

@@ -77,7 +77,7 @@ def create_pool(arguments: argparse.Namespace, console: Console) -> int:
     plan = plan_devices([parse_device_url(text) for text in arguments.devices])
     require_free(path, plan)
     rows = [
-        (str(row.tier), row.name, url.scheme, console.size(url.size_bytes),
+        (str(row.tier), row.name, url.kind, console.size(url.size_bytes),
          console.size(url.segment_bytes), str(url.size_bytes // url.segment_bytes),
          url.location or DASH)
         for row, url in plan
@@ -86,7 +86,7 @@ def create_pool(arguments: argparse.Namespace, console: Console) -> int:
         "pool": str(path),
         "name": arguments.name or path.name,
         "devices": [
-            {"name": row.name, "tier": row.tier, "kind": url.scheme, "location": url.location,
+            {"name": row.name, "tier": row.tier, "kind": url.kind, "location": url.location,
              "capacity_bytes": url.size_bytes, "segment_bytes": url.segment_bytes}
             for row, url in plan
         ],

@@ -22,12 +22,13 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from kvfs.devices.reflink import NOTHING, Cloning, Extent
+from kvfs.emulation import UNKNOWN, LinkFigures
 from kvfs.units import PAGE
 
 SLOTS_SPARE: Final = 64
@@ -56,6 +57,7 @@ class DeviceInfo:
         persistence: Of mapped media, what holds stored bytes when the power fails: "cpu_cache" (a
             store is enough), "memory_controller" (once its line is written back), "page" (after
             fdatasync), "none"; "" elsewhere.
+        figures: How fast it is, as far as the kernel, or an emulation, tells.
     """
 
     index: int
@@ -72,6 +74,7 @@ class DeviceInfo:
     cloning: Cloning = NOTHING
     takes_files: bool = True
     persistence: str = ""
+    figures: LinkFigures = UNKNOWN
 
 
 def slot_count_of(capacity_bytes: int, segment_bytes: int) -> int:
@@ -151,10 +154,18 @@ def padded_bytes(lengths: AddressArray, statuses: StatusArray) -> int:
     return int((padded[statuses == 0] if statuses.any() else padded).sum())
 
 
+class Meter(Protocol):
+    """Who wants to know of reads that go past the device, at `Segment.address` or `Segment.fd`."""
+
+    def note_read(self, nbytes: int) -> None:
+        """Take note of them, after they were done; may take its time."""
+
+
 class Device(ABC):
     """One backing store. Every method may raise OSError; the engine turns it into DeviceError."""
 
     info: DeviceInfo
+    meter: "Meter | None" = None
 
     # --- superblock
     @abstractmethod
@@ -398,9 +409,19 @@ class Device(ABC):
         del segment, offset, nbytes
 
     @property
+    def bad_ranges(self) -> list[tuple[int, int]]:
+        """Where they are: offsets on the medium and lengths, in bytes."""
+        return []
+
+    @property
+    def energy_joules(self) -> float:
+        """What the bytes moved since open would have taken, on a device that is emulated."""
+        return 0.0
+
+    @property
     def bad_bytes(self) -> int:
         """Bytes of the medium that are known to be bad and handed out no more."""
-        return 0
+        return sum(nbytes for _, nbytes in self.bad_ranges)
 
     def location(self) -> int:
         """Return a number that a copy of the device would not have; 0 if there is none."""

@@ -315,11 +315,6 @@ class DaxDevice(FilelessDevice):
             return list(self._bad)
 
     @property
-    def bad_bytes(self) -> int:
-        """How many bytes cannot be read or written."""
-        return sum(nbytes for _, nbytes in self.bad_ranges)
-
-    @property
     def used_bytes(self) -> int:
         """What counts against the capacity: segments, and places that went bad."""
         return self._ledger.used_bytes

@@ -88,7 +88,7 @@ def peek_superblock(location: str) -> bytes | None:
     Raises:
         KvfsError, OSError: It cannot be opened, or its superblock is damaged.
     """
-    with open_source(location) as source:
+    with open_source(location, reserve=False) as source:
         memory = DaxMemory(source.fd, layout.HEADER_BYTES, None)
         try:
             return SuperblockCopies(memory, location).read()

@@ -67,12 +67,15 @@ class DaxSource:
         return self.persistence != "none"
 
 
-def open_source(location: str, *, persistence: str = "", sysfs: Path = _SYSFS) -> DaxSource:
+def open_source(
+    location: str, *, persistence: str = "", reserve: bool = True, sysfs: Path = _SYSFS
+) -> DaxSource:
     """Open a DAX device, or a file in its place, and take its lock.
 
     Args:
         location: Absolute path.
         persistence: Overrides what the kernel says.
+        reserve: Take a file's space.
         sysfs: Where sysfs is mounted.
 
     Raises:
@@ -94,14 +97,14 @@ def open_source(location: str, *, persistence: str = "", sysfs: Path = _SYSFS) -
             ) from error
         raise
     try:
-        source = _describe(fd, location, sysfs)
+        source = _describe(fd, os.fstat(fd), location, sysfs)
         if source.nbytes % ALIGNMENT:
             raise UsageError(
                 f"not 2 MiB aligned: {location}: expected a size of a multiple of 2 MiB, found "
                 f"{source.nbytes} bytes; make it {source.nbytes // ALIGNMENT * ALIGNMENT}"
             )
         _lock(fd, location)
-        if source.is_file:
+        if source.is_file and reserve:
             _reserve(fd, source.nbytes)
     except BaseException:
         os.close(fd)
@@ -121,25 +124,38 @@ def size_of(location: str, *, sysfs: Path = _SYSFS) -> int:
         NotFoundError: There is nothing.
         UsageError: It is no DAX device and no file.
     """
-    try:
-        status = os.stat(location)
-    except FileNotFoundError as error:
-        raise NotFoundError(f"no DAX device: {location}; {_HINT}") from error
+    status = _status(location)
     if stat.S_ISREG(status.st_mode):
         return status.st_size
     return _number(_device_of(status, location, sysfs) / "size")
 
 
-def _describe(fd: int, location: str, sysfs: Path) -> DaxSource:
-    status = os.fstat(fd)
+def inspect_source(location: str, *, sysfs: Path = _SYSFS) -> tuple[str, tuple[Range, ...]]:
+    """Return what holds the bytes of a DAX device or file, and its bad ranges; opens nothing.
+
+    Raises:
+        NotFoundError: There is nothing.
+        UsageError: It is no DAX device and no file.
+    """
+    source = _describe(-1, _status(location), location, sysfs)
+    return source.persistence, source.bad
+
+
+def _status(location: str) -> os.stat_result:
+    try:
+        return os.stat(location)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"no DAX device: {location}; {_HINT}") from error
+
+
+def _describe(fd: int, status: os.stat_result, location: str, sysfs: Path) -> DaxSource:
     if stat.S_ISREG(status.st_mode):
         inode = (status.st_ino << 1 | 1) & (1 << 64) - 1
         return DaxSource(fd, status.st_size, PERSISTENCE_OF_FILES, True, location=inode)
     device = _device_of(status, location, sysfs)
     region = _region_of(device)
-    domain = _text(region / "persistence_domain") if region is not None else ""
     return DaxSource(
-        fd, _number(device / "size"), domain if domain in _DOMAINS else "none", False,
+        fd, _number(device / "size"), domain_of(device) or "none", False,
         bad=_badblocks(device, region),
         deep_flush=_deep_flush(region),
     )  # fmt: skip
@@ -157,6 +173,13 @@ def _device_of(status: os.stat_result, location: str, sysfs: Path) -> Path:
     if not stat.S_ISCHR(status.st_mode) or not (link / "align").exists():
         raise UsageError(f"not a DAX device: {location}; {_HINT}")
     return link.resolve()
+
+
+def domain_of(device: Path) -> str:
+    """Return what holds bytes of a device when the power fails; "" if its region does not say."""
+    region = _region_of(device)
+    domain = _text(region / "persistence_domain") if region is not None else ""
+    return domain if domain in _DOMAINS else ""
 
 
 def _region_of(device: Path) -> Path | None:

@@ -74,14 +74,19 @@ class DirectoryDevice(DirectoryFiles):
         name: str,
         tier: int = 2,
         url: str = "dir:",
+        kind: str = "dir",
+        persistence: str = "",
     ) -> None:
-        """Make the directories that are missing and count what is there."""
+        """Make the directories that are missing and count what is there.
+
+        `persistence`: of files that are memory, see DeviceInfo.
+        """
         self.info = DeviceInfo(
             index=index,
             uuid=uuid,
             name=name,
             url=url,
-            kind="dir",
+            kind=kind,
             tier=tier,
             capacity_bytes=capacity_bytes,
             segment_bytes=segment_bytes,
@@ -89,6 +94,7 @@ class DirectoryDevice(DirectoryFiles):
             is_persistent=True,
             write_atomic_bytes=WRITE_ATOMIC_BYTES,
             cloning=files.cloning(),
+            persistence=persistence,
         )
         super().__init__(files, Ledger(name, capacity_bytes))
 

@@ -14,6 +14,7 @@ Layer: L1.
   `memory_kept`). Opened with a keeper that has them from an earlier owner, the device is what it
   was when that one ended, wherever it ended; without one it is empty, and ends with the process.
 - Frames of an earlier owner are read, freed and never written: nobody can.
+- Memory of one NUMA node is taken from there alone, files included: the policy goes with the memfd.
 
 Concurrency: `_lock` guards frames, ledger and the tables of segments and staging files. A frame is
 made (and populated) outside the lock.
@@ -46,6 +47,8 @@ from kvfs.devices.keeper import Keeper
 from kvfs.devices.ledger import Ledger
 from kvfs.devices.memory_files import Frame, MemoryFiles, OpenMemory, key_of, sidecar_key
 from kvfs.devices.memory_kept import KeptMemory
+from kvfs.devices.numa import Node
+from kvfs.emulation import UNKNOWN
 from kvfs.errors import NoSpaceError
 from kvfs.units import PAGE, format_bytes
 
@@ -79,6 +82,9 @@ class MemoryDevice(MemoryFiles):
         url: str = "dram:",
         progress: Progress | None = None,
         keeper: Keeper | None = None,
+        kind: str = "dram",
+        node: Node | None = None,
+        huge: bool = False,
     ) -> None:
         """Take the memory, all of it, now.
 
@@ -93,6 +99,9 @@ class MemoryDevice(MemoryFiles):
             progress: Called with (frames done, frames in all) after each frame.
             keeper: Holds the memory, and has what an earlier owner left in it; stays open. When
                 missing, the device's own, which ends with it.
+            kind: What it is called.
+            node: Where the memory is taken from; anywhere when missing.
+            huge: Ask for huge pages.
 
         Raises:
             NoSpaceError: The machine has not that much memory; the message says how much it has.
@@ -102,19 +111,21 @@ class MemoryDevice(MemoryFiles):
             uuid=uuid,
             name=name,
             url=url,
-            kind="dram",
+            kind=kind,
             tier=tier,
             capacity_bytes=capacity_bytes,
             segment_bytes=segment_bytes,
             slot_count=slot_count_of(capacity_bytes, segment_bytes),
             is_persistent=False,
             write_atomic_bytes=PAGE,
+            figures=UNKNOWN if node is None else node.figures,
         )
+        self._huge = huge
         self._own_keeper = Keeper() if keeper is None else None
         kept = KeptMemory(
             keeper or self._own_keeper or Keeper(), uuid, name, self.info.slot_count, segment_bytes
         )
-        super().__init__(Ledger(name, capacity_bytes), kept)
+        super().__init__(Ledger(name, capacity_bytes), kept, node)
         try:
             self._inherit()
             self._require_available()
@@ -160,6 +171,8 @@ class MemoryDevice(MemoryFiles):
     def _require_available(self) -> None:
         wanted = self.info.capacity_bytes - self._ledger.used_bytes
         available = available_bytes()
+        if self._node is not None:  # beyond it the kernel would end processes
+            available = min(available, self._node.available_bytes)
         if wanted > available:
             raise NoSpaceError(
                 f"not enough memory: {self.info.name}: {format_bytes(wanted)} asked for, "
@@ -188,7 +201,9 @@ class MemoryDevice(MemoryFiles):
         file = OSFile(-1)
         try:
             file.fd = _native.memfd(f"kvfs-{self.info.name}", nbytes, is_final=False)
-            arena = _native.Arena(file.fd, nbytes, populate=True)
+            if self._node is not None:
+                _native.bind_memfd(file.fd, nbytes, self._node.number)
+            arena = _native.Arena(file.fd, nbytes, populate=True, huge=self._huge)
             _native.seal_memfd(file.fd)  # from here on only this map can be written to
             return Frame(file, arena, self._kept.keep_frame(file.fd))
         except OSError as error:

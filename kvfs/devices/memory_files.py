@@ -23,6 +23,7 @@ from kvfs.devices.base import Device, Segment, Staging
 from kvfs.devices.filesystem import RAW, STAGING, OSFile, check_staging_name
 from kvfs.devices.ledger import Ledger
 from kvfs.devices.memory_kept import KeptMemory
+from kvfs.devices.numa import Node
 from kvfs.errors import ClosedError
 
 _SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
@@ -65,8 +66,9 @@ class OpenMemory:
 class MemoryFiles(Device):
     """Staging and raw files in memory. Subclasses set `info` first."""
 
-    def __init__(self, ledger: Ledger, kept: KeptMemory) -> None:
+    def __init__(self, ledger: Ledger, kept: KeptMemory, node: Node | None) -> None:
         self._ledger = ledger
+        self._node = node
         self._kept = kept
         self._lock = threading.Lock()
         self._segments: dict[tuple[int, int], OpenMemory] = {}
@@ -256,7 +258,14 @@ class MemoryFiles(Device):
 
     def _make_memfd(self) -> OSFile:
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-        return OSFile(os.memfd_create(f"kvfs-{self.info.name}-staging", flags))
+        file = OSFile(os.memfd_create(f"kvfs-{self.info.name}-staging", flags))
+        if self._node is not None:
+            try:
+                _native.bind_memfd(file.fd, self.info.capacity_bytes, self._node.number)
+            except BaseException:
+                file.close()
+                raise
+        return file
 
     def _handle(self, slot: int, generation: int, state: OpenMemory) -> Segment:
         return Segment(

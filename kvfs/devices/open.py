@@ -5,6 +5,7 @@ of the process (the soft limit of descriptors, raised to the hard one).
 """
 
 import contextlib
+import logging
 import os
 import resource
 from collections.abc import Callable
@@ -12,20 +13,25 @@ from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
-from kvfs.config import DeviceURL
+from kvfs.config import DIRECTORY_SCHEMES, DeviceURL
 from kvfs.devices.base import Device
 from kvfs.devices.dax import DaxDevice
 from kvfs.devices.dax_layout import HEADER_BYTES
 from kvfs.devices.dax_source import open_source, size_of
 from kvfs.devices.directory import DirectoryDevice
+from kvfs.devices.emulated import EmulatedDevice
 from kvfs.devices.filesystem import SEGMENTS, SUPERBLOCK
 from kvfs.devices.keeper import Keeper
 from kvfs.devices.memory import MemoryDevice, Progress
+from kvfs.devices.numa import require_node, warn_of_small_pages
 from kvfs.devices.osfs import OSFileSystem, nearest_existing
+from kvfs.devices.pmem import PmemFileSystem, persistence_of, why_not_dax
+from kvfs.emulation import emulation_of
 from kvfs.errors import CorruptionError, UsageError
 from kvfs.units import PAGE, format_bytes
 
 _FREE_SHARE_PERCENT: Final = 80
+_log = logging.getLogger("kvfs.devices")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +68,17 @@ def _open_directory(request: DeviceRequest) -> Device:
             f"no superblock: {request.name}: {location} was never formatted; "
             "mount the device's filesystem there"
         )
-    files = OSFileSystem(request.url.location, create=request.create)
+    kind, persistence = request.url.scheme, ""
+    if kind == "pmem" and _is_dax(request, nearest_existing(location)):
+        files: OSFileSystem = PmemFileSystem(location, create=request.create)
+        persistence = persistence_of(location)
+    else:
+        files = OSFileSystem(location, create=request.create)
     try:
         return DirectoryDevice(
             files,
+            kind=kind,
+            persistence=persistence,
             index=request.index,
             uuid=request.uuid,
             capacity_bytes=request.capacity_bytes,
@@ -79,8 +92,28 @@ def _open_directory(request: DeviceRequest) -> Device:
         raise
 
 
+def _is_dax(request: DeviceRequest, root: str) -> bool:
+    """Say whether a directory is on persistent memory; log why not."""
+    reason = why_not_dax(root)
+    if reason:
+        _log.warning(
+            "%s is served like a directory on disk, through the page cache and by fdatasync: %s: "
+            "%s; mount it with -o dax on a namespace in fsdax mode, or call it dir:%s",
+            request.name, root, reason, request.url.location,
+        )  # fmt: skip
+    return not reason
+
+
 def _open_memory(request: DeviceRequest) -> Device:
+    url = request.url
+    node = None if url.node < 0 else require_node(url.node, str(url))
+    is_huge = url.options.get("huge") == "yes"
+    if is_huge:
+        warn_of_small_pages(request.name)
     return MemoryDevice(
+        kind=url.scheme,
+        node=node,
+        huge=is_huge,
         index=request.index,
         uuid=request.uuid,
         capacity_bytes=request.capacity_bytes,
@@ -109,7 +142,9 @@ def _open_dax(request: DeviceRequest) -> Device:
 
 SCHEMES: Final[dict[str, Callable[[DeviceRequest], Device]]] = {
     "dram": _open_memory,
+    "cxl": _open_memory,
     "dax": _open_dax,
+    "pmem": _open_directory,
     "dir": _open_directory,
 }
 
@@ -141,7 +176,7 @@ def open_device(
         keeper: Holds the memory of a device made of it; see MemoryDevice.
 
     Raises:
-        UsageError: No room for one segment.
+        UsageError: No room for one segment; no such memory node.
         NotFoundError: The directory is missing.
         CorruptionError: Not to be created, and never formatted.
         RefusedError: The directory lies on a network or FUSE filesystem.
@@ -155,7 +190,7 @@ def open_device(
             "give a larger size or a smaller segment"
         )
     raise_descriptor_limit()
-    return SCHEMES[url.scheme](
+    device = SCHEMES[url.scheme](
         DeviceRequest(
             url=url,
             index=index,
@@ -168,6 +203,9 @@ def open_device(
             keeper=keeper,
         )
     )
+    if not url.profile:
+        return device
+    return EmulatedDevice(device, emulation_of(url.profile, url.options))
 
 
 def capacity_of(url: DeviceURL) -> int:
@@ -179,7 +217,7 @@ def capacity_of(url: DeviceURL) -> int:
         return url.size_bytes
     if url.scheme == "dax":
         return max(0, size_of(url.location) - HEADER_BYTES)
-    if url.scheme != "dir":
+    if url.scheme not in DIRECTORY_SCHEMES:
         raise UsageError(f"device size missing: {url}: expected an option such as size=4GiB")
     free = free_bytes(url)
     assert free is not None
@@ -188,7 +226,7 @@ def capacity_of(url: DeviceURL) -> int:
 
 def free_bytes(url: DeviceURL) -> int | None:
     """Return what the filesystem of a directory has left; None for other kinds."""
-    if url.scheme != "dir":
+    if url.scheme not in DIRECTORY_SCHEMES:
         return None
     found = os.statvfs(nearest_existing(url.location))
     return found.f_bavail * found.f_frsize

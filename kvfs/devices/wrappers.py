@@ -43,6 +43,7 @@ class WrapperDevice(Device):
     def __init__(self, inner: Device) -> None:
         self.inner = inner
         self.info = inner.info
+        self.meter = inner.meter
 
     def _call(self, operation: str, nbytes: int, action: Callable[[], T]) -> T:
         """Do one operation; `nbytes` are what it moves, 0 if that is unknown before."""
@@ -192,9 +193,14 @@ class WrapperDevice(Device):
         return self.inner.bytes_written
 
     @property
-    def bad_bytes(self) -> int:
+    def bad_ranges(self) -> list[tuple[int, int]]:
         """Forward."""
-        return self.inner.bad_bytes
+        return self.inner.bad_ranges
+
+    @property
+    def energy_joules(self) -> float:
+        """Forward."""
+        return self.inner.energy_joules
 
     def note_bad(self, segment: Segment, offset: int, nbytes: int) -> None:
         """Forward."""

@@ -107,7 +107,8 @@ class _Move:
                     lengths = segment.entries["stored_bytes"][indices[current]]
                     tally = state.counters[victim.namespace_id]
                     tally.blocks_relocated += len(lengths)
-                    tally.bytes_relocated += int(lengths.sum())
+                    device = segment.handle.device_index
+                    tally.relocated[device] += int(lengths.sum())
 
     def release(self) -> None:
         """Give the leases back."""

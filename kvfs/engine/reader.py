@@ -384,7 +384,15 @@ class Reader:
                     pick(fds), pick(starts), pick(lengths), pick(addresses), wanted, result
                 )
             statuses[chosen] = result
+        for part in parts:
+            self._meter(part.segment, lengths[part.positions])
         return statuses
+
+    def _meter(self, segment: SegmentState, lengths: AddressArray) -> None:
+        """Tell a device that wants to know of bytes read past it."""
+        meter = self._state.device(segment.handle.device_index).device.meter
+        if meter is not None:
+            meter.note_read(int(lengths.sum()))
 
     def _verify_part(self, segment: SegmentState, records: RecordArray) -> npt.NDArray[np.int32]:
         """Verify records of one segment, from the medium if it needs that."""
@@ -400,11 +408,13 @@ class Reader:
                     statuses[i] = _native.xxh3_128(raw) != digests[i].tobytes()
                 except OSError as error:
                     statuses[i] = -(error.errno or 5)
-        elif segment.handle.address:
+            return statuses
+        if segment.handle.address:
             sources = np.uint64(segment.handle.address) + starts
             _native.verify(sources, lengths, digests, statuses)
         else:
             self._verify_file(segment.handle.fd, starts, lengths, digests, statuses)
+        self._meter(segment, lengths)
         return statuses
 
     def _verify_file(

@@ -31,6 +31,7 @@ from kvfs.engine.store_files import StoreFiles
 from kvfs.engine.writer import Writer
 from kvfs.errors import BusyError, DeviceError, NoSpaceError, UsageError
 from kvfs.keys import KEY_BYTES, KeyArray
+from kvfs.metrics import Tally
 from kvfs.statistics import DeviceStatistics
 
 _CLOSE_TIMEOUT_S = 30.0
@@ -328,7 +329,8 @@ class Store(StoreFiles):
     def device_statistics(self) -> list[DeviceStatistics]:
         """Return a snapshot of every device."""
         with self.state.lock:
-            return [_device_statistics(device) for device in self.state.devices]
+            total = self.state.counters.total()
+            return [_device_statistics(device, total) for device in self.state.devices]
 
     def close(self) -> None:
         """Flush, note the clean end in the superblocks, close the devices; idempotent.
@@ -372,7 +374,7 @@ class Store(StoreFiles):
                         log.seal()
 
 
-def _device_statistics(device: DeviceState) -> DeviceStatistics:
+def _device_statistics(device: DeviceState, total: Tally) -> DeviceStatistics:
     info = device.info
     segments = list(device.segments.values())
     states = {SegmentStatus.OPEN, SegmentStatus.SEALED}
@@ -395,4 +397,7 @@ def _device_statistics(device: DeviceState) -> DeviceStatistics:
         failures=device.failures,
         persistence=info.persistence,
         bad_bytes=device.device.bad_bytes,
+        bad_ranges=tuple(device.device.bad_ranges),
+        bytes_stored=total.written[info.index] - total.relocated[info.index],
+        energy_joules=device.device.energy_joules,
     )

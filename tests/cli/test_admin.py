@@ -148,6 +148,97 @@ def test_owner_without_a_socket(admin, pool_path):
     assert f"held by pid {os.getpid()}" in done.err
 
 
+# --- devices
+
+
+@pytest.mark.parametrize("is_online", [True, False])
+def test_device_show(admin, root, is_online, request):
+    if is_online:
+        request.getfixturevalue("owned")
+    shown = admin("device", "show", "dir0")
+    assert shown.code == 0
+    assert "dir0   dir   tier 2   state  ONLINE" in shown.out
+    assert f"url   dir:{root}/dev?" in shown.out
+    assert "bad   nothing known" in shown.out
+    assert "wear   " in shown.out
+    missing = admin("device", "show", "dir7")
+    assert missing.code == 10
+    assert "expected one of dir0" in missing.err
+
+
+def test_device_show_tells_of_bad_memory(admin, owned, monkeypatch):
+    device = owned.store.state.devices[0].device
+    ranges = [(4096 * i, 4096) for i in range(0, 40, 2)]
+    monkeypatch.setattr(type(device), "bad_ranges", property(lambda self: ranges))
+    shown = admin("device", "show", "dir0").out
+    assert "80.0 KiB in 20 ranges: 0x0+0x1000, 0x2000+0x1000" in shown
+    assert "and 4 more" in shown
+    assert admin("device", "show", "dir0", "--json").json["bad_ranges"][1] == {
+        "offset": 8192, "nbytes": 4096,
+    }  # fmt: skip
+
+
+def test_device_show_tells_of_wear(admin, owned, monkeypatch):
+    from kvfs.cli import cmd_device
+    from kvfs.devices.nvme import Wear
+
+    wear = Wear("/dev/nvme0", 3, 10 << 30, 12 << 30, 1)
+    monkeypatch.setattr(cmd_device, "_wear_of", lambda text: wear)
+    shown = admin("device", "show", "dir0").out
+    assert (
+        "/dev/nvme0: 3 % of its rated life used, 10.0 GiB written by hosts, 12.0 GiB to flash "
+        "(1.20 for each), 1 media error" in shown
+    )
+    told = admin("device", "show", "dir0", "--json").json
+    assert told["schema"] == {"command": "device show", "version": 1}
+    golden("json/device-show.json", json.dumps(shape(told), indent=1) + "\n")
+
+
+def test_device_show_of_a_place(root, capsys):
+    run = Admin(capsys, root / "none")
+    place = run("device", "show", f"dir:{root}/new")
+    assert place.code == 0
+    assert "nothing of kvfs" in place.out
+    assert not (root / "new").exists()
+    emulated = run("device", "show", "emulated:cxl:dram:?size=1GiB").out
+    assert "reads 16.6 GiB/s, writes 12.7 GiB/s" in emulated
+    other = run("device", "show", f"pmem:{root}/new").out
+    assert "would be served like dir: its filesystem is not mounted with -o dax" in other
+    assert run("device", "show", "dax:/dev/none").code == 10
+    assert run("device", "show", "tape:/x").code == 2
+
+
+def test_device_scan(root, capsys, monkeypatch):
+    from kvfs.devices import discovery, quick_bench
+
+    monkeypatch.setattr(discovery, "scan", lambda: [
+        discovery.Found("dax", "dax0.0", "dax:/dev/dax0.0", 64 << 20, ("memory_controller",)),
+        discovery.Found("directory", str(root), f"dir:{root}/kvfs", 5 << 30, ("ext4",)),
+    ])  # fmt: skip
+    monkeypatch.setattr(quick_bench, "bench_directory", lambda path: (3 << 30, 2 << 30))
+    run = Admin(capsys, root / "none")
+    plain = run("device", "scan", "-H")
+    assert plain.code == 0
+    assert [line.split("\t")[:4] for line in plain.out.splitlines()] == [
+        ["dax", "dax0.0", "64.0 MiB", "dax:/dev/dax0.0"],
+        ["directory", str(root), "5.0 GiB", f"dir:{root}/kvfs"],
+    ]
+    measured = run("device", "scan", "--bench")
+    assert "DAX devices are not measured: that would overwrite" in measured.err
+    assert re.search(r"3.0 GiB/s +2.0 GiB/s", measured.out)
+    found = run("device", "scan", "--bench", "--json").json["found"]
+    assert [one["measured_write_bytes_per_s"] for one in found] == [None, 3 << 30]
+    golden("json/device-scan.json", json.dumps(shape({"found": found[1:]}), indent=1) + "\n")
+
+    def fail(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(quick_bench, "bench_directory", fail)
+    failed = run("device", "scan", "--bench")
+    assert failed.code == 0
+    assert f"{root} cannot be measured: No space left on device" in failed.err
+
+
 # --- contexts
 
 

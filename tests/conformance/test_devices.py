@@ -9,15 +9,20 @@ from typing import Any
 
 import pytest
 
+from kvfs import _native
+from kvfs.devices import numa
 from kvfs.devices.base import Device
 from kvfs.devices.dax import DaxDevice
 from kvfs.devices.dax_layout import HEADER_BYTES
 from kvfs.devices.dax_source import open_source
 from kvfs.devices.directory import DirectoryDevice
+from kvfs.devices.emulated import EmulatedDevice
 from kvfs.devices.keeper import Keeper
 from kvfs.devices.memory import MemoryDevice
 from kvfs.devices.osfs import OSFileSystem
+from kvfs.devices.pmem import PmemFileSystem
 from kvfs.devices.wrappers import CountingDevice, FaultyDevice
+from kvfs.emulation import PROFILES
 from tests.conformance.device_suite import DeviceSuite, FilelessSuite
 from tests.conformance.helpers import CAPACITY_BYTES, DEVICE_UUID, SEGMENT_BYTES, Opener
 
@@ -41,6 +46,41 @@ class TestDirectory(DeviceSuite):
     @pytest.fixture
     def opener(self, tmp_path: Path) -> Opener:
         return lambda **options: open_directory(tmp_path / "device", **options)
+
+
+def open_pmem(root: Path, capacity_bytes: int = CAPACITY_BYTES) -> Device:
+    """Open a directory of mapped segments; MAP_SYNC is what only persistent memory has."""
+    return DirectoryDevice(
+        PmemFileSystem(str(root), mapper=_native.Arena), capacity_bytes=capacity_bytes,
+        kind="pmem", persistence="memory_controller", **_IDENTITY,
+    )  # fmt: skip
+
+
+class TestPmem(DeviceSuite):
+    @pytest.fixture
+    def opener(self, tmp_path: Path) -> Opener:
+        return lambda **options: open_pmem(tmp_path / "device", **options)
+
+
+class TestNodeMemory(DeviceSuite):
+    """Memory bound to a node: here the one there is."""
+
+    @pytest.fixture
+    def opener(self) -> Opener:
+        found = numa.nodes()
+        if not found:
+            pytest.skip("this kernel tells of no memory nodes")
+        return lambda capacity_bytes=CAPACITY_BYTES: MemoryDevice(
+            capacity_bytes=capacity_bytes, kind="cxl", node=found[0], huge=True, **_IDENTITY
+        )
+
+
+class TestEmulatedDirectory(DeviceSuite):
+    @pytest.fixture
+    def opener(self, tmp_path: Path) -> Opener:
+        return lambda **options: EmulatedDevice(
+            open_directory(tmp_path / "device", **options), PROFILES["ssd"].emulation
+        )
 
 
 class TestDirectoryOnTmpfs(DeviceSuite):
@@ -118,6 +158,14 @@ class TestDaxMemory(FilelessSuite):
             root / "device", persistence="memory_controller", **options
         )
         shutil.rmtree(root)
+
+
+class TestEmulatedDax(FilelessSuite):
+    @pytest.fixture
+    def opener(self, tmp_path: Path) -> Opener:
+        return lambda **options: EmulatedDevice(
+            open_dax(tmp_path / "device", **options), PROFILES["cxl"].emulation
+        )
 
 
 class TestFaultyDax(FilelessSuite):

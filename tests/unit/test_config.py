@@ -11,7 +11,9 @@ from kvfs.config import (
     PoolOptions,
     default_segment_bytes,
     parse_device_url,
+    scheme_of,
 )
+from kvfs.emulation import PROFILES, emulation_of
 from kvfs.errors import UsageError
 from kvfs.units import GIB, MIB, is_power_of_two
 
@@ -42,8 +44,8 @@ def test_a_directory() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "expected one of dram:, dax:, dir:"),
-        ("/mnt/kv", "expected one of dram:, dax:, dir:"),
+        ("", "expected one of dram:, cxl:, dax:, pmem:, dir:"),
+        ("/mnt/kv", "expected one of dram:, cxl:, dax:, pmem:, dir:"),
         ("nvme:/x", "unknown device 'nvme:/x'"),
         ("dir:relative", "needs an absolute path"),
         ("dir:", "needs an absolute path"),
@@ -53,6 +55,21 @@ def test_a_directory() -> None:
         ("dir:/x?persistence=none", "unknown device option 'persistence'"),
         ("dram:", "is written 'dram:?size=4GiB'"),
         ("dram:/x?size=1GiB", "is written 'dram:?size=4GiB'"),
+        ("dram:?size=1GiB&numa=fast", "numa must be the number of a node"),
+        ("dram:?size=1GiB&huge=perhaps", "huge must be yes or no"),
+        ("dir:/x?numa=1", "unknown device option 'numa'"),
+        ("cxl:", "is written 'cxl:node=1?size=64GiB'"),
+        ("cxl:node=1", "is written 'cxl:node=1?size=64GiB'"),
+        ("cxl:node=x?size=1GiB", "is written 'cxl:node=1?size=64GiB'"),
+        ("pmem:mnt", "needs an absolute path"),
+        ("emulated:dram:?size=1GiB", "expected one of cxl, pmem, rdma, ssd, then a device"),
+        ("emulated:tape:dram:?size=1GiB", "unknown profile 'tape'"),
+        ("emulated:cxl", "unknown profile"),
+        ("emulated:cxl:emulated:ssd:dir:/x", "unknown device 'emulated:ssd:dir:/x'"),
+        ("emulated:cxl:dir:/x?read_latency_ns=-1", "read_latency_ns must be a number from 0"),
+        ("emulated:cxl:dir:/x?write_pj_per_byte=1e9", "write_pj_per_byte must be a number"),
+        ("emulated:cxl:dir:/x?read_bandwidth=fast", "size not understood"),
+        ("dir:/x?read_bandwidth=1GiB", "unknown device option 'read_bandwidth'"),
         ("dir:/x?colour=red", "unknown device option 'colour'"),
         ("dir:/x?size", "options not understood"),
         ("dir:/x?size=big", "size not understood: 'big'"),
@@ -73,8 +90,29 @@ def test_bad_urls_say_what_is_wrong(text: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_memory_of_a_node() -> None:
+    url = parse_device_url("cxl:node=2?size=4GiB&huge=yes")
+    assert (url.scheme, url.kind, url.node, url.tier) == ("cxl", "cxl", 2, 1)
+    assert parse_device_url("dram:?numa=3&size=4GiB").node == 3
+    assert parse_device_url("dram:?size=4GiB").node == -1
+
+
+def test_an_emulated_device_is_what_lies_below() -> None:
+    url = parse_device_url("emulated:ssd:dir:/x?read_bandwidth=2GB&size=1GiB&write_latency_ns=7")
+    assert (url.scheme, url.location, url.kind) == ("dir", "/x", "emulated")
+    assert (url.profile, url.tier) == ("ssd", 2)
+    assert url.options["read_bandwidth"] == "2000000000"
+    found = emulation_of(url.profile, url.options)
+    assert (found.read_bytes_per_s, found.write_latency_ns) == (2_000_000_000, 7)
+    assert found.read_latency_ns == PROFILES["ssd"].emulation.read_latency_ns
+    assert parse_device_url(str(url)) == url
+    assert parse_device_url("emulated:cxl:dram:?size=1GiB").tier == 1
+    assert scheme_of(str(url)) == "dir"
+    assert scheme_of("dax:/dev/dax0.0") == "dax"
+
+
 @given(
-    st.sampled_from(["dram:", "dir:/mnt/kv", "dir:/a-b_c/d.e"]),
+    st.sampled_from(["dram:", "cxl:node=1", "dir:/mnt/kv", "emulated:cxl:dir:/a-b_c/d.e"]),
     st.sampled_from(["1GiB", "500GiB", "1073741824"]),
     st.sampled_from([None, "16MiB", "1GiB"]),
     st.sampled_from([None, "0", "15"]),

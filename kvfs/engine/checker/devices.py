@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from kvfs.config import VOLATILE_SCHEMES
+from kvfs.config import VOLATILE_SCHEMES, scheme_of
 from kvfs.devices.base import Device, Segment, SegmentName
 from kvfs.devices.directory import DirectoryDevice
 from kvfs.devices.filesystem import (
@@ -110,7 +110,7 @@ def _check(
             for info in catalog.namespaces()
         },
         {row.index: row for row in rows},
-        has_memory=any(row.url.partition(":")[0] in VOLATILE_SCHEMES for row in rows),
+        has_memory=any(scheme_of(row.url) in VOLATILE_SCHEMES for row in rows),
         progress=progress,
     )
     report = session.report
@@ -120,9 +120,7 @@ def _check(
             "remove the context it names; or 'kvfs-admin check --repair --allow-name-loss' puts an "
             "empty catalog in its place",
         )  # fmt: skip
-    unjudged = {
-        row.index: row.name for row in rows if row.url.partition(":")[0] not in VOLATILE_SCHEMES
-    }
+    unjudged = {row.index: row.name for row in rows if scheme_of(row.url) not in VOLATILE_SCHEMES}
     for device in devices:
         report.counts.devices += 1
         expected = _check_superblock(device, catalog, session)

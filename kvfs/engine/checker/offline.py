@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from kvfs.clock import SystemClock
-from kvfs.config import VOLATILE_SCHEMES, DeviceURL, parse_device_url
+from kvfs.config import DIRECTORY_SCHEMES, VOLATILE_SCHEMES, DeviceURL, parse_device_url
 from kvfs.devices.base import Device
 from kvfs.devices.directory import DirectoryDevice
 from kvfs.devices.filesystem import OSFile
@@ -247,7 +247,7 @@ def _open_devices(
 
 
 def _open_device(row: DeviceRow, url: DeviceURL, *, writable: bool) -> Device:
-    if url.scheme == "dir":
+    if url.scheme in DIRECTORY_SCHEMES:
         return _open_directory(row, url, writable=writable)
     return open_device(
         url, index=row.index, uuid=uuid.UUID(bytes=row.uuid), capacity_bytes=url.size_bytes,

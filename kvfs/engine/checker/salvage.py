@@ -41,8 +41,9 @@ from kvfs.keys import is_file_key, new_namespace_id, new_uuid
 from kvfs.layout import OPAQUE, Layout
 
 _URL: Final = re.compile(
-    rb"(?:(?:dir|dax):/[^\x00-\x1f?]{0,4096}|dram:)\?"
-    rb"(?:[a-z]+=[a-z0-9_.-]+&)*size=\d+(?:&tier=\d+)?"
+    rb"(?:emulated:[a-z]+:)?"
+    rb"(?:(?:dir|pmem|dax):/[^\x00-\x1f?]{0,4096}|dram:|cxl:node=\d+)\?"
+    rb"(?:[a-z_]+=[a-z0-9_.-]+&)*size=\d+(?:&(?:tier|write_[a-z_]+)=\d+)*"
 )
 _EPOCHS_SKIPPED: Final = 1024  # that may have been used and left no trace
 _MODE: Final = 0o755
@@ -100,8 +101,8 @@ def salvage(catalog: Path) -> Salvage:
         urls[next(i for i in range(len(urls) + 1) if i not in urls)] = url
     counts: dict[str, int] = {}
     for index, url in sorted(urls.items()):
-        number = counts[url.scheme] = counts.get(url.scheme, -1) + 1
-        name, identity = url.name or f"{url.scheme}{number}", uuids.get(index) or new_uuid()
+        number = counts[url.kind] = counts.get(url.kind, -1) + 1
+        name, identity = url.name or f"{url.kind}{number}", uuids.get(index) or new_uuid()
         found.rows.append(DeviceRow(index, identity.bytes, name, str(url), url.tier, "online"))
     return found
 

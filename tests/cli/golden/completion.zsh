@@ -14,6 +14,8 @@ _kvfs_admin() {
             /pool/destroy) path=/pool/destroy ;;
             /device) path=/device ;;
             /device/list) path=/device/list ;;
+            /device/show) path=/device/show ;;
+            /device/scan) path=/device/scan ;;
             /context) path=/context ;;
             /context/list) path=/context/list ;;
             /context/show) path=/context/show ;;
@@ -51,10 +53,16 @@ create status list destroy --help
 --yes
             " ;;
         "/device") candidates="
-list --help
+list show scan --help
             " ;;
         "/device/list") candidates="
 --help --pool --json --quiet --verbose --no-color --exact --no-header
+            " ;;
+        "/device/show") candidates="
+--help --pool --json --quiet --verbose --no-color --exact --no-header
+            " ;;
+        "/device/scan") candidates="
+--help --pool --json --quiet --verbose --no-color --exact --no-header --bench
             " ;;
         "/context") candidates="
 list show drop --help
