@@ -32,7 +32,7 @@ from kvfs.devices.filesystem import SUPERBLOCK
 from kvfs.devices.keeper import Keeper
 from kvfs.devices.open import capacity_of, location_of, open_device
 from kvfs.engine.catalog import Catalog
-from kvfs.engine.catalog_schema import APPLICATION_ID, ROOT_NODE_ID, DeviceRow
+from kvfs.engine.catalog_schema import APPLICATION_ID, OFFLINE, ROOT_NODE_ID, DeviceRow
 from kvfs.engine.checker.salvage import salvage
 from kvfs.engine.device_state import DeviceState
 from kvfs.engine.recovery import claim_device, format_device
@@ -101,7 +101,7 @@ def create_pool(
     catalog: Catalog | None = None
     try:
         for row, url in plan:
-            opened.append(_format_row(row, url, pool_uuid, clock))
+            opened.append(format_row(row, url, pool_uuid, clock))
         catalog = Catalog.create(root / CATALOG_NAME, pool_uuid)
         catalog.set_meta("name", name or root.name)
         for row, _ in plan:
@@ -129,6 +129,15 @@ def require_free(root: Path, plan: Sequence[tuple[DeviceRow, DeviceURL]]) -> Non
         raise ExistsError(f"a pool is there already: {root}; 'kvfs-admin pool destroy' removes it")
     if root.is_dir() and any(root.iterdir()):
         raise ExistsError(f"directory is not empty: {root}")
+    require_unused(plan)
+
+
+def require_unused(plan: Sequence[tuple[DeviceRow, DeviceURL]]) -> None:
+    """Refuse directories that are somebody's device. Changes nothing.
+
+    Raises:
+        ExistsError: One is.
+    """
     for _, url in plan:
         if url.scheme in DIRECTORY_SCHEMES and (Path(url.location) / SUPERBLOCK).exists():
             raise _taken(url)
@@ -140,24 +149,35 @@ def _taken(url: DeviceURL) -> ExistsError:
     return ExistsError(f"device belongs to a pool: {url}; destroy that pool or {remedy}")
 
 
-def plan_devices(urls: Sequence[DeviceURL]) -> list[tuple[DeviceRow, DeviceURL]]:
-    """Return row and URL, all sizes chosen, for each device of a pool to be made.
+def plan_devices(
+    urls: Sequence[DeviceURL], others: Sequence[DeviceRow] = (), first_index: int = 0
+) -> list[tuple[DeviceRow, DeviceURL]]:
+    """Return row and URL, all sizes chosen, for each device of a pool to be made, or to be added.
+
+    Args:
+        urls: What is to be planned.
+        others: The devices that the pool has.
+        first_index: Number of the first one.
 
     Raises:
         UsageError: None given, a name twice, one inside another, or one too small for its segments.
     """
     if not urls:
         raise UsageError("a pool needs at least one device, e.g. 'dir:/mnt/nvme/kv?size=100GiB'")
-    roots = [Path(url.location).resolve() for url in urls
+    present = [parse_device_url(row.url) for row in others]
+    roots = [Path(url.location).resolve() for url in [*urls, *present]
              if url.scheme in DIRECTORY_SCHEMES]  # fmt: skip
     for root in roots:
         if not set(roots).isdisjoint(root.parents):
             raise UsageError(f"a device cannot lie inside another: {root}; put it beside it")
     plan = []
-    names: set[str] = set()
+    taken = {row.name for row in others}
+    names = set(taken)
     counts: dict[str, int] = {}
-    for index, url in enumerate(urls):
+    for index, url in enumerate(urls, first_index):
         number = counts.get(url.kind, 0)
+        while f"{url.kind}{number}" in taken:
+            number += 1
         counts[url.kind] = number + 1
         name = url.name or f"{url.kind}{number}"
         if name in names:
@@ -225,6 +245,7 @@ def open_pool(
         for row in catalog.devices():
             # One by one: those opened so far are closed if the next one fails.
             device = _open_row(row, pool_uuid, clock, keeper, allow_moved=allow_moved)
+            device.is_offline = row.state == OFFLINE
             opened.append(device)
         pool = Pool(root, catalog, opened, options=options or PoolOptions(), clock=clock,
                     lock_fd=lock_fd)  # fmt: skip
@@ -248,7 +269,7 @@ def _open_device(
     )  # fmt: skip
 
 
-def _format_row(row: DeviceRow, url: DeviceURL, pool_uuid: uuid.UUID, clock: Clock) -> DeviceState:
+def format_row(row: DeviceRow, url: DeviceURL, pool_uuid: uuid.UUID, clock: Clock) -> DeviceState:
     """Make one device of a new pool; what belongs to another pool is left as it is."""
     device = _open_device(row, url, create=True)
     try:

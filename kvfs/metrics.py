@@ -103,6 +103,18 @@ class Tally:
             setattr(self, name, [0] * self.devices)
         self.times = {name: Histogram() for name in OPERATIONS}
 
+    def make_room(self, devices: int) -> None:
+        """Count for so many devices from now on."""
+        more = devices - self.devices
+        if more <= 0:
+            return
+        for name in _ROWS:
+            rows = getattr(self, name)
+            setattr(self, name, np.concatenate([rows, np.zeros((more, 2), np.uint64)]))
+        for name in _LISTS:
+            getattr(self, name).extend([0] * more)
+        self.devices = devices
+
     def add(self, other: "Tally") -> None:
         """Count what another has counted."""
         for name in _NUMBERS:
@@ -146,6 +158,12 @@ class Counters(dict[int, Tally]):
 
     def __missing__(self, namespace_id: int) -> Tally:
         return self.gone
+
+    def make_room(self, devices: int) -> None:
+        """Count for so many devices from now on; what is counted at this moment may be missed."""
+        self._devices = devices
+        for tally in [self.gone, *list(self.values())]:
+            tally.make_room(devices)
 
     def begin(self, namespace_id: int) -> None:
         """Count a namespace by itself from now on."""

@@ -52,6 +52,39 @@ class ContextDropPlan(Request, frozen=True):
     names: list[bytes]
 
 
+class DeviceAdd(Request, frozen=True):
+    """Format a device and take it into the pool; with `is_dry` only say what would be done."""
+
+    url: bytes
+    is_dry: bool = False
+
+
+class DeviceSet(Request, frozen=True):
+    """Take a device into service, or out of it: then it is read, and takes no writes."""
+
+    name: str
+    is_online: bool
+
+
+class DeviceEvacuate(Request, frozen=True):
+    """Move about so many bytes from a device to the others; asked again until nothing is left.
+
+    The device is out of service from the first question on. With `is_dry` only say what lies there.
+    """
+
+    name: str
+    nbytes: int
+    is_dry: bool = False
+
+
+class DeviceRemove(Request, frozen=True):
+    """Take a device out of the pool for good; with `is_dry` only say what would be lost."""
+
+    name: str
+    is_dry: bool = False
+    allow_data_loss: bool = False
+
+
 class TakeOver(Request, frozen=True):
     """Give me the pool. What follows the answer: kvfs.cli.takeover.
 
@@ -224,6 +257,49 @@ class ContextShowAnswer(msgspec.Struct, frozen=True):
     places: list[PlaceAnswer]
 
 
+class DeviceAddAnswer(msgspec.Struct, frozen=True):
+    """The device as it was planned, or made."""
+
+    name: str
+    url: str
+    kind: str
+    tier: int
+    capacity_bytes: int
+    segment_bytes: int
+    is_added: bool
+
+
+class DeviceSetAnswer(msgspec.Struct, frozen=True):
+    """The device's state."""
+
+    name: str
+    state: str
+
+
+class DeviceEvacuateAnswer(msgspec.Struct, frozen=True):
+    """What was moved now, and what is left; `held_segments` of it wait for who reads them."""
+
+    name: str
+    moved_blocks: int
+    moved_bytes: int
+    left_segments: int
+    left_bytes: int
+    held_segments: int
+    raw_files: int
+
+
+class DeviceRemoveAnswer(msgspec.Struct, frozen=True):
+    """What lay there. `lost_blocks`: without a copy elsewhere."""
+
+    pool_name: str
+    name: str
+    url: str
+    live_bytes: int
+    block_count: int
+    lost_blocks: int
+    is_removed: bool
+
+
 class ContextDropAnswer(msgspec.Struct, frozen=True):
     """What a drop did. `skipped`: changed or removed since the plan was made."""
 
@@ -240,7 +316,7 @@ class TakeOverAnswer(msgspec.Struct, frozen=True):
 
 AnyRequest = (
     Hello | PoolStatus | DeviceList | ContextList | ContextShow | ContextDropPlan | ContextDrop
-    | TakeOver
+    | DeviceAdd | DeviceSet | DeviceEvacuate | DeviceRemove | TakeOver
 )  # fmt: skip
 ANSWERS: Final[dict[type[Request], type]] = {
     Hello: HelloAnswer,
@@ -250,6 +326,10 @@ ANSWERS: Final[dict[type[Request], type]] = {
     ContextShow: ContextShowAnswer,
     ContextDropPlan: DropPlan,
     ContextDrop: ContextDropAnswer,
+    DeviceAdd: DeviceAddAnswer,
+    DeviceSet: DeviceSetAnswer,
+    DeviceEvacuate: DeviceEvacuateAnswer,
+    DeviceRemove: DeviceRemoveAnswer,
     TakeOver: TakeOverAnswer,
 }
 

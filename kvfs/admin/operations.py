@@ -20,6 +20,12 @@ import numpy as np
 
 from kvfs import __version__
 from kvfs.admin import messages as msg
+from kvfs.admin.device_operations import (
+    device_add,
+    device_evacuate,
+    device_remove,
+    device_set,
+)
 from kvfs.admin.messages import printable
 from kvfs.engine.catalog_schema import ROOT_NODE_ID, NamespaceInfo, Node, NodeState, Origin
 from kvfs.engine.segment_table import page_round
@@ -134,8 +140,10 @@ def _problems(
 ) -> Iterator[str]:
     yield from pool.recovery.problems
     for device in devices:
-        if device.state == "offline":
+        if device.state == "offline" and device.failures:
             yield f"device {device.name} is out of service after {device.failures} failures"
+        elif device.state == "offline":
+            yield f"device {device.name} was taken out of service: 'device online' takes it back"
         elif device.failures:
             yield f"device {device.name} failed {device.failures} writes or persists"
         elif device.state != "online":
@@ -304,5 +312,9 @@ _HANDLERS: Final[dict[type[msg.Request], Callable[[Pool, Owner, Any], Any]]] = {
     msg.ContextShow: context_show,
     msg.ContextDropPlan: context_drop_plan,
     msg.ContextDrop: context_drop,
+    msg.DeviceAdd: device_add,
+    msg.DeviceSet: device_set,
+    msg.DeviceEvacuate: device_evacuate,
+    msg.DeviceRemove: device_remove,
 }
 assert _HANDLERS.keys() == msg.ANSWERS.keys() - {msg.TakeOver}  # kvfs.control answers that

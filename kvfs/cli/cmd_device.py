@@ -1,4 +1,4 @@
-"""`kvfs-admin device`: list, show, scan.
+"""`kvfs-admin device`: list, show, scan; what changes devices is in `cmd_device_changes`.
 
 Layer: L5.
 """
@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from kvfs.admin import messages as msg
+from kvfs.cli import cmd_device_changes
 from kvfs.cli.cmd_pool import print_devices
 from kvfs.cli.console import DASH, Column, Console, as_fields, counted
 from kvfs.cli.options import AddCommand, add_command
@@ -51,6 +52,7 @@ def add(verbs: AddCommand) -> None:
         help="also measure: directories with a file of 256 MiB without a name, memory nodes by "
         "copying. DAX devices are not measured: that would overwrite what lies there",
     )  # fmt: skip
+    cmd_device_changes.add(verbs)
 
 
 def list_devices(arguments: argparse.Namespace, console: Console) -> int:

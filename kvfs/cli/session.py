@@ -13,7 +13,7 @@ from typing import Any, Final
 from kvfs.admin import messages as msg
 from kvfs.cli.console import Console
 from kvfs.cli.runner import set_up_logging
-from kvfs.control_client import ControlClient, owners
+from kvfs.control_client import TIMEOUT_S, ControlClient, owners
 from kvfs.errors import NotFoundError, UsageError
 
 POOL_VARIABLE: Final = "KVFS_POOL"
@@ -48,14 +48,16 @@ def find_pool(arguments: argparse.Namespace) -> Path:
 
 
 @contextlib.contextmanager
-def asking(pool_path: Path, console: Console) -> Iterator[Ask]:
+def asking(pool_path: Path, console: Console, *, timeout_s: float | None = None) -> Iterator[Ask]:
     """Yield a function that asks the pool, which is opened for it if nobody owns it.
+
+    `timeout_s`: how long an owner may take for an answer; some seconds when missing.
 
     Raises:
         NotFoundError: There is no pool.
         BusyError: Its owner has no control socket.
     """
-    client = ControlClient.connect(pool_path)
+    client = ControlClient.connect(pool_path, timeout_s or TIMEOUT_S)
     if client is not None:
         console.detail(f"asking the owner of {pool_path}")
         with client:

@@ -27,6 +27,7 @@ from kvfs.engine.catalog_schema import (
 from kvfs.errors import CorruptionError, ExistsError, NotFoundError, UsageError
 from kvfs.layout import Layout
 
+_NEXT_DEVICE: Final = "next_device_index"
 _NAMESPACES: Final = (
     "SELECT s.namespace_id, n.name, s.layout, s.fingerprint, s.is_durable, s.root_node_id, "
     "s.created_ns FROM namespaces s JOIN nodes n ON n.node_id = s.root_node_id "
@@ -98,6 +99,25 @@ class CatalogNamespaces(CatalogContexts):
             if not self._write(
                 "UPDATE devices SET state = ? WHERE device_index = ?", (state, index)
             ):
+                raise NotFoundError(f"no such device: {index}")
+
+    def next_device_index(self) -> int:
+        """Return a number that no device of the pool ever had."""
+        known = [row.index for row in self.devices()]
+        return max([int(self.meta(_NEXT_DEVICE) or 0), *(index + 1 for index in known)])
+
+    def remove_device(self, index: int) -> None:
+        """Forget a device; its number is not given again. Durability: flush.
+
+        Raises:
+            NotFoundError: There is no such device.
+        """
+        with self.transaction():
+            self._write(
+                "INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)",
+                (_NEXT_DEVICE, str(self.next_device_index())),
+            )
+            if not self._write("DELETE FROM devices WHERE device_index = ?", (index,)):
                 raise NotFoundError(f"no such device: {index}")
 
     def create_namespace(

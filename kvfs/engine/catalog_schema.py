@@ -204,9 +204,13 @@ class CrossNamespaceError(RefusedError):
     errno = errno.EXDEV
 
 
+ONLINE: Final = "online"
+OFFLINE: Final = "offline"  # takes no writes until an operator says otherwise
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceRow:
-    """A device as the pool remembers it."""
+    """A device as the pool remembers it. `state`: ONLINE or OFFLINE."""
 
     index: int
     uuid: bytes

@@ -73,7 +73,7 @@ class _Victim:
         )
 
 
-class _Move:
+class Move:
     """Copies of a victim's blocks, not published before they are persisted."""
 
     def __init__(self, state: EngineState) -> None:
@@ -417,17 +417,9 @@ class Evictor:
         addresses = np.uint64(scratch.ctypes.data) + np.cumsum(lengths) - lengths
         good = self._reader.read_entries(victim, indices, lengths, addresses)
         chosen = indices[good]
-        entries = victim.entries[chosen]
-        batch = Batch(
-            keys=np.ascontiguousarray(entries["key"]),
-            parents=np.ascontiguousarray(entries["parent"]),
-            addresses=addresses[good],
-            lengths=lengths[good],
-            tokens=np.ascontiguousarray(entries["token_count"]),
-            flags=np.ascontiguousarray(entries["flags"]),
-        )
+        batch = Batch.of_entries(victim.entries[chosen], addresses[good], lengths[good])
         assert self._writer is not None
-        move = _Move(self._state)
+        move = Move(self._state)
         try:
             runs = self._writer.append(
                 device, namespace, batch, keep_reserve=False, settle=move.hold

@@ -99,6 +99,11 @@ class BlockIndex:
         """Tell readers in other processes that what it says is no longer true."""
         self._table.retire()
 
+    def set_ranks(self, ranks: Sequence[int]) -> None:
+        """Change which devices are preferred; clients keep what they were told."""
+        self._ranks = bytes(ranks)
+        self._table.set_ranks(self._ranks)
+
     def close(self) -> None:
         """Release the table."""
         self._table.close()

@@ -63,6 +63,20 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @classmethod
+    def of_entries(
+        cls, entries: EntryArray, addresses: AddressArray, lengths: AddressArray
+    ) -> "Batch":
+        """Return blocks that are to be stored once more, their bytes read to `addresses`."""
+        return cls(
+            keys=np.ascontiguousarray(entries["key"]),
+            parents=np.ascontiguousarray(entries["parent"]),
+            addresses=addresses,
+            lengths=lengths,
+            tokens=np.ascontiguousarray(entries["token_count"]),
+            flags=np.ascontiguousarray(entries["flags"]),
+        )
+
     def take(self, selection: slice | npt.NDArray[np.integer]) -> "Batch":
         """Return a part of the batch."""
         return Batch(*(np.ascontiguousarray(getattr(self, name)[selection]) for name in

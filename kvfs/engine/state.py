@@ -68,8 +68,7 @@ class EngineState:
         self._by_index = {device.info.index: device for device in self.devices}
         self.holds = Holds(self.options.client_timeout_s, self.options.client_share)
         for device in self.devices:
-            device.failures_max = self.options.device_failures_max
-            device.is_held = self.holds.is_held
+            self._adopt(device)
         self.activity = Activity(self.lock, self.clock)
         self.counters = Counters(max(self._by_index, default=0) + 1)
 
@@ -82,8 +81,23 @@ class EngineState:
     gives back leases that can be taken again later."""
 
     def device(self, index: int) -> DeviceState:
-        """Return the device with this number."""
+        """Return the device with this number, also one that has left the pool since."""
         return self._by_index[index]
+
+    def add_device(self, device: DeviceState) -> None:
+        """Take a device into service; its number was never used before."""
+        with self.lock:
+            assert device.info.index not in self._by_index, "a number is used once"
+            self._adopt(device)
+            self.counters.make_room(device.info.index + 1)
+            self._by_index[device.info.index] = device
+            for index in self.indexes.values():
+                index.set_ranks(self.ranks())
+            self.devices = [*self.devices, device]
+
+    def _adopt(self, device: DeviceState) -> None:
+        device.failures_max = self.options.device_failures_max
+        device.is_held = self.holds.is_held
 
     def ranks(self) -> list[int]:
         """Return the tier of each device number, for the index."""

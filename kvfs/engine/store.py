@@ -19,6 +19,7 @@ from kvfs.buffers import Addresses
 from kvfs.devices.reflink import Extent
 from kvfs.durability import Durability, PutResult
 from kvfs.engine.device_state import DeviceState
+from kvfs.engine.evacuation import Evacuation
 from kvfs.engine.evictor import Evictor
 from kvfs.engine.format import EntryFlag
 from kvfs.engine.index import RecordArray
@@ -46,6 +47,7 @@ class Store(StoreFiles):
         super().__init__(state, evictor, Writer(state, evictor.make_room))
         evictor.bind(self._writer)
         self.reader = reader
+        self.evacuation = Evacuation(state, reader, self._writer, evictor)
         self._is_closed = False
 
     def load(self) -> RecoveryReport:

@@ -239,6 +239,74 @@ def test_device_scan(root, capsys, monkeypatch):
     assert f"{root} cannot be measured: No space left on device" in failed.err
 
 
+@pytest.mark.parametrize("is_online", [True, False])
+def test_a_device_is_replaced(admin, root, is_online, request):
+    if is_online:
+        request.getfixturevalue("owned")
+    more = f"dir:{root}/more?size=128MiB&segment=16MiB"
+    dry = admin("device", "add", more, "-n")
+    assert (dry.code, "would add dir1: dir, tier 2, 128.0 MiB" in dry.out) == (0, True)
+    assert not (root / "more").exists()
+    added = admin("device", "add", more, "--json")
+    assert added.code == 0
+    golden("json/device-add.json", json.dumps(shape(added.json), indent=1) + "\n")
+    off = admin("device", "offline", "dir0", "--json").json
+    assert (off["schema"]["command"], off["state"]) == ("device offline", "offline")
+    golden("json/device-offline.json", json.dumps(shape(off), indent=1) + "\n")
+    assert "was taken out of service" in admin("pool", "status", "-x").out
+    assert "dir0 is online" in admin("device", "online", "dir0").out
+    refused = admin("device", "remove", "dir0", "--yes")
+    assert refused.code == 16
+    assert "run 'kvfs-admin device evacuate dir0' first" in refused.err
+    plan = admin("device", "evacuate", "dir0", "-n")
+    assert plan.code == 0
+    assert "would move up to" in plan.out
+    done = admin("device", "evacuate", "dir0", "--json")
+    assert (done.code, done.json["is_empty"]) == (0, True)
+    assert done.json["moved_blocks"] >= 40
+    golden("json/device-evacuate.json", json.dumps(shape(done.json), indent=1) + "\n")
+    again = admin("device", "evacuate", "dir0")
+    assert "now 'kvfs-admin device remove dir0'" in again.err
+    assert "0 would be LOST" in admin("device", "remove", "dir0", "-n").out
+    gone = admin("device", "remove", "dir0", "--json")
+    assert gone.code == 0
+    golden("json/device-remove.json", json.dumps(shape(gone.json), indent=1) + "\n")
+    assert [line.split("\t")[1] for line in admin("device", "list", "-H").out.splitlines()] == [
+        "dir1"
+    ]
+    assert list((root / "dev").iterdir()) == []
+    assert "40 of 8.0 KiB" in admin("context", "show", "m/chat/1").out
+
+
+def test_loss_is_confirmed(admin, owned, root):
+    admin("device", "add", f"dir:{root}/more?size=128MiB&segment=16MiB")
+    refused = admin("device", "remove", "dir0", "--allow-data-loss")
+    assert refused.code == 16
+    assert "not confirmed" in refused.err
+    done = admin("device", "remove", "dir0", "--allow-data-loss", "--yes")
+    assert done.code == 0
+    assert re.search(r"of which \d+ would be LOST", done.out)
+    assert len(admin("device", "list", "-H").out.splitlines()) == 1
+
+
+def test_evacuating_with_nowhere_to_go(admin, owned):
+    done = admin("device", "evacuate", "dir0")
+    assert done.code == 16
+    assert "'kvfs-admin device add' one" in done.err
+    assert admin("device", "online", "dir0").code == 0
+
+
+def test_what_is_read_stays_for_now(admin, owned, root):
+    admin("device", "add", f"dir:{root}/more?size=128MiB&segment=16MiB")
+    space = owned.namespace("m")
+    lease = owned.store.lease(space.info.namespace_id, space.context("chat/1").keys)
+    done = admin("device", "evacuate", "dir0")
+    assert done.code == 3
+    assert "1 segment being read; run it again later" in done.err
+    owned.store.release(lease)
+    assert admin("device", "evacuate", "dir0").code == 0
+
+
 # --- contexts
 
 

@@ -16,6 +16,11 @@ _kvfs_admin() {
             /device/list) path=/device/list ;;
             /device/show) path=/device/show ;;
             /device/scan) path=/device/scan ;;
+            /device/add) path=/device/add ;;
+            /device/offline) path=/device/offline ;;
+            /device/online) path=/device/online ;;
+            /device/evacuate) path=/device/evacuate ;;
+            /device/remove) path=/device/remove ;;
             /context) path=/context ;;
             /context/list) path=/context/list ;;
             /context/show) path=/context/show ;;
@@ -53,7 +58,7 @@ create status list destroy --help
 --yes
             " ;;
         "/device") candidates="
-list show scan --help
+list show scan add offline online evacuate remove --help
             " ;;
         "/device/list") candidates="
 --help --pool --json --quiet --verbose --no-color --exact --no-header
@@ -63,6 +68,22 @@ list show scan --help
             " ;;
         "/device/scan") candidates="
 --help --pool --json --quiet --verbose --no-color --exact --no-header --bench
+            " ;;
+        "/device/add") candidates="
+--help --pool --json --quiet --verbose --no-color --exact --no-header --dry-run
+            " ;;
+        "/device/offline") candidates="
+--help --pool --json --quiet --verbose --no-color --exact --no-header
+            " ;;
+        "/device/online") candidates="
+--help --pool --json --quiet --verbose --no-color --exact --no-header
+            " ;;
+        "/device/evacuate") candidates="
+--help --pool --json --quiet --verbose --no-color --exact --no-header --dry-run
+            " ;;
+        "/device/remove") candidates="
+--help --pool --json --quiet --verbose --no-color --exact --no-header
+--allow-data-loss --dry-run --yes
             " ;;
         "/context") candidates="
 list show drop --help
