@@ -13,6 +13,7 @@ from unittest import mock
 
 import numpy as np
 
+from kvfs import device_changes
 from kvfs.config import PoolOptions
 from kvfs.engine.reader import Lease
 from kvfs.errors import DeviceError, KvfsError
@@ -409,6 +410,21 @@ class Bench:
             self.oracle.assign(path, value, begin)
         self.publishing |= self.unpublished.keys()
         self.unpublished.clear()
+
+    # --- devices
+
+    def evacuate(self, name: str) -> None:
+        """Empty a device, in small steps."""
+        left = 1
+        while left:
+            with self.operation():
+                done = device_changes.evacuate(self.pool, name, SEGMENT_BYTES // 4)
+            left = done.left_segments
+
+    def set_online(self, name: str) -> None:
+        """Take a device into service again."""
+        with self.operation():
+            device_changes.set_online(self.pool, name, is_online=True)
 
     # --- life
 

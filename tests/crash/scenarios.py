@@ -206,6 +206,25 @@ def two_disks(bench: Bench) -> None:
     bench.sync()
 
 
+@scenario(8, 8)
+def evacuate(bench: Bench) -> None:
+    """A disk is emptied onto another, which goes on taking blocks, and then back."""
+    space = bench.space()
+    first = bench.put(space, 12, "sync")
+    bench.put(space, 5, "async")
+    bench.write_file(space, "small", 3000)
+    bench.write_file(space, "large", 20_000)
+    bench.append(bench.context(space, "named"), 2)
+    bench.sync()
+    bench.evacuate("dir0")
+    bench.put(space, 3, "sync")
+    bench.set_online("dir0")
+    bench.put_again(space, first, "sync")
+    bench.put(space, 2, "async")
+    bench.evacuate("dir1")
+    bench.put(space, 1, "sync")
+
+
 @scenario(6, frames=6)
 def memory_tier(bench: Bench) -> None:
     """A memory tier that takes copies; blocks that are only there are no promise."""

@@ -13,6 +13,7 @@ import pytest
 from kvfs.devices.directory import DirectoryDevice
 from kvfs.engine import recovery
 from kvfs.engine.catalog import Catalog
+from kvfs.engine.evacuation import Evacuation
 from kvfs.engine.evictor import Evictor
 from kvfs.engine.log import SegmentLog
 from kvfs.engine.writer import Writer
@@ -56,6 +57,24 @@ def _relocate_without_persist(original: Callable[..., bool]) -> Callable[..., bo
     return relocate
 
 
+def _evacuate_without_persist(original: Callable[..., Any]) -> Callable[..., Any]:
+    def step(evacuation: Evacuation, *arguments: Any) -> Any:
+        flush, calls = Writer.flush, list[Writer]()
+
+        def flush_once(writer: Writer) -> None:  # the first call of a step seals the source
+            calls.append(writer)
+            if len(calls) == 1:
+                flush(writer)
+
+        with (
+            mock.patch.object(Writer, "persist_holding", _nothing),
+            mock.patch.object(Writer, "flush", flush_once),
+        ):
+            return original(evacuation, *arguments)
+
+    return step
+
+
 def _covered_without_persist(log: SegmentLog, *, wanted: int | None = None) -> None:
     log.state.persisted_count = log.state.entry_count
 
@@ -69,6 +88,8 @@ MUTANTS: dict[str, tuple[str, Any, str, Any]] = {
     "file content dropped before its name": ("renamed_files", Catalog, "sync", _nothing),
     "relocation that does not persist": (
         "relocate", Evictor, "_relocate", _relocate_without_persist(Evictor._relocate)),
+    "evacuation that does not persist": (
+        "evacuate", Evacuation, "step", _evacuate_without_persist(Evacuation.step)),
     "superblock that is not synced": ("superblock", SimFile, "sync", _nothing),
     "original freed for an unverified copy": (
         "relocate_unsealed", recovery, "_preferable", lambda _s, _d, _g, indices: indices),
