@@ -166,7 +166,7 @@ class DaxDevice(FilelessDevice):
                 self._copies = SuperblockCopies(memory, self.info.name)
             self._copies.write(bytes(raw))
         if self._source.deep_flush is not None:
-            self._source.deep_flush.write_text("1")
+            self._source.deep_flush()
 
     # --- segments
     def segments(self) -> list[SegmentName]:

@@ -9,6 +9,7 @@ Layer: L1.
 """
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import logging
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from kvfs.devices.dax_layout import Range
+from kvfs.devices.deep_flush import DeepFlush, deep_flush_of
 from kvfs.errors import BusyError, NotFoundError, UsageError
 from kvfs.units import MIB, format_bytes
 
@@ -39,7 +41,7 @@ class DaxSource:
         persistence: See DeviceInfo.
         is_file: A file's bytes are persisted by fdatasync, a device's by a fence.
         bad: Ranges the kernel knows to be bad.
-        deep_flush: Where to write "1" to flush the platform's own buffers; None if nowhere.
+        deep_flush: Flushes the platform's own buffers; None if nothing does.
         location: See Device.location.
     """
 
@@ -48,11 +50,13 @@ class DaxSource:
     persistence: str
     is_file: bool
     bad: tuple[Range, ...] = ()
-    deep_flush: Path | None = None
+    deep_flush: DeepFlush | None = None
     location: int = 0
 
     def close(self) -> None:
         """Close the descriptor, and let the lock go. To be called once."""
+        if self.deep_flush is not None:
+            self.deep_flush.close()
         os.close(self.fd)
 
     def __enter__(self) -> Self:
@@ -106,15 +110,14 @@ def open_source(
         _lock(fd, location)
         if source.is_file and reserve:
             _reserve(fd, source.nbytes)
+        if not source.is_file:
+            region = _region_of(_device_of(os.fstat(fd), location, sysfs))
+            flush = deep_flush_of(fd, ALIGNMENT, _deep_flush(region))
+            source = dataclasses.replace(source, deep_flush=flush)
     except BaseException:
         os.close(fd)
         raise
-    if not persistence:
-        return source
-    return DaxSource(
-        fd, source.nbytes, persistence, source.is_file, source.bad, source.deep_flush,
-        source.location,
-    )  # fmt: skip
+    return dataclasses.replace(source, persistence=persistence or source.persistence)
 
 
 def size_of(location: str, *, sysfs: Path = _SYSFS) -> int:
@@ -157,7 +160,6 @@ def _describe(fd: int, status: os.stat_result, location: str, sysfs: Path) -> Da
     return DaxSource(
         fd, _number(device / "size"), domain_of(device) or "none", False,
         bad=_badblocks(device, region),
-        deep_flush=_deep_flush(region),
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from kvfs.devices.base import Segment
 from kvfs.devices.dax import DaxDevice
 from kvfs.devices.dax_memory import DaxMemory
 from kvfs.devices.dax_source import DaxSource, open_source, size_of
+from kvfs.devices.deep_flush import DeepFlush
 from kvfs.errors import BusyError, CorruptionError, NoSpaceError, NotFoundError, UsageError
 from kvfs.units import MIB, PAGE
 
@@ -191,7 +192,8 @@ def test_the_platform_is_flushed_after_a_superblock(path: Path, tmp_path: Path) 
     flush.write_text("1\n")
     found = open_source(str(path))
     device = opened(
-        path, DaxSource(found.fd, found.nbytes, "memory_controller", False, deep_flush=flush)
+        path,
+        DaxSource(found.fd, found.nbytes, "memory_controller", False, deep_flush=DeepFlush(flush)),
     )
     flush.write_text("")
     device.persist_names()
@@ -330,7 +332,8 @@ def test_a_character_device_is_described_by_sysfs(
     os.close(found.fd)
     assert (found.nbytes, found.is_file, found.location) == (4 * MIB, False, 0)
     assert (found.persistence, found.is_persistent) == (persistence, bool(domain))
-    assert found.deep_flush == sysfs / "devices/region0/deep_flush"
+    assert found.deep_flush is not None
+    assert found.deep_flush.path == sysfs / "devices/region0/deep_flush"
     assert found.bad == ((0, 1024), (4 * MIB - 512, 512))
 
 
