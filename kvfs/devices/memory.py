@@ -47,9 +47,9 @@ from kvfs.devices.keeper import Keeper
 from kvfs.devices.ledger import Ledger
 from kvfs.devices.memory_files import Frame, MemoryFiles, OpenMemory, key_of, sidecar_key
 from kvfs.devices.memory_kept import KeptMemory
-from kvfs.devices.numa import Node
+from kvfs.devices.numa import Node, bind
 from kvfs.emulation import UNKNOWN
-from kvfs.errors import NoSpaceError
+from kvfs.errors import NoSpaceError, RefusedError
 from kvfs.units import PAGE, format_bytes
 
 Progress = Callable[[int, int], None]
@@ -202,10 +202,13 @@ class MemoryDevice(MemoryFiles):
         try:
             file.fd = _native.memfd(f"kvfs-{self.info.name}", nbytes, is_final=False)
             if self._node is not None:
-                _native.bind_memfd(file.fd, nbytes, self._node.number)
+                bind(file.fd, nbytes, self._node, self.info.name)
             arena = _native.Arena(file.fd, nbytes, populate=True, huge=self._huge)
             _native.seal_memfd(file.fd)  # from here on only this map can be written to
             return Frame(file, arena, self._kept.keep_frame(file.fd))
+        except RefusedError:
+            file.close()
+            raise
         except OSError as error:
             file.close()
             if error.errno not in (errno.ENOMEM, errno.ENOSPC, errno.EFAULT):

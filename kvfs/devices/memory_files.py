@@ -23,7 +23,7 @@ from kvfs.devices.base import Device, Segment, Staging
 from kvfs.devices.filesystem import RAW, STAGING, OSFile, check_staging_name
 from kvfs.devices.ledger import Ledger
 from kvfs.devices.memory_kept import KeptMemory
-from kvfs.devices.numa import Node
+from kvfs.devices.numa import Node, bind
 from kvfs.errors import ClosedError
 
 _SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
@@ -261,7 +261,7 @@ class MemoryFiles(Device):
         file = OSFile(os.memfd_create(f"kvfs-{self.info.name}-staging", flags))
         if self._node is not None:
             try:
-                _native.bind_memfd(file.fd, self.info.capacity_bytes, self._node.number)
+                bind(file.fd, self.info.capacity_bytes, self._node, self.info.name)
             except BaseException:
                 file.close()
                 raise

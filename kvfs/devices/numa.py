@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from kvfs import _native
 from kvfs.emulation import LinkFigures
-from kvfs.errors import UsageError
+from kvfs.errors import RefusedError, UsageError
 from kvfs.units import KIB, MIB, format_bytes
 
 SYSFS: Final = Path("/sys")
@@ -62,6 +63,21 @@ def require_node(number: int, url: str, sysfs: Path = SYSFS) -> Node:
         if node.number == number:
             return node
     raise UsageError(f"no memory node {number}: {url}: expected one of {listed}")
+
+
+def bind(fd: int, nbytes: int, node: Node, name: str) -> None:
+    """Take the pages of a device's memfd from a node, whoever touches them first.
+
+    Raises:
+        RefusedError: This process may not ask for that.
+    """
+    try:
+        _native.bind_memfd(fd, nbytes, node.number)
+    except PermissionError as error:
+        raise RefusedError(
+            f"memory cannot be taken from node {node.number}: {name}: mbind is forbidden to this "
+            "process; a container needs CAP_SYS_NICE for it"
+        ) from error
 
 
 def warn_of_small_pages(name: str, sysfs: Path = SYSFS) -> None:

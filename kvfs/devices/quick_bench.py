@@ -16,7 +16,7 @@ import numpy as np
 
 from kvfs import _native
 from kvfs.clock import Clock, SystemClock
-from kvfs.devices.numa import Node
+from kvfs.devices.numa import Node, bind
 from kvfs.units import MIB
 
 _FILE_BYTES: Final = 256 * MIB
@@ -73,7 +73,7 @@ def bench_node(
     clock = clock or SystemClock()
     fd = _native.memfd("kvfs-bench", nbytes)
     try:
-        _native.bind_memfd(fd, nbytes, node.number)
+        bind(fd, nbytes, node, "bench")
         arena = _native.Arena(fd, nbytes, populate=True)
         local = np.ones(nbytes, np.uint8)
         rates = []

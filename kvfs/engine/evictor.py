@@ -104,11 +104,11 @@ class Move:
                     state.publish(segment, indices[current], verified=True)
                     segment.accessed_ns[indices] = accessed_ns
                     segment.last_access_ns = last_ns
-                    lengths = segment.entries["stored_bytes"][indices[current]]
-                    tally = state.counters[victim.namespace_id]
-                    tally.blocks_relocated += len(lengths)
-                    device = segment.handle.device_index
-                    tally.relocated[device] += int(lengths.sum())
+                    if segment.handle.device_index == victim.handle.device_index:
+                        lengths = segment.entries["stored_bytes"][indices[current]]
+                        tally = state.counters[victim.namespace_id]
+                        tally.blocks_relocated += len(lengths)
+                        tally.relocated[segment.handle.device_index] += int(lengths.sum())
 
     def release(self) -> None:
         """Give the leases back."""

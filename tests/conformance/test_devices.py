@@ -23,6 +23,7 @@ from kvfs.devices.osfs import OSFileSystem
 from kvfs.devices.pmem import PmemFileSystem
 from kvfs.devices.wrappers import CountingDevice, FaultyDevice
 from kvfs.emulation import PROFILES
+from kvfs.errors import RefusedError
 from tests.conformance.device_suite import DeviceSuite, FilelessSuite
 from tests.conformance.helpers import CAPACITY_BYTES, DEVICE_UUID, SEGMENT_BYTES, Opener
 
@@ -70,6 +71,13 @@ class TestNodeMemory(DeviceSuite):
         found = numa.nodes()
         if not found:
             pytest.skip("this kernel tells of no memory nodes")
+        fd = _native.memfd("kvfs-test", CAPACITY_BYTES)
+        try:
+            numa.bind(fd, CAPACITY_BYTES, found[0], "subject")
+        except RefusedError as error:
+            pytest.skip(str(error))
+        finally:
+            os.close(fd)
         return lambda capacity_bytes=CAPACITY_BYTES: MemoryDevice(
             capacity_bytes=capacity_bytes, kind="cxl", node=found[0], huge=True, **_IDENTITY
         )

@@ -14,7 +14,7 @@ from tests.native.support import PAGE
 
 def make_arena() -> Any:
     fd = _native.memfd("life", PAGE)
-    arena = _native.Arena(fd, PAGE, populate=True)
+    arena = _native.Arena(fd, PAGE, populate=True, huge=True)
     os.close(fd)
     return arena
 
@@ -40,6 +40,8 @@ def refused() -> None:
             attempt(fd)
     with pytest.raises(ValueError, match="size of the file"):
         _native.Arena(fd, 2 * PAGE)
+    with pytest.raises(OSError, match="not supported"):
+        _native.Arena(fd, PAGE, sync=True)
     with pytest.raises(OSError, match=r"memory|space"):
         _native.Mapping(2**46, 2**46)
     os.close(fd)

@@ -107,6 +107,7 @@ def test_a_device_is_replaced_by_another(tmp_path: Path, url: MakeURL, source: s
         assert (row.index, row.name, names(pool)) == (1, "new", ["old", "new"])
         assert evacuate_all(pool, "old") == 300
         assert readable(pool) == 300
+        assert pool.statistics().devices[1].bytes_stored == 300 * LAYOUT.stride
         assert changes.would_remove(pool, "old").block_count == 0
         changes.remove(pool, "old")
         assert names(pool) == ["new"]

@@ -15,7 +15,7 @@ from kvfs.devices import numa
 from kvfs.devices import open as opening
 from kvfs.devices.memory import MemoryDevice
 from kvfs.emulation import UNKNOWN, LinkFigures
-from kvfs.errors import NoSpaceError, UsageError
+from kvfs.errors import NoSpaceError, RefusedError, UsageError
 from kvfs.units import GIB, MIB
 from tests.unit.made_up_sysfs import add_node
 
@@ -46,6 +46,18 @@ def sysfs(tmp_path: Path) -> Path:
                  "write_latency": 260},
     )  # fmt: skip
     return tmp_path
+
+
+@pytest.fixture
+def binding() -> None:
+    """Skip where a container's rules forbid mbind."""
+    fd = _native.memfd("kvfs-test", MIB)
+    try:
+        _native.bind_memfd(fd, MIB, 0)
+    except OSError as error:
+        pytest.skip(f"mbind is not to be had here: {error.strerror}")
+    finally:
+        os.close(fd)
 
 
 def test_nodes_are_read(sysfs: Path) -> None:
@@ -97,6 +109,7 @@ def test_a_kernel_that_gives_no_huge_pages_is_told_of(
     assert "no huge pages for dram0" in caplog.text
 
 
+@pytest.mark.usefixtures("binding")
 def test_a_memfd_is_bound_whoever_touches_it() -> None:
     fd = _native.memfd("kvfs-test", 4 * MIB)
     _native.bind_memfd(fd, 4 * MIB, 0)
@@ -108,6 +121,7 @@ def test_a_memfd_is_bound_whoever_touches_it() -> None:
     os.close(fd)
 
 
+@pytest.mark.usefixtures("binding")
 def test_a_node_that_is_not_there_cannot_be_bound_to() -> None:
     fd = _native.memfd("kvfs-test", MIB)
     for node in (1023, 9999, 10_000, 4_000_000_000):
@@ -116,6 +130,7 @@ def test_a_node_that_is_not_there_cannot_be_bound_to() -> None:
     os.close(fd)
 
 
+@pytest.mark.usefixtures("binding")
 def test_a_device_is_bound_with_its_files(sysfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The made-up machine calls this one's only node its first of two."""
     monkeypatch.setattr(opening, "require_node", lambda number, url: numa.require_node(
@@ -147,3 +162,14 @@ def test_more_than_a_node_has_is_refused(sysfs: Path, monkeypatch: pytest.Monkey
             uuid=UUID(int=1), capacity_bytes=64 * MIB,
             segment_bytes=16 * MIB, name="cxl0",
         )  # fmt: skip
+
+
+def test_where_mbind_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbid(fd: int, nbytes: int, node: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(numa._native, "bind_memfd", forbid)
+    node = numa.Node(0, True, 16 * GIB, 16 * GIB, UNKNOWN)
+    with pytest.raises(RefusedError, match="container needs CAP_SYS_NICE"):
+        MemoryDevice(index=0, uuid=UUID(int=1), capacity_bytes=16 * MIB, segment_bytes=MIB,
+                     name="cxl0", node=node)  # fmt: skip
