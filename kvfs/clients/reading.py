@@ -23,6 +23,7 @@ from kvfs.clients import messages as msg
 from kvfs.clients.segments import Attached, MappedSegment
 from kvfs.engine.index import RECORD, RecordArray
 from kvfs.engine.segment_table import group_by_segment, is_verified
+from kvfs.engine.stitching import Backings, backings_of
 from kvfs.errors import BusyError, KvfsError, LeaseExpiredError, UnavailableError
 from kvfs.keys import KeyArray
 from kvfs.units import PAGE
@@ -40,12 +41,11 @@ class RemoteLease:
     places: bytes
     parts: list[tuple[MappedSegment, npt.NDArray[np.intp]]] = field(default_factory=list)
 
-    def descriptors(self) -> npt.NDArray[np.int32]:
-        """Return the file to map each block from; -1 for a miss."""
-        fds = np.full(len(self.records), -1, np.int32)
-        for segment, positions in self.parts:
-            fds[positions] = segment.fd
-        return fds
+    def backings(self) -> Backings:
+        """Say where to map each block from."""
+        return backings_of(
+            self.records, ((segment.backing, positions) for segment, positions in self.parts)
+        )
 
     def check(self) -> None:
         """Raise LeaseExpiredError if the owner has taken the lease away."""

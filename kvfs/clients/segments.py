@@ -20,6 +20,7 @@ from kvfs import _native
 from kvfs.clients import channel
 from kvfs.clients import messages as msg
 from kvfs.clients.link import Link, u64
+from kvfs.devices.base import Backing
 from kvfs.devices.osfs import MEMORY_FILESYSTEMS, filesystem_type
 from kvfs.engine.format import ENTRY, HEADERS_BYTES
 from kvfs.engine.index import RecordArray
@@ -69,8 +70,13 @@ class MappedSegment:
 
     @property
     def fd(self) -> int:
-        """What views map; open as long as this lives."""
+        """What is read; open as long as this lives."""
         return self._fd
+
+    @property
+    def backing(self) -> Backing:
+        """What views map."""
+        return Backing(self._fd)
 
     def digests(self, records: RecordArray) -> tuple[DigestArray, npt.NDArray[np.bool_]]:
         """Return checksums, (n, 16), and whether what the records say can be true at all."""
