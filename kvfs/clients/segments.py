@@ -119,6 +119,7 @@ class Attached:
     link: Link
     indexes: dict[int, _native.Index] = field(default_factory=dict)
     segments: dict[int, MappedSegment] = field(default_factory=dict)
+    fetched: set[int] = field(default_factory=set)  # places that cannot be mapped
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def index(self, namespace_id: int) -> _native.Index:
@@ -147,11 +148,11 @@ class Attached:
 
     def find_segments(self, namespace_id: int, places: list[int]) -> None:
         """Map the segments that are not mapped yet; those that are gone stay away."""
-        missing = [place for place in places if place not in self.segments]
+        missing = [p for p in places if p not in self.segments and p not in self.fetched]
         while missing:
             part = missing[: msg.PLACES_MAX]
             with self.lock:
-                known = list(self.segments)[: msg.PLACES_MAX * 8]
+                known = [*self.fetched, *self.segments][: msg.PLACES_MAX * 8]
             answer, fds = self.link.ask_fds(msg.Segments(namespace_id, u64(part), u64(known)))
             if len(fds) != len(answer.segments) or not 0 < answer.done <= len(part):
                 channel.close_all(fds)
@@ -166,7 +167,9 @@ class Attached:
             with self.lock:
                 for place in np.frombuffer(answer.gone, np.uint64).tolist():
                     self.segments.pop(place, None)
+                    self.fetched.discard(place)
                 self.segments.update(fresh)
+                self.fetched.update(np.frombuffer(answer.fetched, np.uint64).tolist())
                 while len(self.segments) > SEGMENTS_MAX:
                     del self.segments[next(iter(self.segments))]
             missing = missing[answer.done :]
