@@ -25,6 +25,7 @@ from kvfs.engine.index import RECORD, RecordArray
 from kvfs.engine.segment_table import group_by_segment, is_verified
 from kvfs.errors import BusyError, KvfsError, LeaseExpiredError, UnavailableError
 from kvfs.keys import KeyArray
+from kvfs.phase import Phase
 from kvfs.units import PAGE
 
 _ATTEMPTS: Final = 3  # copies of one block tried before it is a miss
@@ -92,16 +93,17 @@ class RemoteReader:
                 return count
         return 0
 
-    def touch(self, namespace_id: int, keys: KeyArray) -> int:
+    def touch(self, namespace_id: int, keys: KeyArray, phase: Phase = Phase.UNKNOWN) -> int:
         """Report an access to what is resident, as a copy would; return how much that is."""
         records = self.lookup(namespace_id, keys)
         count = int(np.count_nonzero(records["length"]))
-        self._attached().link.ring.push(records)
+        self._attached().link.ring.push(records, phase)
         return count
 
     def read_into(
-        self, namespace_id: int, keys: KeyArray, addresses: Addresses, lengths: Addresses
-    ) -> Mask:
+        self, namespace_id: int, keys: KeyArray, addresses: Addresses, lengths: Addresses,
+        phase: Phase = Phase.UNKNOWN,
+    ) -> Mask:  # fmt: skip
         """Copy whole blocks to memory, verified; return which were."""
         done = np.zeros(len(keys), np.bool_)
         for _ in range(_ATTEMPTS):
@@ -109,7 +111,7 @@ class RemoteReader:
             if not len(todo):
                 break
             part = keys if len(todo) == len(keys) else np.ascontiguousarray(keys[todo])
-            lease = self._hold(namespace_id, part)
+            lease = self._hold(namespace_id, part, phase)
             try:
                 records = lease.records
                 usable = (records["length"] > 0) & (records["length"] <= lengths[todo])
@@ -130,10 +132,10 @@ class RemoteReader:
                 break
         return done
 
-    def lease(self, namespace_id: int, keys: KeyArray) -> RemoteLease:
+    def lease(self, namespace_id: int, keys: KeyArray, phase: Phase = Phase.UNKNOWN) -> RemoteLease:
         """Hold verified blocks for reading in place."""
         for attempt in range(_ATTEMPTS):
-            lease = self._hold(namespace_id, keys)
+            lease = self._hold(namespace_id, keys, phase)
             try:
                 self._verify_at_owner(lease, namespace_id)
                 bad = self._verify(lease)
@@ -188,7 +190,7 @@ class RemoteReader:
         except UnavailableError:
             return None
 
-    def _hold(self, namespace_id: int, keys: KeyArray) -> RemoteLease:
+    def _hold(self, namespace_id: int, keys: KeyArray, phase: Phase) -> RemoteLease:
         """Look up, hold, and look up again, until both say the same."""
         records, again = np.empty(len(keys), RECORD), np.empty(len(keys), RECORD)
         for look in range(_LOOKS):
@@ -214,6 +216,7 @@ class RemoteReader:
             lease = RemoteLease(records, attached, places)
             try:
                 self._map(lease, namespace_id)
+                attached.link.ring.push(records, phase)
             except BaseException:
                 lease.release()
                 raise
@@ -235,7 +238,6 @@ class RemoteReader:
                 records["length"][positions] = 0
             else:
                 lease.parts.append((segment, positions))
-        attached.link.ring.push(records)
 
     def _verify_at_owner(self, lease: RemoteLease, namespace_id: int) -> None:
         """Have the owner verify, from the medium, what no seal vouches for."""

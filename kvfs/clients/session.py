@@ -39,6 +39,7 @@ from kvfs.errors import NotFoundError, UsageError
 from kvfs.keys import KEY_BYTES, KeyArray, as_key_array
 from kvfs.layout import Layout
 from kvfs.local import LocalBackend
+from kvfs.phase import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,6 +112,7 @@ class Session:
             if self._is_ended:
                 return
             self._is_ended = True
+            self.drain()  # what it read last counts as well
             state.holds.remove(self.holder)
             self._given.clear()
         state.free_drained()
@@ -189,7 +191,7 @@ class Session:
             with store.state.activity.during(info.namespace_id):
                 good = store.reader.verify_again(info.namespace_id, keys)
         else:
-            lease = store.lease(info.namespace_id, keys)
+            lease = store.lease(info.namespace_id, keys, phase=Phase.BACKGROUND)
             good = lease.records["length"] > 0
             store.release(lease)
         return msg.VerifyAnswer(good.astype(np.uint8).tobytes())
