@@ -41,6 +41,7 @@ from kvfs.errors import NotFoundError, UsageError
 from kvfs.keys import KEY_BYTES, KeyArray, as_key_array
 from kvfs.layout import Layout
 from kvfs.local import LocalBackend
+from kvfs.phase import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -122,6 +123,7 @@ class Session:
             if self._is_ended:
                 return
             self._is_ended = True
+            self.drain()  # what it read last counts as well
             state.holds.remove(self.holder)
             self._given.clear()
         state.free_drained()
@@ -204,7 +206,7 @@ class Session:
             with store.state.activity.during(info.namespace_id):
                 good = store.reader.verify_again(info.namespace_id, keys)
         else:
-            lease = store.lease(info.namespace_id, keys)
+            lease = store.lease(info.namespace_id, keys, phase=Phase.BACKGROUND)
             good = lease.records["length"] > 0
             store.release(lease)
         return msg.VerifyAnswer(good.astype(np.uint8).tobytes())
@@ -220,7 +222,10 @@ class Session:
         if connection.tray is None:
             connection.tray = Tray()
             connection.outgoing.append(connection.tray.descriptor())
-        good = connection.tray.fill(self.pool.store, info.namespace_id, keys, offsets, lengths)
+        phase = Phase(request.phase) if request.phase in set(Phase) else Phase.UNKNOWN
+        good = connection.tray.fill(
+            self.pool.store, info.namespace_id, keys, offsets, lengths, phase
+        )
         return msg.FetchAnswer(good.astype(np.uint8).tobytes())
 
     def _share(self, request: msg.Share, connection: Connection) -> msg.ShareAnswer:
