@@ -22,7 +22,7 @@ from typing import Final, Self
 from kvfs.devices.dax_layout import Range
 from kvfs.devices.deep_flush import DeepFlush, deep_flush_of
 from kvfs.errors import BusyError, NotFoundError, UsageError
-from kvfs.units import MIB, format_bytes
+from kvfs.units import MIB, PAGE, format_bytes
 
 ALIGNMENT: Final = 2 * MIB
 PERSISTENCE_OF_FILES: Final = "page"
@@ -43,6 +43,7 @@ class DaxSource:
         bad: Ranges the kernel knows to be bad.
         deep_flush: Flushes the platform's own buffers; None if nothing does.
         location: See Device.location.
+        granularity: Of maps; see Backing.
     """
 
     fd: int
@@ -52,6 +53,7 @@ class DaxSource:
     bad: tuple[Range, ...] = ()
     deep_flush: DeepFlush | None = None
     location: int = 0
+    granularity: int = PAGE
 
     def close(self) -> None:
         """Close the descriptor, and let the lock go. To be called once."""
@@ -160,6 +162,7 @@ def _describe(fd: int, status: os.stat_result, location: str, sysfs: Path) -> Da
     return DaxSource(
         fd, _number(device / "size"), domain_of(device) or "none", False,
         bad=_badblocks(device, region),
+        granularity=max(PAGE, _number(device / "align")),
     )  # fmt: skip
 
 

@@ -8,12 +8,12 @@ import contextlib
 import logging
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
-from kvfs.config import DIRECTORY_SCHEMES, DeviceURL
+from kvfs.config import DIRECTORY_SCHEMES, VOLATILE_SCHEMES, DeviceURL
 from kvfs.devices.base import Device
 from kvfs.devices.dax import DaxDevice
 from kvfs.devices.dax_layout import HEADER_BYTES
@@ -22,7 +22,7 @@ from kvfs.devices.directory import DirectoryDevice
 from kvfs.devices.emulated import EmulatedDevice
 from kvfs.devices.filesystem import SEGMENTS, SUPERBLOCK
 from kvfs.devices.keeper import Keeper
-from kvfs.devices.memory import MemoryDevice, Progress
+from kvfs.devices.memory import MemoryDevice, Progress, available_bytes, require_available
 from kvfs.devices.numa import require_node, warn_of_small_pages
 from kvfs.devices.osfs import OSFileSystem, nearest_existing
 from kvfs.devices.pmem import PmemFileSystem, persistence_of, why_not_dax
@@ -230,6 +230,20 @@ def free_bytes(url: DeviceURL) -> int | None:
         return None
     found = os.statvfs(nearest_existing(url.location))
     return found.f_bavail * found.f_frsize
+
+
+def require_memory(devices: Iterable[tuple[str, DeviceURL]]) -> None:
+    """Refuse devices, by their names, that want more memory in all than there is; takes none.
+
+    Raises:
+        NoSpaceError: The message says how much there is.
+    """
+    available: int | None = None
+    for name, url in devices:
+        if url.scheme in VOLATILE_SCHEMES:
+            available = available_bytes() if available is None else available
+            require_available(name, url.size_bytes, available)
+            available -= url.size_bytes
 
 
 def location_of(device: Device) -> int:
