@@ -158,9 +158,12 @@ def _lines(offset: int, nbytes: int) -> range:
 
 
 def _torn(persisted: bytes, versions: Sequence[bytes], seed: int) -> bytes:
-    """Return what a line was between two of its stores, with some words of the second."""
+    """Return what a line was between two of its stores, or with some words of the second."""
     seed, words = divmod(seed, 1 << _WORDS)
+    seed, is_between = divmod(seed, 2)
     done = seed % len(versions)
+    if is_between:
+        words = 0
     line = bytearray(versions[done - 1] if done else persisted)
     for word in range(_WORDS):
         if words >> word & 1:

@@ -118,7 +118,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--randoms", type=int, default=6, help="random choices per position")
     parser.add_argument("--checked", type=int, default=1, help="run `check` on one in so many")
-    parser.add_argument("--part", type=int, default=1, help="look at one image in so many")
+    parser.add_argument("--deep", type=int, default=40, help="crash the recovery of one in so many")
+    parser.add_argument("--part", type=int, default=1, help="look at one point in so many")
     parser.add_argument("--domains", default=",".join(DOMAINS), help="of persistence")
     parser.add_argument("--turn", type=int, default=0, help="the first turn; with --only: its turn")
     parser.add_argument("--turns", type=int, default=0, help="how many; 0: until there are enough")
@@ -132,7 +133,13 @@ def main() -> int:
         return 1 if outcome.failures or not outcome.recoveries else 0
     print(f"seed {arguments.seed}, {arguments.states} states, {arguments.jobs} processes")
     domains = tuple(arguments.domains.split(","))
-    plan = Plan(0, randoms=arguments.randoms, checked=arguments.checked, part=arguments.part)
+    plan = Plan(
+        0,
+        randoms=arguments.randoms,
+        deep=arguments.deep,
+        checked=arguments.checked,
+        part=arguments.part,
+    )
     what = Run(
         arguments.seed, arguments.states, domains, arguments.turn, arguments.turns, plan
     )  # fmt: skip
