@@ -113,7 +113,7 @@ class Journal:
     """What was done to all media of a pool, in order.
 
     Attributes:
-        kinds: Of the disks: "dir" or "dax".
+        kinds: Of the disks: "dir", "dax", or "file": one in place of a DAX device.
         before: The disks it began with.
         catalog: The database it began with.
     """

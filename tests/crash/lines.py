@@ -7,6 +7,8 @@ The model is weaker than any persistent memory, so that what survives here survi
   found like. Of the next store any of its aligned 8 bytes may be there, too, the others not.
 - A fence persists lines as they were when they were last written back, and what was streamed past
   the caches. Nothing else does.
+- Of a file in place of such memory a fence persists nothing, and fdatasync all. One that fails has
+  written some lines, and takes the others for written until somebody stores to their page again.
 
 The pages that are not zero are the "files", by their offset.
 """
@@ -16,7 +18,15 @@ from dataclasses import dataclass, field
 
 from kvfs.units import PAGE
 from tests.crash.domain import Blob, Cache, Domain, Files, Slot, Tear, blob_of
-from tests.crash.events import Fence, FileEvent, MemoryEvent, Store, WriteBack
+from tests.crash.events import (
+    FailedSync,
+    Fence,
+    FileEvent,
+    MemoryEvent,
+    Store,
+    Sync,
+    WriteBack,
+)
 
 LINE = 64
 _WORD = 8
@@ -46,17 +56,21 @@ class MemoryState(Domain):
         pages: What is persisted, by number.
         named: The same, by name.
         pending: Lines that are not, by number.
+        stale: What lines are in memory that a failed sync took for written, by number.
+        is_file: It is a file in place of such memory.
     """
 
     pages: dict[int, Blob] = field(default_factory=dict)
     named: dict[str, Blob] = field(default_factory=dict)
     pending: dict[int, Pending] = field(default_factory=dict)
+    stale: dict[int, bytes] = field(default_factory=dict)
+    is_file: bool = False
 
     @classmethod
-    def of(cls, files: Files) -> "MemoryState":
+    def of(cls, files: Files, *, is_file: bool = False) -> "MemoryState":
         """Start from pages that are all persisted."""
         named = {path: blob_of(raw) for path, raw in files.items()}
-        return cls({page_of(path): blob for path, blob in named.items()}, named)
+        return cls({page_of(path): blob for path, blob in named.items()}, named, is_file=is_file)
 
     def apply(self, event: MemoryEvent | FileEvent) -> None:
         """Advance by one event."""
@@ -67,11 +81,24 @@ class MemoryState(Domain):
                 line = self.pending.get(number)
                 if line is not None:
                     line.leaving = len(line.versions)
+        elif isinstance(event, Fence):
+            if not self.is_file:
+                self._settle()
         else:
-            assert isinstance(event, Fence), "memory has no files"
-            self._fence()
+            assert isinstance(event, (Sync, FailedSync)), "memory has no files"
+            kept = event.kept if isinstance(event, FailedSync) else self.pending
+            for number in list(self.pending):
+                line = self.pending[number]
+                if number in kept:
+                    line.leaving = len(line.versions)
+                else:
+                    self.stale[number] = line.versions[-1]
+                    del self.pending[number]
+            self._settle()
 
     def _store(self, event: Store) -> None:
+        if self.stale:
+            self._dirty(range(event.offset // PAGE, -(-(event.offset + len(event.data)) // PAGE)))
         for number in _lines(event.offset, len(event.data)):
             line = self.pending.get(number)
             before = self._persisted(number) if line is None else line.versions[-1]
@@ -85,7 +112,12 @@ class MemoryState(Domain):
                 if event.is_streamed:
                     line.leaving = len(line.versions)
 
-    def _fence(self) -> None:
+    def _dirty(self, pages: range) -> None:
+        """What a failed sync left of these pages is to be written again."""
+        for number in [n for n in self.stale if n * LINE // PAGE in pages]:
+            self.pending.setdefault(number, Pending()).versions.append(self.stale.pop(number))
+
+    def _settle(self) -> None:
         done = {n: line for n, line in self.pending.items() if line.leaving}
         pages: dict[int, bytearray] = {}
         for number, line in done.items():

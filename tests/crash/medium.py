@@ -52,7 +52,7 @@ class Medium:
         """Start from what a journal begins with, all of it persisted."""
         before: Iterable[Files] = journal.before or [{} for _ in journal.kinds]
         states = [
-            MemoryState.of(files) if kind == "dax" else DiskState.of(files)
+            DiskState.of(files) if kind == "dir" else MemoryState.of(files, is_file=kind == "file")
             for kind, files in zip(journal.kinds, before, strict=True)
         ]
         return cls(states, [journal.catalog])

@@ -35,7 +35,7 @@ class Scenario:
 
 HISTORIES_PER_TURN = 8
 OPTIONS = PoolOptions(device_failures_max=1000)
-DOMAINS = ("block", "pmem", "volatile")
+DOMAINS = ("block", "pmem", "page", "volatile")
 _FRAMES = 6
 SCENARIOS: dict[str, Scenario] = {}
 
@@ -61,13 +61,13 @@ def _in_domain(scenario: Scenario, domain: str) -> Geometry:
 
     - "block": directories on disks.
     - "pmem": mapped memory that stays, alone, or beside directories of the same size for files.
+    - "page": files in place of that memory.
     - "volatile": memory that a power cut takes, before directories.
     """
     geometry, count = scenario.geometry, len(scenario.geometry.disks)
-    if domain == "pmem" and scenario.has_files:
-        return replace(geometry, disks=geometry.disks * 2, dax=count)
-    if domain == "pmem":
-        return replace(geometry, dax=count)
+    if domain in ("pmem", "page"):
+        disks = geometry.disks * 2 if scenario.has_files else geometry.disks
+        return replace(geometry, disks=disks, dax=count, are_files=domain == "page")
     if domain == "volatile":
         return replace(geometry, frames=geometry.frames or _FRAMES)
     assert domain == "block", f"no such domain: {domain}"
@@ -308,6 +308,27 @@ def failing_sync(bench: Bench) -> None:
     else:
         raise AssertionError("the failure was not reported")
     bench.put(space, 2)
+    bench.sync()
+
+
+@scenario()
+def failing_sync_beside_others(bench: Bench) -> None:
+    """A persist that fails while other segments wait for theirs, and while names change."""
+    one, two = bench.space("one"), bench.space("two")
+    for _ in range(2):
+        bench.put(one, 2, "async")
+        bench.put(two, 2, "async")
+        bench.world.disks[0].failing_syncs = 1
+        try:
+            bench.flush_failing()
+        except KvfsError:
+            pass
+        else:
+            raise AssertionError("the failure was not reported")
+        bench.flush()
+        bench.put(two, 1)
+    bench.put(one, 12, "async")
+    bench.put(one, 5)
     bench.sync()
 
 

@@ -16,8 +16,9 @@ from kvfs.devices.dax_memory import DaxMemory
 from kvfs.devices.dax_source import DaxSource
 from kvfs.units import PAGE, align_up
 from tests.crash.domain import Files
-from tests.crash.events import Event, Fence, Journal, Store, WriteBack
+from tests.crash.events import Event, FailedSync, Fence, Journal, Store, Sync, WriteBack
 from tests.crash.lines import page_of, path_of
+from tests.crash.medium import Medium
 from tests.crash.simfs import LOCATION, fill_pages, used_pages
 
 
@@ -25,7 +26,7 @@ class SimMemory(DaxMemory):
     """The map of a simulated device."""
 
     def __init__(self, disk: "SimDax", nbytes: int) -> None:
-        super().__init__(disk.fd, nbytes, None)
+        super().__init__(disk.fd, nbytes, lambda _fd: disk.sync())
         self._disk = disk
 
     def store(self, offset: int, data: bytes) -> None:
@@ -46,10 +47,10 @@ class SimMemory(DaxMemory):
         self.fence()
         return failed
 
-    def persist(self) -> None:
-        if self._disk.failing_syncs:
-            self._disk.failing_syncs -= 1
-            raise OSError(errno.EIO, "injected failure of a deep flush")
+    def touch(self, offset: int, nbytes: int) -> None:
+        super().touch(offset, nbytes)
+        for page in range(offset // PAGE * PAGE, offset + nbytes, PAGE):
+            self.note_store(page, self.read(page, 8), is_streamed=False)
 
     # --- what of a verb reaches the medium; a test may take one away
 
@@ -73,10 +74,16 @@ class SimSource(DaxSource):
 
 
 class SimDax:
-    """One DAX device. `journal` None records nothing (a recovery that nobody crashes)."""
+    """One DAX device, or a file in its place, which only a sync persists.
 
-    def __init__(self, nbytes: int, disk: int = 0, journal: Journal | None = None) -> None:
+    `journal` None records nothing (a recovery that nobody crashes).
+    """
+
+    def __init__(
+        self, nbytes: int, disk: int = 0, journal: Journal | None = None, *, is_file: bool = False
+    ) -> None:
         self.nbytes = nbytes
+        self.is_file = is_file
         self.disk = disk
         self.journal = journal
         self.place = LOCATION
@@ -88,10 +95,11 @@ class SimDax:
 
     @classmethod
     def restore(
-        cls, files: Files, nbytes: int, disk: int = 0, journal: Journal | None = None
-    ) -> "SimDax":
+        cls, files: Files, nbytes: int, disk: int = 0, journal: Journal | None = None, *,
+        is_file: bool = False,
+    ) -> "SimDax":  # fmt: skip
         """Make a device that holds exactly these pages."""
-        made = cls(nbytes, disk, journal)
+        made = cls(nbytes, disk, journal, is_file=is_file)
         fill_pages(made.fd, {page_of(path): raw for path, raw in files.items()})
         return made
 
@@ -102,8 +110,9 @@ class SimDax:
 
     def source(self) -> SimSource:
         """Open it, with a descriptor of its own."""
+        persistence = "page" if self.is_file else "memory_controller"
         opened = SimSource(
-            os.dup(self.fd), self.nbytes, "memory_controller", False, location=self.place
+            os.dup(self.fd), self.nbytes, persistence, self.is_file, location=self.place
         )
         object.__setattr__(opened, "disk", self)  # as the rest, it does not change
         return opened
@@ -111,6 +120,19 @@ class SimDax:
     def note(self, event: Event) -> None:
         if self.journal is not None:
             self.journal.add(event)
+
+    def sync(self) -> None:
+        """Sync, or fail: of a file, as a kernel does, part of the lines written, no other will."""
+        if not self.failing_syncs:
+            if self.is_file:
+                self.note(Sync(self.disk, 0))
+            return
+        self.failing_syncs -= 1
+        if self.is_file and self.journal is not None:
+            pending = Medium.replay(self.journal).disks[self.disk].slots()
+            kept = tuple(number for _, number, _ in pending if self.random.random() < 0.5)
+            self.note(FailedSync(self.disk, 0, kept))
+        raise OSError(errno.EIO, "injected failure of a sync")
 
     def discard(self) -> None:
         """Forget everything; maps stay what they are."""

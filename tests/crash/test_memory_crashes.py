@@ -21,7 +21,7 @@ from kvfs.engine.log import Batch, SegmentLog
 from kvfs.units import PAGE
 from tests.crash.bench import Bench
 from tests.crash.enumeration import Plan, walk
-from tests.crash.events import Fence, Journal, Store, WriteBack
+from tests.crash.events import FailedSync, Fence, Journal, Store, Sync, WriteBack
 from tests.crash.lines import LINE, path_of
 from tests.crash.medium import Medium
 from tests.crash.simdax import SimMemory
@@ -153,6 +153,36 @@ def test_every_byte_of_the_device_is_written_down(bench: Bench) -> None:
     assert {path: blob[0] for path, blob in state.named.items()} == bench.world.disks[0].files()
 
 
+# --- a file in its place
+
+
+@pytest.fixture
+def file_journal() -> Journal:
+    return Journal(("file",))
+
+
+def test_of_a_file_only_a_sync_persists(file_journal: Journal) -> None:
+    stored(file_journal, 0, b"x" * LINE, is_streamed=True)
+    file_journal.add(WriteBack(0, 0, LINE))
+    file_journal.add(Fence(0))
+    assert {bytes(8), b"x" * 8} <= words(pages(file_journal))
+    file_journal.add(Sync(0, 0))
+    assert words(pages(file_journal)) == {b"x" * 8}
+
+
+def test_what_a_failed_sync_left_is_written_with_its_page_or_never(file_journal: Journal) -> None:
+    stored(file_journal, 0, b"1" * LINE)
+    stored(file_journal, LINE, b"2" * LINE)
+    file_journal.add(FailedSync(0, 0, (0,)))
+    lost = {(b"1" * LINE).ljust(PAGE, b"\0")}
+    assert pages(file_journal) == lost
+    file_journal.add(Sync(0, 0))
+    assert pages(file_journal) == lost, "a later sync must not bring back what was lost"
+    stored(file_journal, 2 * LINE, b"3")
+    file_journal.add(Sync(0, 0))
+    assert pages(file_journal) == {(b"1" * LINE + b"2" * LINE + b"3").ljust(PAGE, b"\0")}
+
+
 # --- mutants
 
 
@@ -241,23 +271,45 @@ def _entries_before_header(log: SegmentLog, batch: Batch) -> np.ndarray:
 _APPEND, _START = SegmentLog.append, SegmentLog.start
 
 MUTANTS: dict[str, tuple[str, dict[tuple[type, str], Any]]] = {
-    "no fence": ("put", {(SimMemory, "fence"): _nothing}),
-    "nothing is written back": ("put", {(SimMemory, "write_back"): _nothing}),
+    "no fence": ("pmem/put", {(SimMemory, "fence"): _nothing}),
+    "nothing is written back": ("pmem/put", {(SimMemory, "write_back"): _nothing}),
     "open headers stay in the caches": (
-        "put", {(SimMemory, "write_back"): _no_write_back(_is_open_header)}),
-    "entries stay in the caches": ("put", {(SimMemory, "write_back"): _no_write_back(_is_entry)}),
-    "labels stay in the caches": ("put", {(SimMemory, "write_back"): _no_write_back(_is_label)}),
+        "pmem/put",
+        {(SimMemory, "write_back"): _no_write_back(_is_open_header)},
+    ),
+    "entries stay in the caches": (
+        "pmem/put",
+        {(SimMemory, "write_back"): _no_write_back(_is_entry)},
+    ),
+    "labels stay in the caches": (
+        "pmem/put",
+        {(SimMemory, "write_back"): _no_write_back(_is_label)},
+    ),
     "superblock stays in the caches": (
-        "superblock", {(SimMemory, "write_back"): _no_write_back(_is_superblock)}),
-    "payloads stay in the caches": ("put", {(SimMemory, "note_store"): _cached_payloads}),
-    "label before its zeros": ("evict", {(DaxDevice, "create"): _label_first}),
-    "place that keeps a former life": ("evict", {(DaxMemory, "zero"): _unzeroed}),
-    "freed label stays in the caches": ("evict", {(DaxDevice, "free"): _free_without_write_back}),
+        "pmem/superblock",
+        {(SimMemory, "write_back"): _no_write_back(_is_superblock)},
+    ),
+    "payloads stay in the caches": ("pmem/put", {(SimMemory, "note_store"): _cached_payloads}),
+    "label before its zeros": ("pmem/evict", {(DaxDevice, "create"): _label_first}),
+    "place that keeps a former life": ("pmem/evict", {(DaxMemory, "zero"): _unzeroed}),
+    "freed label stays in the caches": (
+        "pmem/evict",
+        {(DaxDevice, "free"): _free_without_write_back},
+    ),
     "superblock copies fenced once": (
-        "superblock", {(SuperblockCopies, "write"): _copies_fenced_once}),
+        "pmem/superblock",
+        {(SuperblockCopies, "write"): _copies_fenced_once},
+    ),
     "entries before their open header": (
-        "put", {(SegmentLog, "start"): _nothing, (SegmentLog, "append"): _entries_before_header}),
-}  # fmt: skip
+        "pmem/put",
+        {(SegmentLog, "start"): _nothing, (SegmentLog, "append"): _entries_before_header},
+    ),
+    "file that is not synced": ("page/put", {(DaxMemory, "persist"): _nothing}),
+    "failed sync that is forgotten": (
+        "page/failing_sync_beside_others",
+        {(SimMemory, "touch"): _nothing},
+    ),
+}
 
 
 @pytest.mark.crash
@@ -268,5 +320,5 @@ def test_sees_a_broken_device(name: str, expected_warnings: list[str]) -> None:
     with contextlib.ExitStack() as stack:
         for (target, attribute), replacement in patches.items():
             stack.enter_context(mock.patch.object(target, attribute, replacement))
-        outcome = walk(f"pmem/{scenario}", _QUICK)
+        outcome = walk(scenario, _QUICK)
     assert outcome.failures, f"{name}: not seen in {outcome.recoveries} states"

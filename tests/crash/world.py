@@ -40,17 +40,20 @@ OWNER = Owner(bytes(range(16)), bytes(16), 4242)
 class Geometry:
     """The devices of a pool: segments on each disk, and frames of memory (0: none).
 
-    The last `dax` of the disks are mapped memory that stays, the others directories.
+    The last `dax` of the disks are mapped memory that stays, or files in its place, the others
+    directories.
     """
 
     disks: tuple[int, ...] = (16,)
     frames: int = 0
     dax: int = 0
+    are_files: bool = False
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kind of each disk: "dir" or "dax"."""
-        return ("dir",) * (len(self.disks) - self.dax) + ("dax",) * self.dax
+        """Kind of each disk, as in a journal."""
+        mapped = "file" if self.are_files else "dax"
+        return ("dir",) * (len(self.disks) - self.dax) + (mapped,) * self.dax
 
     @property
     def is_small(self) -> bool:
@@ -103,10 +106,12 @@ class World:
         """Make disks that hold these files."""
         self.disks = []
         for number, (kind, found) in enumerate(zip(self.geometry.kinds, files, strict=True)):
-            if kind == "dax":
+            if kind != "dir":
                 segments = self.geometry.disks[number] * SEGMENT_BYTES
                 nbytes = align_up(HEADER_BYTES + segments, ALIGNMENT)
-                self.disks.append(SimDax.restore(found, nbytes, number, self.journal))
+                self.disks.append(
+                    SimDax.restore(found, nbytes, number, self.journal, is_file=kind == "file")
+                )
             else:
                 self.disks.append(SimFileSystem.restore(found, number, self.journal))
 
