@@ -28,7 +28,7 @@ from tests.crash.simdax import SimMemory
 from tests.crash.world import SEGMENT_BYTES, Geometry
 
 _NEVER = 1 << 40
-_QUICK = Plan(1, turn=1, randoms=4, deep=_NEVER, goes_on=_NEVER, crashed=_NEVER, failures=1)
+_QUICK = Plan(1, turn=1, randoms=4, deep=_NEVER, goes_on=_NEVER, crashed=_NEVER, failures=1, part=3)
 
 # --- the model
 
