@@ -427,6 +427,10 @@ def store(address: int, data: Buffer, way: str | None = None) -> int:
     in the persistence domain of a DAX mapping. `way`: fence, clflush, clflushopt or clwb, the best
     this CPU has when missing; ValueError if it has not. Returns a status, 0 or 3 (see above)."""
 
+def touch(address: int, nbytes: int) -> int:
+    """Make each page of a range of mapped memory dirty again, without changing a byte. Returns a
+    status, 0 or 3 (see above): after a page that cannot be touched no other is."""
+
 def write_back() -> str:
     """The best way to write lines back that this CPU has."""
 
