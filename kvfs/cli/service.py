@@ -27,7 +27,7 @@ from kvfs.cli.logs import FORMATS, start_logging
 from kvfs.cli.takeover import TIMEOUT_S, Heirs, ask
 from kvfs.config import PoolOptions
 from kvfs.devices.keeper import MEMORY_VERSION
-from kvfs.errors import DeviceError, KvfsError, UsageError
+from kvfs.errors import BusyError, KvfsError, UsageError
 
 if TYPE_CHECKING:
     from kvfs.pool import Pool
@@ -208,8 +208,8 @@ def owned(
 ) -> "Iterator[Pool]":  # fmt: skip
     """Open the pool, and let others reach it, while the block runs.
 
-    If an heir has come by then, the lock stays in the estate, and what the last flush could not
-    persist is only logged: the heir finds the rest.
+    The lock stays in the estate. If an heir has come by then, whatever fails is only logged once
+    all is closed: the heir finds the rest.
 
     Args:
         service: Which, and how.
@@ -225,21 +225,20 @@ def owned(
 
     pool = open_pool(
         service.pool, options=service.pool_options, allow_moved=service.allow_moved,
-        keeper=estate.keeper, lock_fd=estate.take_lock(),
+        keeper=estate.keeper, lock_fd=estate.share_lock(),
     )  # fmt: skip
+    estate.keep_lock(pool)
     try:
         with pool, _doors(pool, service, estate, mount, heirs, is_waited_for=is_waited_for):
             try:
                 with notify.Watchdog(lambda: _take_a_turn(pool)):
                     yield pool
             finally:
-                if heirs is not None and heirs.has_one:
-                    estate.keep_lock(pool)
-                else:
+                if heirs is None or not heirs.has_one:
                     notify.tell_stopping(f"closing {service.pool}")
                 _log.info("closing %s", service.pool, extra={"pool": service.pool})
-    except DeviceError as error:  # everything is closed all the same
-        if heirs is None or not heirs.has_one:
+    except Exception as error:  # everything is closed all the same, but where it says Busy
+        if heirs is None or not heirs.has_one or isinstance(error, BusyError):
             raise
         _log.error("%s is handed over, but: %s", service.pool, error)
 

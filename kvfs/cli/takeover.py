@@ -14,7 +14,7 @@ Layer: L5.
   owns the pool, who may be waiting for it.
 - If the heir goes before it said Taken, the owner opens the pool again, from the memory it still
   has, and goes on. It never does so while the heir may be at work: only once the connection has
-  ended.
+  ended. While it cannot, it waits, for a next heir, too (`kvfs.cli.succession`).
 - If the owner goes, the heir does, too, or finds a pool whose owner has crashed.
 - Over a service manager's store the same descriptors pass without a word (`Estate.of_manager`).
 """
@@ -175,9 +175,18 @@ class Heirs:
         """Whether the pool is to be given away."""
         return self._connection is not None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether heirs are accepted, which they are from `open` to `close` or `give`."""
+        return self._wake is not None
+
     def open(self, wake: Callable[[], None]) -> None:
         """Accept heirs. `wake` is called, from another thread: close the pool, then `give`."""
         self._wake = wake
+
+    def close(self) -> None:
+        """Accept none for now. One that was accepted before is to be given the pool."""
+        self._wake = None
 
     def check(self, question: msg.TakeOver) -> msg.TakeOverAnswer:
         """Accept an heir, or raise.
