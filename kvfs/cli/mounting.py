@@ -40,8 +40,10 @@ def own_mounted(
     heirs = Heirs(mount=plan.directory)
     passing = Passing(estate.keep_door, stays=plan.stays_mounted)
     waiting: list[Callable[[], None]] = [ready]
+    admit: list[Callable[[], None]] = []
 
     def answers() -> None:
+        admit.pop()()
         while waiting:
             waiting.pop()()
         estate.confirm()
@@ -66,7 +68,7 @@ def own_mounted(
     Succession(estate, heirs, mount=plan.directory, end_fd=lambda: -1).run(
         lambda: owned(
             plan.service, estate, mount=plan.directory, heirs=heirs,
-            is_waited_for=is_respawned or estate.door_fd >= 0,
+            is_waited_for=is_respawned or estate.door_fd >= 0, admit=admit,
         ),
         work,
     )  # fmt: skip

@@ -204,7 +204,7 @@ def inheriting(
 @contextmanager
 def owned(
     service: Service, estate: Estate, *, mount: str = "", heirs: Heirs | None = None,
-    is_waited_for: bool = False,
+    is_waited_for: bool = False, admit: "list[Callable[[], None]] | None" = None,
 ) -> "Iterator[Pool]":  # fmt: skip
     """Open the pool, and let others reach it, while the block runs.
 
@@ -217,6 +217,8 @@ def owned(
         mount: Where it will be mounted; empty if it is not.
         heirs: Who may take it over.
         is_waited_for: By a mount: metrics that cannot be served do not matter.
+        admit: Gets a function that lets clients in, to be called once; without it they are let in
+            at once. What a mount has open is pinned before anybody can put.
 
     Raises:
         KvfsError: As `open_pool`; a door cannot be opened.
@@ -229,7 +231,7 @@ def owned(
     )  # fmt: skip
     estate.keep_lock(pool)
     try:
-        with pool, _doors(pool, service, estate, mount, heirs, is_waited_for=is_waited_for):
+        with pool, _doors(pool, service, estate, mount, heirs, admit, is_waited_for=is_waited_for):
             try:
                 with notify.Watchdog(lambda: _take_a_turn(pool)):
                     yield pool
@@ -245,8 +247,8 @@ def owned(
 
 @contextmanager
 def _doors(
-    pool: "Pool", service: Service, estate: Estate, mount: str, heirs: Heirs | None, *,
-    is_waited_for: bool,
+    pool: "Pool", service: Service, estate: Estate, mount: str, heirs: Heirs | None,
+    admit: "list[Callable[[], None]] | None", *, is_waited_for: bool,
 ) -> Iterator[None]:  # fmt: skip
     """Keep everything open through which others reach the pool. Each door is a context manager.
 
@@ -258,7 +260,12 @@ def _doors(
     listener = estate.sockets.pop(_CLIENTS, None)
     with ExitStack() as doors:
         doors.enter_context(ControlServer(pool, mount=mount, heirs=heirs))
-        doors.enter_context(ClientServer(pool, listener=listener))
+        clients = ClientServer(pool, listener=listener)
+        doors.callback(clients.stop)
+        if admit is None:
+            clients.start()
+        else:
+            admit.append(clients.start)
         while estate.sockets:
             name, unused = estate.sockets.popitem()
             _log.warning("socket of the service manager is not used: %s", name)

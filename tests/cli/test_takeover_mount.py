@@ -68,6 +68,9 @@ def check():
     assert os.pread(fds["small"], len(small), 0) == small
     step = 1 << 20
     assert b"".join(os.pread(fds["large"], step, at) for at in range(0, len(large), step)) == large
+def forget():
+    for fd in fds.values():
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 def write():
     global fd
     fd = os.open(f"{point}/half", os.O_CREAT | os.O_RDWR)
@@ -178,6 +181,23 @@ def test_open_files_pass_on(mounted, reader, point, request):  # noqa: F811
     wait_for(last)
     with kvfs.open_pool(mounted) as pool:
         assert pool.recovery.problems == []
+
+
+def test_what_is_open_is_not_evicted(mounted, reader, point, request):  # noqa: F811
+    """Neither before its first read under the new owner, nor when many others are put."""
+    pid = owner_of(mounted, request)
+    take_over(mounted, point)
+    wait_for(pid)
+    with kvfs.open_pool(mounted) as client:
+        space = client.namespace("warm", LAYOUT)
+        data = np.zeros((COUNT, 65536), np.uint8)
+        for number in range(1, 200):  # more than the pool can hold
+            data[:, :8] = np.frombuffer(number.to_bytes(8, "little"), np.uint8)
+            keys, _ = space.keys(np.arange(4 * COUNT) + number * 1000)
+            space.put(keys, data, durability="none")
+        assert client.statistics().counters["segments_evicted"] > 0
+    assert reader("forget") == "done"
+    assert reader("check") == "done"
 
 
 def test_a_crash_after_an_upgrade(mounted, reader, point, request):  # noqa: F811
