@@ -258,6 +258,8 @@ def _doors(
     from kvfs.control import ControlServer
 
     listener = estate.sockets.pop(_CLIENTS, None)
+    if heirs is not None and listener is not None:
+        heirs.is_activated = True
     with ExitStack() as doors:
         doors.enter_context(ControlServer(pool, mount=mount, heirs=heirs))
         clients = ClientServer(pool, listener=listener)

@@ -155,6 +155,7 @@ class Heirs:
 
     Attributes:
         core_version: Of the control protocol that the mount's core speaks; 0: there is none.
+        is_activated: Clients come in by a socket of the service manager's: heirs are refused.
     """
 
     def __init__(self, *, mount: str = "") -> None:
@@ -166,6 +167,7 @@ class Heirs:
         self._wake: Callable[[], None] | None = None
         self._mount = mount
         self.core_version = 0
+        self.is_activated = False
         self._lock = threading.Lock()
         self._is_accepted = False
         self._connection: socket.socket | None = None
@@ -193,7 +195,7 @@ class Heirs:
 
         Raises:
             FormatVersionError: It cannot read the memory, or not talk to kvfs-core.
-            RefusedError: It would not serve the mount.
+            RefusedError: It would not serve the mount, or a service manager is to do it.
             BusyError: There is another one.
         """
         if question.memory_version != MEMORY_VERSION:
@@ -201,6 +203,12 @@ class Heirs:
                 f"memory of version {MEMORY_VERSION} cannot be handed to a kvfs that reads version "
                 f"{question.memory_version}; stop this owner, then start the other without "
                 "--takeover: memory starts empty"
+            )
+        if self.is_activated:
+            raise RefusedError(
+                "the service manager listens for this pool's clients, and would start another "
+                "owner: restart the service instead ('systemctl restart kvfs-serve@NAME'), which "
+                "keeps what is warm as well"
             )
         if self._mount:
             self._check_mount(question)

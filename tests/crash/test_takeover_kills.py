@@ -21,7 +21,7 @@ from kvfs.engine.catalog_schema import ROOT_NODE_ID
 from kvfs.errors import KvfsError, UnavailableError
 from kvfs.fuse import mountpoint
 from kvfs.lifecycle import open_pool
-from tests.crash.client_victim import JUNK, LAYOUT, SPACE, expected
+from tests.crash.client_victim import JUNK, LAYOUT, OPERATIONS_MAX, SPACE, expected
 from tests.crash.test_client_kills import CLIENTS, Process, check
 from tests.fuse.mounting import wait_until
 
@@ -32,19 +32,21 @@ _WRITER = CLIENTS[0]
 _FILE = "still"
 _CONTENT = b"".join(hashlib.sha256(b"%d" % i).digest() for i in range(20_000))
 _READER = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 path, content, good = sys.argv[1], Path(sys.argv[2]).read_bytes(), 0
 while True:
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError:
+        time.sleep(0.01)
         continue
     try:
         for _ in range(200):
             found = os.pread(fd, len(content), 0)
             print("good" if found == content else "corrupt", flush=True)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            time.sleep(0.01)
     except OSError:
         pass
     try:
@@ -71,12 +73,26 @@ class Scene:
             pool.namespace(SPACE, LAYOUT)
             pool.namespace(JUNK, LAYOUT)
         self._log = folder / "log"
-        self.owners: list[subprocess.Popen[bytes]] = [self._start()]
-        self._settle()
+        self.owners: list[subprocess.Popen[bytes]] = []
         self._reader: subprocess.Popen[bytes] | None = None
-        if is_mounted:
-            self._begin_to_read(folder)
-        self.client = Process("client", str(self.root), _WRITER, "0", str(rng.random()))
+        self.client: Process | None = None
+
+    def start(self) -> None:
+        """Start an owner, the client and the reader."""
+        self._settle()
+        if self.is_mounted:
+            self._begin_to_read(self.point.parent)
+        self._write_on()
+
+    def _write_on(self) -> None:
+        """Start a client; one that is there has written as much as it does, or is killed."""
+        if self.client is not None:
+            self.client.kill()
+            self._collected()
+        first = max(self.begun[_WRITER], default=-1) + 1
+        self.client = Process(
+            "client", str(self.root), _WRITER, str(first), str(self.rng.random())
+        )  # fmt: skip
         self.client.wait_lines(1)
 
     def _begin_to_read(self, folder: Path) -> None:
@@ -117,6 +133,9 @@ class Scene:
                 victim.kill()
         self._settle()
         self._look()
+        assert self.client is not None
+        if sum(line.startswith("done") for line in self.client.lines) > OPERATIONS_MAX // 2:
+            self._write_on()
 
     def _settle(self) -> None:
         """Return once one process owns the pool, and all others are gone; start one if need be."""
@@ -125,12 +144,14 @@ class Scene:
             self.owners = [each for each in self.owners if each.poll() is None]
             if not self.owners:
                 self.owners = [self._start()]
-            return len(self.owners) == 1 and self._owner_pid() == self.owners[0].pid
+            return len(self.owners) == 1 and self._server_pid() == self.owners[0].pid
 
         wait_until(is_settled, "one owner", _SETTLED_S)
 
-    def _owner_pid(self) -> int:
+    def _server_pid(self) -> int:
+        """Return who owns the pool and lets clients in, which it does last; 0: nobody."""
         with contextlib.suppress(KvfsError):
+            RemotePool(self.root).close()
             client = ControlClient.connect(self.root)
             if client is not None:
                 with client:
@@ -159,6 +180,7 @@ class Scene:
         assert len(frames) <= 2 * _SEGMENTS, frames
 
     def _collected(self) -> set[int]:
+        assert self.client is not None
         for line in list(self.client.lines):
             word, _, number = line.partition(" ")
             assert word != "corrupt", f"put {number} was read with other bytes"
@@ -183,6 +205,7 @@ class Scene:
 
     def end(self) -> None:
         """End everybody, the owner cleanly; nobody has any of its memory then."""
+        assert self.client is not None
         self.client.kill()
         self._collected()
         if self._reader is not None:
@@ -206,7 +229,8 @@ class Scene:
 
     def kill_all(self) -> None:
         """End what a test that failed has left."""
-        for each in (*self.owners, self._reader, self.client.child):
+        client = None if self.client is None else self.client.child
+        for each in (*self.owners, self._reader, client):
             if each is not None and each.poll() is None:
                 each.send_signal(signal.SIGCONT)
                 each.kill()
@@ -220,6 +244,7 @@ def _rounds(folder: Path, rng: random.Random, rounds: int) -> None:
         is_mounted = start // _ROUNDS_PER_POOL % 3 != 2
         scene = Scene(folder / str(start), rng, is_mounted=is_mounted)
         try:
+            scene.start()
             for _ in range(min(_ROUNDS_PER_POOL, rounds - start)):
                 scene.round()
             scene.end()
