@@ -15,9 +15,9 @@ import pytest
 import kvfs
 from kvfs.admin import messages as msg
 from kvfs.cli import takeover
-from kvfs.control_client import owners
+from kvfs.control_client import ControlClient, owners
 from kvfs.devices.keeper import MEMORY_VERSION
-from kvfs.errors import FormatVersionError
+from kvfs.errors import FormatVersionError, UnavailableError
 from kvfs.fuse import core_messages, mountpoint
 from tests.cli.manager import Manager
 from tests.cli.test_mount import DEADLINE_S, point, run, wait_for  # noqa: F401
@@ -273,6 +273,33 @@ def test_an_heir_that_dies(mounted, reader, point, stage, request):  # noqa: F81
     assert reader("check") == "done"  # by the core, whoever its owner is
     assert (point / "small").read_bytes() == SMALL  # waits for the owner, which comes back
     (point / "new").write_bytes(SMALL)
+    assert owner_of(mounted, request) == pid
+    take_over(mounted, point)
+    wait_for(pid)
+    assert reader("check") == "done"
+
+
+def test_an_heir_that_leaves_a_pool_that_cannot_be_opened(mounted, reader, point, request):  # noqa: F811
+    pid = owner_of(mounted, request)
+    question = msg.TakeOver(MEMORY_VERSION, core_messages.VERSION, str(point))
+    estate = takeover.ask(mounted, question, DEADLINE_S)
+    catalog, aside = mounted / "catalog.sqlite", mounted / "aside"
+    catalog.rename(aside)
+    estate.close()
+
+    def is_told() -> bool:
+        client = ControlClient.connect(mounted)
+        if client is None:
+            return False
+        with client, pytest.raises(UnavailableError) as caught:
+            client.ask(msg.Hello())
+        return "keeps memory and mount" in str(caught.value)
+
+    wait_until(is_told, "its door", DEADLINE_S)
+    aside.rename(catalog)
+    assert (point / "small").read_bytes() == SMALL  # waits for the owner
+    assert reader("forget") == "done"
+    assert reader("check") == "done"
     assert owner_of(mounted, request) == pid
     take_over(mounted, point)
     wait_for(pid)
