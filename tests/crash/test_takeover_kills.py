@@ -271,7 +271,7 @@ def _rounds(folder: Path, rng: random.Random, rounds: int) -> None:
 @pytest.mark.fuse
 @pytest.mark.timeout(600)
 def test_killed_and_stopped_while_a_pool_passes_on(tmp_path: Path, rng: random.Random) -> None:
-    _rounds(tmp_path, rng, 3)
+    _rounds(tmp_path, rng, 2)
 
 
 @pytest.mark.crash
