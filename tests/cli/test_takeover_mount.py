@@ -279,7 +279,7 @@ def test_an_heir_that_dies(mounted, reader, point, stage, request):  # noqa: F81
     assert reader("check") == "done"
 
 
-def test_an_heir_that_leaves_a_pool_that_cannot_be_opened(mounted, reader, point, request):  # noqa: F811
+def test_an_owner_that_cannot_open_it_again(mounted, reader, point, request):  # noqa: F811
     pid = owner_of(mounted, request)
     question = msg.TakeOver(MEMORY_VERSION, core_messages.VERSION, str(point))
     estate = takeover.ask(mounted, question, DEADLINE_S)
