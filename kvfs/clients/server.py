@@ -124,6 +124,8 @@ class ClientServer:
         """Stop listening, end all sessions, remove the socket; idempotent."""
         listener, self._listener = self._listener, None
         if listener is None:
+            if self._given is not None:  # never started
+                self._given.close()
             return
         if self._given is None:
             with contextlib.suppress(OSError), channel.socket_address(self._pool.path) as address:
