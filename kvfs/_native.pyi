@@ -287,6 +287,11 @@ class LeasePage:
     def heartbeat_ns(self) -> int:
         """When the client's heart last beat (CLOCK_MONOTONIC), by its own word; 0: it never did."""
     @property
+    def segments_freed(self) -> int:
+        """How many segments that the client may have mapped are gone, by the owner's count."""
+    def note_freed(self) -> None:
+        """Owner: count one more."""
+    @property
     def is_revoked(self) -> bool:
         """Whether the owner has taken all places away. Ordered after all reads of this thread before."""
     def hold(self, records: Buffer) -> bytes:

@@ -195,12 +195,13 @@ class RemotePool:
                 return
             self._attached = Attached(Link(self.path))
         old.link.close()
+        old.forget_all()
         _log.info("attached again: %s", self.path)
 
     def _watch(self) -> None:
         while not self._closing.is_set():
             attached = self._attached
-            attached.link.wait_lost()
+            attached.link.wait_lost(attached.forget_freed)
             attached.link.close()
             wait_s = _RETRY_S
             while self._attached is attached and not self._closing.is_set():

@@ -137,10 +137,11 @@ class ClientServer:
             threads = list(self._threads)
         for thread in threads:
             thread.join()
+        self._pool.store.state.keep_bytes()
         with self._lock:
             sessions = list(self._sessions.values())
         for session in sessions:
-            self._end(session)
+            self._end(session, is_told=False)
         os.close(self._wake_fd)
         listener.close()
 
@@ -255,7 +256,7 @@ class ClientServer:
             state.regions.close()
             with self._lock:
                 del self._connections[connection], self._uids[connection]
-            if is_first and session is not None:
+            if is_first and session is not None and not self._is_stopping.is_set():
                 self._end(session)
             connection.close()
 
@@ -357,7 +358,7 @@ class ClientServer:
         with contextlib.suppress(OSError, KvfsError):
             self._reply(connection, msg.Reply(failure=msg.failure_of(error)), ())
 
-    def _end(self, session: Session) -> None:
+    def _end(self, session: Session, *, is_told: bool = True) -> None:
         """End a session and its other connections."""
         with self._lock:
             self._sessions.pop(session.token, None)
@@ -366,7 +367,7 @@ class ClientServer:
                     with contextlib.suppress(OSError):
                         connection.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(ClosedError):
-            session.end()
+            session.end(is_told=is_told)
 
 
 def _is_bounded(uid: int) -> bool:

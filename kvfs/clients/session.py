@@ -6,8 +6,8 @@ Layer: L5.
   lease page is forgotten, and what it held is free. Other connections join it, one per thread.
 - Everything that a client says is checked here or below: sizes, permissions, kinds of nodes.
 
-Concurrency: each connection is answered by a thread of its own; the engine's lock guards `given`
-and the holder.
+Concurrency: each connection is answered by a thread of its own; the engine's lock guards
+the holder.
 """
 
 import os
@@ -71,7 +71,6 @@ class Session:
         self._backend = LocalBackend(pool, peer.uid, peer.gid)
         self._losses = pool.losses.new_listener()
         self._ring = _native.AccessRing(RING_EVENTS)
-        self._given: dict[int, SegmentState] = {}
         self._is_ended = False
         self.holder = Holder(self.name, _native.LeasePage(LEASE_SLOTS), pool.clock.monotonic_ns())
         with pool.store.state.lock:
@@ -104,15 +103,20 @@ class Session:
             self.pool.store.reader.touch(events, self.holder.namespaces)
         return len(events)
 
-    def end(self) -> None:
-        """Forget the client, and free what it held; idempotent."""
+    def end(self, *, is_told: bool) -> None:
+        """Forget the client, and free what it held; idempotent.
+
+        A client that `is_told` finds that its views may be other bytes. One whose owner leaves is
+        not: what it has mapped stays as it is.
+        """
         state = self.pool.store.state
         with state.lock:
             if self._is_ended:
                 return
             self._is_ended = True
+            if is_told:
+                self.holder.page.revoke()
             state.holds.remove(self.holder)
-            self._given.clear()
         state.free_drained()
         self.holder.page.close()
         self._ring.close()
@@ -150,8 +154,9 @@ class Session:
     # --- blocks
 
     def _segments(self, request: msg.Segments, connection: Connection) -> msg.SegmentsAnswer:
-        self._namespace(request.namespace_id, READ)
         places = _array(request.places, np.uint64, "places").tolist()
+        if places:  # else it is about what is gone
+            self._namespace(request.namespace_id, READ)
         known = _array(request.known, np.uint64, "places").tolist()
         if len(places) > msg.PLACES_MAX or len(known) > LEASE_SLOTS:
             raise UsageError(f"at most {msg.PLACES_MAX} segments can be asked for at once")
@@ -167,10 +172,11 @@ class Session:
                     answers.append(_describe(place, segment))
                     nbytes += len(answers[-1].digests)
                     connection.outgoing.append(_read_only(segment.handle.fd))
+                    segment.handle.is_shared = True
                 done += 1
                 if nbytes > _DIGESTS_BYTES_MAX:
                     break
-            gone = [place for place in known if self._segment(place) is None]
+            gone = [place for place in known if self._is_gone(place)]
         return msg.SegmentsAnswer(answers, done, np.array(gone, np.uint64).tobytes())
 
     def _segment(self, place: int) -> SegmentState | None:
@@ -179,6 +185,11 @@ class Session:
         if found is None or found.handle.generation != place & 0xFFFFFFFF:
             return None
         return None if found.status is SegmentStatus.DRAINING else found
+
+    def _is_gone(self, place: int) -> bool:
+        """Say whether there is no such segment; those of others are none."""
+        found = self._segment(place)
+        return found is None or found.namespace_id not in self.holder.namespaces
 
     def _verify(self, request: msg.Verify, connection: Connection) -> msg.VerifyAnswer:
         del connection

@@ -92,6 +92,13 @@ class Holds:
             for holder in self._holders
         )
 
+    def note_freed(self, segment: SegmentState) -> None:
+        """Tell the clients that may have a segment mapped that it is gone."""
+        if segment.handle.is_shared:
+            for holder in self._holders:
+                if segment.namespace_id in holder.namespaces:
+                    holder.page.note_freed()
+
     def snapshot(self) -> set[tuple[int, int]]:
         """Return (namespace, place) of what is held just now, for choosing."""
         return {
