@@ -33,6 +33,7 @@ import msgspec
 from kvfs.clients import channel
 from kvfs.clients import messages as msg
 from kvfs.clients.peer import begin, peer_of
+from kvfs.clients.regions import Regions, SharedFiles
 from kvfs.clients.session import Connection, Session
 from kvfs.errors import (
     BusyError,
@@ -91,6 +92,7 @@ class ClientServer:
         self._connections: dict[socket.socket, Session | None] = {}
         self._uids: dict[socket.socket, int] = {}  # who each of them is
         self._threads: list[threading.Thread] = []
+        self._files = SharedFiles(pool.store.state.options.client_shared_bytes)
         self._listener: socket.socket | None = None
         self._wake_fd = -1  # readable once the accepting thread is to end
         self._is_stopping = threading.Event()
@@ -238,7 +240,9 @@ class ClientServer:
         return None
 
     def _serve(self, connection: socket.socket) -> None:
-        state, session, is_first = Connection(), None, False
+        with self._lock:  # it has the connection by then
+            regions = Regions(self._files, self._uids[connection])
+        state, session, is_first = Connection(regions), None, False
         try:
             session, is_first = self._begin(connection, state)
             while session is not None and self._exchange(connection, state, session):

@@ -55,7 +55,7 @@ _CONTEXTS_MAX: Final = 1000  # of one answer
 class Connection:
     """One connection of a session: what came with a message, what it shares, what goes back."""
 
-    regions: Regions = field(default_factory=Regions)
+    regions: Regions
     received: list[int] = field(default_factory=list)
     outgoing: list[int] = field(default_factory=list)
 
@@ -220,7 +220,7 @@ class Session:
         parents = as_key_array(request.parents) if request.parents else None
         if parents is not None and len(parents) != len(keys):
             raise UsageError(f"{len(keys)} keys need as many parents")
-        addresses, lengths, counts = _ranges(request, connection, len(keys))
+        addresses, lengths, counts = _ranges(request, connection, len(keys), info)
         return msg.PutAnswer(
             self._backend.put(
                 info.namespace_id,
@@ -290,7 +290,7 @@ class Session:
         if node.namespace_id != info.namespace_id:
             raise UsageError("the context belongs to another namespace")
         keys = _keys(request.put.keys, info.namespace_id)
-        addresses, lengths, counts = _ranges(request.put, connection, len(keys))
+        addresses, lengths, counts = _ranges(request.put, connection, len(keys), info)
         if not len(keys) or (lengths[:-1] < info.layout.block_bytes).any():
             raise UsageError("only the last block of a context may be partial")
         tokens = None if request.tokens is None else _array(request.tokens, np.uint32, "tokens")
@@ -397,7 +397,7 @@ def _keys(raw: bytes, namespace_id: int) -> KeyArray:
 
 
 def _ranges(
-    put: msg.Put, connection: Connection, count: int
+    put: msg.Put, connection: Connection, count: int, info: NamespaceInfo
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
     """Return addresses, lengths and token counts of what is to be stored."""
     regions = _array(put.regions, np.uint32, "regions")
@@ -406,6 +406,11 @@ def _ranges(
     counts = _array(put.counts, np.uint32, "token counts")
     if not len(regions) == len(offsets) == len(lengths) == len(counts) == count:
         raise UsageError(f"{count} keys need as many ranges and token counts")
+    if (lengths > info.layout.stride).any():  # before anybody looks at so much memory
+        raise UsageError(
+            f"block size out of range: namespace {info.name}: expected 1 to {info.layout.stride} "
+            f"bytes, found {int(lengths.max())}"
+        )
     return connection.regions.addresses(regions, offsets, lengths), lengths, counts
 
 
