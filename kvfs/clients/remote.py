@@ -139,7 +139,7 @@ class RemotePool:
         return statistics
 
     def close(self) -> None:
-        """Leave the owner; idempotent. Views that are open stay mapped, but are held no more."""
+        """Leave the owner; idempotent. Open views stay mapped, held no more: they say so."""
         if self._closing.is_set():
             return
         self._closing.set()

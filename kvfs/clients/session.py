@@ -71,6 +71,7 @@ class Session:
         self._backend = LocalBackend(pool, peer.uid, peer.gid)
         self._losses = pool.losses.new_listener()
         self._ring = _native.AccessRing(RING_EVENTS)
+        self.pidfd = -1  # the server's
         self._is_ended = False
         self.holder = Holder(self.name, _native.LeasePage(LEASE_SLOTS), pool.clock.monotonic_ns())
         with pool.store.state.lock:

@@ -67,6 +67,7 @@ class Holds:
         self._share = share
         self._holders: list[Holder] = []
         self.revoked = 0  # pages, since open
+        self.failures = 0  # requests of clients that met what nobody expected, since open
 
     def add(self, holder: Holder) -> None:
         """Let a client hold segments from now on; it has not seen an index yet."""

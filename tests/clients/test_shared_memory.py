@@ -17,7 +17,7 @@ from kvfs.clients.link import ask
 from kvfs.clients.regions import Regions, SharedFiles
 from tests.clients.support import BLOCK, ROOT, child, client, payloads, served, tokens
 from tests.clients.test_hostile import begin, connect, open_to_all
-from tests.clients.test_hostile import place as place  # noqa: PLC0414 - a fixture
+from tests.clients.test_hostile import place as place
 from tests.fuse.mounting import wait_until
 
 GIB = 1 << 30
@@ -85,7 +85,7 @@ def test_sparse_files_leave_the_owner_room(place) -> None:
     for fd in fds[: limit // TIB]:
         ask(joined, msg.Share(TIB), fd)
     for fd in fds[limit // TIB :]:
-        with pytest.raises(kvfs.BusyError, match="raise PoolOptions.client_shared_bytes"):
+        with pytest.raises(kvfs.BusyError, match=r"raise PoolOptions\.client_shared_bytes"):
             ask(joined, msg.Share(TIB), fd)
     assert sum(map(mapped, fds)) == server._files.mapped_bytes() == limit
     joined.close()
