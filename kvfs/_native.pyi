@@ -83,6 +83,13 @@ def pread_verify(
 ) -> int:
     """Read n ranges (fds: int32[n]) into memory and verify XXH3-128 in the same pass."""
 
+def absent(addresses: Buffer, lengths: Buffer, statuses: Buffer) -> int:
+    """Say of n mapped ranges of memory files which are not wholly in memory: statuses 0, 1 or -errno.
+
+    What is not there is a hole or swapped out; reading a hole would fill it, to ask does not. Of files that this
+    process may not write the kernel says that all is there. Returns how many statuses are not 0.
+    """
+
 # --- summaries -----------------------------------------------------------------------------
 def sign_entries(entries: Buffer, seed: int) -> None:
     """Fill the checksum (bytes 120..127) of each 128-byte entry in place: xxh3_64(bytes 0..119, seed)."""
@@ -342,6 +349,11 @@ class LeasePage:
     def heartbeat_ns(self) -> int:
         """When the client's heart last beat (CLOCK_MONOTONIC), by its own word; 0: it never did."""
     @property
+    def segments_freed(self) -> int:
+        """How many segments that the client may have mapped are gone, by the owner's count."""
+    def note_freed(self) -> None:
+        """Owner: count one more."""
+    @property
     def is_revoked(self) -> bool:
         """Whether the owner has taken all places away. Ordered after all reads of this thread before."""
     def hold(self, records: Buffer) -> bytes:
@@ -442,6 +454,10 @@ def store(address: int, data: Buffer, way: str | None = None) -> int:
     """Copy to mapped memory, write the lines back and fence, on this thread: after it the bytes are
     in the persistence domain of a DAX mapping. `way`: fence, clflush, clflushopt or clwb, the best
     this CPU has when missing; ValueError if it has not. Returns a status, 0 or 3 (see above)."""
+
+def touch(address: int, nbytes: int) -> int:
+    """Make each page of a range of mapped memory dirty again, without changing a byte. Returns a
+    status, 0 or 3 (see above): after a page that cannot be touched no other is."""
 
 def write_back() -> str:
     """The best way to write lines back that this CPU has."""
