@@ -418,16 +418,20 @@ class Bench:
 
     # --- devices
 
-    def evacuate(self, name: str) -> None:
+    def _name_of(self, number: int) -> str:
+        return str(self.pool.store.state.devices[number].info.name)
+
+    def evacuate(self, number: int) -> None:
         """Empty a device, in small steps."""
-        left = 1
+        name, left = self._name_of(number), 1
         while left:
             with self.operation():
                 done = device_changes.evacuate(self.pool, name, SEGMENT_BYTES // 4)
             left = done.left_segments
 
-    def set_online(self, name: str) -> None:
+    def set_online(self, number: int) -> None:
         """Take a device into service again."""
+        name = self._name_of(number)
         with self.operation():
             device_changes.set_online(self.pool, name, is_online=True)
 

@@ -252,7 +252,7 @@ def two_disks(bench: Bench) -> None:
     bench.sync()
 
 
-@scenario(8, 8)
+@scenario(8, 8, has_files=True)
 def evacuate(bench: Bench) -> None:
     """A disk is emptied onto another, which goes on taking blocks, and then back."""
     space = bench.space()
@@ -262,12 +262,12 @@ def evacuate(bench: Bench) -> None:
     bench.write_file(space, "large", 20_000)
     bench.append(bench.context(space, "named"), 2)
     bench.sync()
-    bench.evacuate("dir0")
+    bench.evacuate(0)
     bench.put(space, 3, "sync")
-    bench.set_online("dir0")
+    bench.set_online(0)
     bench.put_again(space, first, "sync")
     bench.put(space, 2, "async")
-    bench.evacuate("dir1")
+    bench.evacuate(1)
     bench.put(space, 1, "sync")
 
 
