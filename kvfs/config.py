@@ -4,7 +4,7 @@ Layer: L0.
 
 A device URL is `scheme:location?option=value&option=value`, e.g. `dram:?size=4GiB`,
 `dir:/mnt/nvme/kv?size=500GiB&tier=2`, `dax:/dev/dax0.0`. Options known to every scheme: size,
-segment, tier, name. `dax:` knows persistence.
+segment, tier, name. `dax:` knows persistence; `dir:` cache, depth, io and deadline_ms.
 """
 
 import re
@@ -20,6 +20,10 @@ VOLATILE_SCHEMES: Final = ("dram",)  # what lies there ends with the owner
 DEFAULT_TIER: Final = {"dram": 0, "dax": 1, "dir": 2}
 PERSISTENCE: Final = ("cpu_cache", "memory_controller", "page", "none")  # see DeviceInfo
 _OPTIONS: Final = ("size", "segment", "tier", "name")
+_OPTIONS_OF: Final = {"dax": ("persistence",), "dir": ("cache", "depth", "io", "deadline_ms")}
+CACHES: Final = ("page", "dontcache", "direct")  # see kvfs.devices.transfers
+DEPTH_MAX: Final = 256
+DEADLINE_MS_MAX: Final = 3_600_000
 SEGMENT_BYTES_MIN: Final = 16 * MIB
 SEGMENT_BYTES_MAX: Final = GIB
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}\Z")
@@ -58,7 +62,7 @@ def parse_device_url(text: str) -> DeviceURL:
         options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
     except ValueError as error:
         raise UsageError(f"device options not understood: {text!r}: {error}") from error
-    known_options = (*_OPTIONS, "persistence") if scheme == "dax" else _OPTIONS
+    known_options = (*_OPTIONS, *_OPTIONS_OF.get(scheme, ()))
     unknown = set(options) - set(known_options)
     if unknown:
         raise UsageError(
@@ -69,6 +73,7 @@ def parse_device_url(text: str) -> DeviceURL:
         raise UsageError(f"a {scheme}: device needs an absolute path: {text!r}")
     if options.get("persistence", "none") not in PERSISTENCE:
         raise UsageError(f"persistence must be one of {', '.join(PERSISTENCE)}: {text!r}")
+    _check_io(options, text)
     if scheme == "dram" and (location or "size" not in options):
         raise UsageError(f"a dram: device is written 'dram:?size=4GiB', found {text!r}")
     segment_bytes = parse_bytes(options.get("segment", "0"))
@@ -91,6 +96,18 @@ def parse_device_url(text: str) -> DeviceURL:
         name=name,
         options=options,
     )
+
+
+def _check_io(options: dict[str, str], text: str) -> None:
+    """Refuse values of a directory's own options that mean nothing."""
+    if options.get("cache", "page") not in CACHES:
+        raise UsageError(f"cache must be one of {', '.join(CACHES)}: {text!r}")
+    if options.get("io", "threads") not in ("io_uring", "threads"):
+        raise UsageError(f"io must be io_uring or threads: {text!r}")
+    for name, low, high in (("depth", 1, DEPTH_MAX), ("deadline_ms", 0, DEADLINE_MS_MAX)):
+        value = options.get(name, str(low))
+        if not value.isdecimal() or not low <= int(value) <= high:
+            raise UsageError(f"{name} must be a number from {low} to {high}, found {value!r}")
 
 
 def default_segment_bytes(capacity_bytes: int) -> int:

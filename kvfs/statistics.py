@@ -26,6 +26,9 @@ class DeviceStatistics:
     bytes_written: int
     failures: int
     persistence: str
+    filesystem: str
+    cache: str
+    io: str
     bad_bytes: int
 
 

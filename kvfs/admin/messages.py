@@ -104,7 +104,8 @@ class HelloAnswer(msgspec.Struct, frozen=True):
 class DeviceAnswer(msgspec.Struct, frozen=True):
     """One device. `failures`: writes and persists that failed since the pool was opened.
 
-    `persistence`: see DeviceInfo. `bad_bytes`: of the medium, known to be bad and used no more.
+    `persistence`, `filesystem`, `cache`, `io`: see DeviceInfo. `bad_bytes`: of the
+    medium, known to be bad and used no more.
     """
 
     index: int
@@ -124,6 +125,9 @@ class DeviceAnswer(msgspec.Struct, frozen=True):
     bytes_written: int
     failures: int
     persistence: str
+    filesystem: str
+    cache: str
+    io: str
     bad_bytes: int
 
 

@@ -89,6 +89,9 @@ def _devices(pool: Pool) -> list[msg.DeviceAnswer]:
             bytes_written=found.bytes_written,
             failures=found.failures,
             persistence=found.persistence,
+            filesystem=found.filesystem,
+            cache=found.cache,
+            io=found.io,
             bad_bytes=found.bad_bytes,
         )
         for found in pool.statistics().devices

@@ -27,9 +27,11 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from kvfs import _native
 from kvfs.devices.reflink import NOTHING, Cloning, Extent
 from kvfs.units import PAGE
 
+SHORT_READ: Final = 2  # a status of native batches
 SLOTS_SPARE: Final = 64
 SLOT_COUNT_MAX: Final = 1 << 24
 
@@ -56,6 +58,9 @@ class DeviceInfo:
         persistence: Of mapped media, what holds stored bytes when the power fails: "cpu_cache" (a
             store is enough), "memory_controller" (once its line is written back), "page" (after
             fdatasync), "none"; "" elsewhere.
+        filesystem: That of a directory, "" elsewhere.
+        cache: How payloads of a directory pass the page cache: "page", "dontcache", "direct".
+        io: What moves them past it: "io_uring" or "threads".
     """
 
     index: int
@@ -72,6 +77,9 @@ class DeviceInfo:
     cloning: Cloning = NOTHING
     takes_files: bool = True
     persistence: str = ""
+    filesystem: str = ""
+    cache: str = ""
+    io: str = ""
 
 
 def slot_count_of(capacity_bytes: int, segment_bytes: int) -> int:
@@ -247,6 +255,38 @@ class Device(ABC):
 
         With `uncached` past the page cache, from the medium itself.
         """
+
+    def read_payloads(
+        self,
+        segments: Sequence[Segment],
+        which: npt.NDArray[np.intp],
+        offsets: AddressArray,
+        lengths: AddressArray,
+        targets: AddressArray,
+        digests: DigestArray | None,
+        statuses: StatusArray,
+        *,
+        uncached: bool = False,
+    ) -> int:
+        """Read n ranges of payloads into memory, and compare their checksums in the same pass.
+
+        Range i lies in `segments[which[i]]`. A range that ends beyond the payload has the status of
+        a short read. With `uncached` past the page cache, from the medium itself.
+
+        Returns how many failed; see kvfs._native for statuses. An OSError means: all did.
+        """
+        del uncached
+        bases = np.array([segment.address for segment in segments], np.uint64)
+        for segment in segments:
+            assert segment.address, "a device without addresses reads by itself"
+        short = offsets + lengths > np.array([s.nbytes for s in segments], np.uint64)[which]
+        within = np.where(short, np.uint64(0), lengths)
+        sources = bases[which] + np.where(short, np.uint64(0), offsets)
+        failed = _native.copy_verify(targets, sources, within, digests, statuses)
+        if short.any():
+            statuses[short] = SHORT_READ
+            failed = int(np.count_nonzero(statuses))
+        return failed
 
     def assemble(self, extents: Sequence[Extent], nbytes: int) -> int:
         """Make a file that shares extents of segments; return a descriptor that only reads.

@@ -22,6 +22,7 @@ from kvfs.devices.filesystem import SEGMENTS, SUPERBLOCK
 from kvfs.devices.keeper import Keeper
 from kvfs.devices.memory import MemoryDevice, Progress
 from kvfs.devices.osfs import OSFileSystem, nearest_existing
+from kvfs.devices.transfers import IOOptions
 from kvfs.errors import CorruptionError, UsageError
 from kvfs.units import PAGE, format_bytes
 
@@ -62,7 +63,7 @@ def _open_directory(request: DeviceRequest) -> Device:
             f"no superblock: {request.name}: {location} was never formatted; "
             "mount the device's filesystem there"
         )
-    files = OSFileSystem(request.url.location, create=request.create)
+    files = OSFileSystem(location, create=request.create, options=_io_options(request.url))
     try:
         return DirectoryDevice(
             files,
@@ -77,6 +78,16 @@ def _open_directory(request: DeviceRequest) -> Device:
     except BaseException:
         files.close()
         raise
+
+
+def _io_options(url: DeviceURL) -> IOOptions:
+    given, usual = url.options, IOOptions()
+    return IOOptions(
+        cache=given.get("cache", usual.cache),
+        depth=int(given.get("depth", usual.depth)),
+        io=given.get("io", usual.io),
+        deadline_ms=int(given.get("deadline_ms", usual.deadline_ms)),
+    )
 
 
 def _open_memory(request: DeviceRequest) -> Device:

@@ -394,5 +394,8 @@ def _device_statistics(device: DeviceState) -> DeviceStatistics:
         bytes_written=device.device.bytes_written,
         failures=device.failures,
         persistence=info.persistence,
+        filesystem=info.filesystem,
+        cache=info.cache,
+        io=info.io,
         bad_bytes=device.device.bad_bytes,
     )

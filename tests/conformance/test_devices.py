@@ -17,10 +17,13 @@ from kvfs.devices.directory import DirectoryDevice
 from kvfs.devices.keeper import Keeper
 from kvfs.devices.memory import MemoryDevice
 from kvfs.devices.osfs import OSFileSystem
+from kvfs.devices.transfers import IOOptions
 from kvfs.devices.wrappers import CountingDevice, FaultyDevice
+from kvfs.errors import UsageError
 from tests.conformance.device_suite import DeviceSuite, FilelessSuite
 from tests.conformance.helpers import CAPACITY_BYTES, DEVICE_UUID, SEGMENT_BYTES, Opener
 
+_PLAIN = IOOptions()
 _IDENTITY: dict[str, Any] = {
     "index": 3,
     "uuid": DEVICE_UUID,
@@ -29,8 +32,16 @@ _IDENTITY: dict[str, Any] = {
 }
 
 
-def open_directory(root: Path, capacity_bytes: int = CAPACITY_BYTES) -> Device:
-    return DirectoryDevice(OSFileSystem(str(root)), capacity_bytes=capacity_bytes, **_IDENTITY)
+def open_directory(
+    root: Path, capacity_bytes: int = CAPACITY_BYTES, options: IOOptions = _PLAIN
+) -> Device:
+    try:
+        files = OSFileSystem(str(root), options=options)
+    except UsageError as error:
+        if options.cache == "page" and not options.io:
+            raise
+        pytest.skip(str(error))
+    return DirectoryDevice(files, capacity_bytes=capacity_bytes, **_IDENTITY)
 
 
 def open_memory(capacity_bytes: int = CAPACITY_BYTES) -> Device:
@@ -41,6 +52,36 @@ class TestDirectory(DeviceSuite):
     @pytest.fixture
     def opener(self, tmp_path: Path) -> Opener:
         return lambda **options: open_directory(tmp_path / "device", **options)
+
+
+class TestDirectoryByRing(DeviceSuite):
+    @pytest.fixture
+    def opener(self, tmp_path: Path) -> Opener:
+        how = IOOptions(cache="direct", io="io_uring", depth=4)
+        return lambda **options: open_directory(tmp_path / "device", options=how, **options)
+
+
+class TestDirectoryByThreads(DeviceSuite):
+    @pytest.fixture
+    def opener(self, tmp_path: Path) -> Opener:
+        how = IOOptions(cache="direct", io="threads", depth=4)
+        return lambda **options: open_directory(tmp_path / "device", options=how, **options)
+
+
+class TestDirectoryWithDeadline(DeviceSuite):
+    """All goes through buffers."""
+
+    @pytest.fixture
+    def opener(self, tmp_path: Path) -> Opener:
+        how = IOOptions(cache="direct", deadline_ms=3_600_000)
+        return lambda **options: open_directory(tmp_path / "device", options=how, **options)
+
+
+class TestDirectoryUncached(DeviceSuite):
+    @pytest.fixture
+    def opener(self, tmp_path: Path) -> Opener:
+        how = IOOptions(cache="dontcache")
+        return lambda **options: open_directory(tmp_path / "device", options=how, **options)
 
 
 class TestDirectoryOnTmpfs(DeviceSuite):
