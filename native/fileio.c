@@ -180,7 +180,8 @@ size_t kvfs_pread_verify(const struct kvfs_read_batch *batch)
         const uint8_t *wanted = NULL;
         if (batch->digests != NULL)
             wanted = (const uint8_t *)batch->digests + i * KVFS_DIGEST_BYTES;
-        int32_t status = read_item(kvfs_get32(batch->fds, i), batch->flags, kvfs_get64(batch->offsets, i),
+        int32_t status = read_item(kvfs_get32(batch->fds, i), batch->flags,
+                                   kvfs_get64(batch->offsets, i),
                                    (uint8_t *)kvfs_get64(batch->targets, i),
                                    kvfs_get64(batch->lengths, i), wanted);
         failed += kvfs_put_status(batch->statuses, i, status);

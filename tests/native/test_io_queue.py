@@ -260,8 +260,7 @@ def test_one_batch_at_a_time() -> None:
     thread = threading.Thread(target=lambda: queue.read_verify(*args))
     thread.start()
     with pytest.raises(RuntimeError, match="in use"):
-        while thread.is_alive():
-            queue.stalled()
+        _ask_while(queue, thread)
     queue.close()  # ends when the batch does
     os.write(writer, b"done")
     thread.join()
@@ -270,10 +269,15 @@ def test_one_batch_at_a_time() -> None:
     os.close(writer)
 
 
+def _ask_while(queue: _native.IOQueue, thread: threading.Thread) -> None:
+    while thread.is_alive():
+        queue.stalled()
+
+
 def test_wrong_arguments(queue: _native.IOQueue, fd: int) -> None:
     make: Any = _native.IOQueue
     for depth, kind in ((0, None), (100_000, None), (4, "aio")):
-        with pytest.raises(ValueError, match="depth|kind"):
+        with pytest.raises(ValueError, match=r"depth|kind"):
             make(depth, kind)
     with pytest.raises(ValueError, match="offsets"):
         queue.write_hash(fd, u64(), u64(0), u64(0), bytearray(16), bytearray(4))

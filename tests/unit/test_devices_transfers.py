@@ -167,14 +167,13 @@ def test_the_filesystem_is_full(tmp_path: Path, way: str) -> None:
     """Space is reserved when a segment is made: that fails, and leaves nothing."""
     with loop_ext4(tmp_path, 48 * MIB) as root:
         device = open_directory(root, way)
-        segments = []
+        segments = [device.create(0, 1, TAG)]
         with pytest.raises(NoSpaceError, match="filesystem is full"):
-            for slot in range(4):
-                segments.append(device.create(slot, 1, TAG))
-        assert device.used_bytes == len(segments) * 16 * MIB
-        for segment in segments:  # what was reserved can be written
-            data = random_bytes(MIB)
-            assert put(device, segment, *[(i * MIB, data) for i in range(16)])[0] == 0
+            segments += [device.create(slot, 1, TAG) for slot in range(1, 4)]
+        used = device.used_bytes
+        assert used == len(device.segments()) * 16 * MIB
+        data = random_bytes(MIB)  # what was reserved can be written
+        assert put(device, segments[0], *[(i * MIB, data) for i in range(16)])[0] == 0
         device.close()
 
 
@@ -305,9 +304,8 @@ def test_batches_of_several_threads_wait_for_a_queue(tmp_path: Path) -> None:
     failures: list[object] = []
 
     def work(number: int) -> None:
-        for _ in range(5):
-            if put(device, segment, (number * 2 * MIB, data)) != (0, [0]):
-                failures.append(number)
+        results = [put(device, segment, (number * 2 * MIB, data)) for _ in range(5)]
+        failures.extend(result for result in results if result != (0, [0]))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(QUEUES + 3)]
     for thread in threads:
