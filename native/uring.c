@@ -120,7 +120,7 @@ void kvfs_uring_push(struct kvfs_uring *ring, uint64_t tag, const struct kvfs_io
     sqe->off = op->offset;
     sqe->addr = (uint64_t)(uintptr_t)op->data;
     sqe->len = op->nbytes;
-    sqe->rw_flags = op->flags;
+    sqe->rw_flags = (__typeof__(sqe->rw_flags))op->flags;
     sqe->user_data = tag;
     ring->sq_array[index] = index;
     atomic_store_explicit(ring->sq_tail, tail + 1, memory_order_release);
