@@ -90,7 +90,7 @@ def pread_verify(
 
 @final
 class IOQueue:
-    """At most `depth` transfers of at most 1 MiB under way at a time, by io_uring or by threads.
+    """At most `depth` transfers of at most 1 MiB (4 MiB past the buffers) under way at a time, by io_uring or by threads.
 
     A batch is cut into pieces that are submitted together and resumed where they come short. Each piece has a
     buffer, aligned and, on io_uring, registered (`is_registered`: not beyond RLIMIT_MEMLOCK). One batch at a time

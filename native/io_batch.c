@@ -240,11 +240,13 @@ static void begin_read(struct reading *reading, int place)
     uint64_t start = kvfs_get64(batch->offsets, job->next) + job->done;
     uint8_t *data = (uint8_t *)kvfs_get64(batch->targets, job->next) + job->done;
     uint64_t lead = start % align;
-    uint64_t nbytes = least(length - job->done, KVFS_IO_PIECE - lead);
+    uint64_t nbytes = length - job->done;
     bool is_straight = job->manner->timeout_ms < 0 && lead == 0 && nbytes >= align &&
                        (uintptr_t)data % job->manner->address_align == 0;
     if (is_straight)
-        nbytes -= nbytes % align;
+        nbytes = least(nbytes - nbytes % align, KVFS_IO_STRAIGHT);
+    else
+        nbytes = least(nbytes, KVFS_IO_PIECE - lead);
     uint8_t *buffer = is_straight ? data : kvfs_io_queue_buffer(job->queue, place);
     struct kvfs_io_op op = {.offset = start - lead, .data = buffer,
                             .fd = kvfs_get32(batch->fds, job->next),

@@ -1,5 +1,5 @@
-/* A queue of transfers between files and memory: at most `depth` under way, each of at most a
- * piece, by io_uring or by threads; with a buffer for each, aligned for O_DIRECT.
+/* A queue of transfers between files and memory: at most `depth` under way, by io_uring or by
+ * threads; with a buffer for each, aligned for O_DIRECT.
  *
  * Short transfers are resumed. Who stops waiting (a deadline) leaves with `abandon`: what is under
  * way then uses nothing but the queue's own memory, and its places come back when it is done.
@@ -12,7 +12,8 @@
 
 #include <stddef.h>
 
-enum { KVFS_IO_PIECE = 1 << 20, KVFS_IO_DEPTH_MAX = 1024 };
+/* What a buffer takes, and what goes past the buffers in one transfer. */
+enum { KVFS_IO_PIECE = 1 << 20, KVFS_IO_STRAIGHT = 1 << 22, KVFS_IO_DEPTH_MAX = 1024 };
 
 enum kvfs_io_kind { KVFS_IO_ANY, KVFS_IO_URING, KVFS_IO_THREADS };
 

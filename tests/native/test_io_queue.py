@@ -17,7 +17,7 @@ from kvfs import _native
 from tests.native.support import PAGE, address, i32, random_bytes, statuses, u64
 
 MIB = 1 << 20
-LENGTHS = st.integers(0, 5000) | st.sampled_from([MIB - 1, MIB, MIB + 1, 2 * MIB + 4096, 3 * MIB])
+LENGTHS = st.integers(0, 5000) | st.sampled_from([MIB - 1, MIB, MIB + 1, 2 * MIB + 4096, 5 * MIB])
 
 
 @pytest.fixture(params=["io_uring", "threads"])
