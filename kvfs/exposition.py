@@ -19,7 +19,7 @@ from prometheus_client.core import (
 )
 
 from kvfs.metric_list import BY_NAME, CORE_NAMES, DEFINITIONS, VIEW_NAMES, Definition
-from kvfs.metrics import Histogram, Rows, Tally
+from kvfs.metrics import PHASES, Histogram, Rows, Tally
 from kvfs.pool import Pool
 
 _FIRST_BUCKET: Final = 10  # 2**10 ns: a microsecond
@@ -164,8 +164,8 @@ def _add_namespaces(families: _Families, pool: Pool) -> None:
 
 def _add_numbers(families: _Families, name: str, tally: Tally) -> None:
     for metric, value in (
-        ("kvfs_prefix_blocks_asked_total", tally.prefix_asked),
-        ("kvfs_prefix_blocks_matched_total", tally.prefix_matched),
+        ("kvfs_prefix_blocks_asked_total", int(tally.prefix[0])),
+        ("kvfs_prefix_blocks_matched_total", int(tally.prefix[1])),
         ("kvfs_put_blocks_total", tally.blocks_put),
         ("kvfs_put_bytes_total", tally.bytes_put),
         ("kvfs_deduplicated_blocks_total", tally.blocks_deduplicated),
@@ -179,6 +179,8 @@ def _add_numbers(families: _Families, name: str, tally: Tally) -> None:
         ("kvfs_broken_pins_total", tally.pins_broken),
     ):
         families.add(metric, value, name)
+    for phase, count in zip(PHASES, tally.accesses, strict=True):
+        families.add("kvfs_accesses_total", count, name, phase)
     for metric, reason, value in (
         ("kvfs_misses_total", "absent", tally.misses_absent + tally.lookups_missed),
         ("kvfs_misses_total", "unreadable", tally.misses_unreadable),

@@ -66,6 +66,10 @@ DEFINITIONS: Final = (
     Definition("kvfs_hits_total", "counter",
                "Blocks found: lookup; read_into, copied; lease, held for a view.",
                (*_PLACE, "operation")),
+    Definition("kvfs_accesses_total", "counter",
+               "Blocks read, held or touched, by clients too: prefill, instead of computing a "
+               "prompt; decode, of tokens that the engine made; background, nobody waits; unknown, "
+               "nobody said.", ("namespace", "phase")),
     Definition("kvfs_misses_total", "counter",
                "Blocks not found: absent; unreadable, no copy was good; room, the caller's memory "
                "is too small.", ("namespace", "reason")),

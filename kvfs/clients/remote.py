@@ -37,6 +37,7 @@ from kvfs.errors import ClosedError, KvfsError, UsageError
 from kvfs.keys import KEY_BYTES, KeyArray
 from kvfs.layout import Layout
 from kvfs.namespace import Namespace
+from kvfs.phase import Phase
 from kvfs.statistics import PoolStatistics
 
 _RETRY_S: Final = 0.05
@@ -230,19 +231,20 @@ class RemoteBackend:
         """Return the fastest copy of each block; length 0 for a miss."""
         return self._reader.lookup(namespace_id, keys)
 
-    def touch(self, namespace_id: int, keys: KeyArray) -> int:
+    def touch(self, namespace_id: int, keys: KeyArray, phase: Phase = Phase.UNKNOWN) -> int:
         """Note an access to blocks without reading them; return how many are resident."""
-        return self._reader.touch(namespace_id, keys)
+        return self._reader.touch(namespace_id, keys, phase)
 
     def read_into(
-        self, namespace_id: int, keys: KeyArray, addresses: Addresses, lengths: Addresses
-    ) -> Mask:
+        self, namespace_id: int, keys: KeyArray, addresses: Addresses, lengths: Addresses,
+        phase: Phase = Phase.UNKNOWN,
+    ) -> Mask:  # fmt: skip
         """Copy whole blocks to memory, verified; return which were."""
-        return self._reader.read_into(namespace_id, keys, addresses, lengths)
+        return self._reader.read_into(namespace_id, keys, addresses, lengths, phase)
 
-    def lease(self, namespace_id: int, keys: KeyArray) -> RemoteLease:
+    def lease(self, namespace_id: int, keys: KeyArray, phase: Phase = Phase.UNKNOWN) -> RemoteLease:
         """Hold verified blocks for reading in place; give back with `release`."""
-        return self._reader.lease(namespace_id, keys)
+        return self._reader.lease(namespace_id, keys, phase)
 
     def release(self, lease: RemoteLease) -> None:
         """End a lease; idempotent."""

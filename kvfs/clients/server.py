@@ -124,6 +124,8 @@ class ClientServer:
         """Stop listening, end all sessions, remove the socket; idempotent."""
         listener, self._listener = self._listener, None
         if listener is None:
+            if self._given is not None:  # never started
+                self._given.close()
             return
         if self._given is None:
             with contextlib.suppress(OSError), channel.socket_address(self._pool.path) as address:
@@ -250,9 +252,7 @@ class ClientServer:
             _log.exception("client could not be served")
             self._tell(connection, error)
         finally:
-            channel.close_all(state.received)
-            channel.close_all(state.outgoing)
-            state.regions.close()
+            state.close()
             with self._lock:
                 del self._connections[connection], self._uids[connection]
             if is_first and session is not None:

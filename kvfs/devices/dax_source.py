@@ -14,13 +14,14 @@ import fcntl
 import logging
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Self
 
 from kvfs.devices.dax_layout import Range
+from kvfs.devices.dax_memory import DaxMemory, fdatasync
 from kvfs.errors import BusyError, NotFoundError, UsageError
-from kvfs.units import MIB, format_bytes
+from kvfs.units import MIB, PAGE, format_bytes
 
 ALIGNMENT: Final = 2 * MIB
 PERSISTENCE_OF_FILES: Final = "page"
@@ -41,6 +42,7 @@ class DaxSource:
         bad: Ranges the kernel knows to be bad.
         deep_flush: Where to write "1" to flush the platform's own buffers; None if nowhere.
         location: See Device.location.
+        granularity: Of maps; see Backing.
     """
 
     fd: int
@@ -50,6 +52,11 @@ class DaxSource:
     bad: tuple[Range, ...] = ()
     deep_flush: Path | None = None
     location: int = 0
+    granularity: int = PAGE
+
+    def map(self, nbytes: int = 0) -> DaxMemory:
+        """Map so many bytes of it, all when missing. The map is the caller's to close."""
+        return DaxMemory(self.fd, nbytes or self.nbytes, fdatasync if self.is_file else None)
 
     def close(self) -> None:
         """Close the descriptor, and let the lock go. To be called once."""
@@ -108,10 +115,7 @@ def open_source(location: str, *, persistence: str = "", sysfs: Path = _SYSFS) -
         raise
     if not persistence:
         return source
-    return DaxSource(
-        fd, source.nbytes, persistence, source.is_file, source.bad, source.deep_flush,
-        source.location,
-    )  # fmt: skip
+    return replace(source, persistence=persistence)
 
 
 def size_of(location: str, *, sysfs: Path = _SYSFS) -> int:
@@ -142,6 +146,7 @@ def _describe(fd: int, location: str, sysfs: Path) -> DaxSource:
         fd, _number(device / "size"), domain if domain in _DOMAINS else "none", False,
         bad=_badblocks(device, region),
         deep_flush=_deep_flush(region),
+        granularity=max(PAGE, _number(device / "align")),
     )  # fmt: skip
 
 
