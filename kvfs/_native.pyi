@@ -145,6 +145,13 @@ class IOQueue:
 
     def close(self) -> None: ...
 
+def absent(addresses: Buffer, lengths: Buffer, statuses: Buffer) -> int:
+    """Say of n mapped ranges of memory files which are not wholly in memory: statuses 0, 1 or -errno.
+
+    What is not there is a hole or swapped out; reading a hole would fill it, to ask does not. Of files that this
+    process may not write the kernel says that all is there. Returns how many statuses are not 0.
+    """
+
 # --- summaries -----------------------------------------------------------------------------
 def sign_entries(entries: Buffer, seed: int) -> None:
     """Fill the checksum (bytes 120..127) of each 128-byte entry in place: xxh3_64(bytes 0..119, seed)."""
@@ -403,6 +410,11 @@ class LeasePage:
     @property
     def heartbeat_ns(self) -> int:
         """When the client's heart last beat (CLOCK_MONOTONIC), by its own word; 0: it never did."""
+    @property
+    def segments_freed(self) -> int:
+        """How many segments that the client may have mapped are gone, by the owner's count."""
+    def note_freed(self) -> None:
+        """Owner: count one more."""
     @property
     def is_revoked(self) -> bool:
         """Whether the owner has taken all places away. Ordered after all reads of this thread before."""

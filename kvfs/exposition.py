@@ -120,10 +120,11 @@ def _add_pool(families: _Families, pool: Pool) -> None:
     counters = pool.store.state.counters
     families.add("kvfs_write_errors_total", counters.write_errors)
     families.add("kvfs_segments_poisoned_total", counters.segments_poisoned)
-    clients, segments, revocations = pool.client_figures()
+    clients, segments, revocations, failures = pool.client_figures()
     families.add("kvfs_clients", clients)
     families.add("kvfs_client_segments", segments)
     families.add("kvfs_client_revocations_total", revocations)
+    families.add("kvfs_client_failures_total", failures)
     for device in figures.devices:
         for name, value in (
             ("kvfs_device_online", device.state != "offline"),

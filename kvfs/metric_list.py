@@ -44,6 +44,8 @@ DEFINITIONS: Final = (
     Definition("kvfs_client_segments", "gauge", "Segments that they hold for reading."),
     Definition("kvfs_client_revocations_total", "counter",
                "Times that what a client held was taken from it, because room was needed."),
+    Definition("kvfs_client_failures_total", "counter",
+               "Requests of clients that failed for a reason nobody expected; see the log."),
     # --- devices
     Definition("kvfs_device_online", "gauge", "1 while the device takes writes.", _DEVICE),
     Definition("kvfs_device_capacity_bytes", "gauge", "Bytes that kvfs may use.", _DEVICE),

@@ -428,7 +428,7 @@ def failure_of(error: BaseException) -> Failure:
         )
         return Failure(name, printable(str(error)))
     text = f"the pool's owner failed: {type(error).__name__}: {error}; see its log"
-    return Failure("KvfsError", printable(text))
+    return Failure("DeviceError" if isinstance(error, OSError) else "KvfsError", printable(text))
 
 
 def error_of(failure: Failure) -> KvfsError:

@@ -140,7 +140,7 @@ class RemotePool:
         return statistics
 
     def close(self) -> None:
-        """Leave the owner; idempotent. Views that are open stay mapped, but are held no more."""
+        """Leave the owner; idempotent. Open views stay mapped, held no more: they say so."""
         if self._closing.is_set():
             return
         self._closing.set()
@@ -196,12 +196,13 @@ class RemotePool:
                 return
             self._attached = Attached(Link(self.path))
         old.link.close()
+        old.forget_all()
         _log.info("attached again: %s", self.path)
 
     def _watch(self) -> None:
         while not self._closing.is_set():
             attached = self._attached
-            attached.link.wait_lost()
+            attached.link.wait_lost(attached.forget_freed)
             attached.link.close()
             wait_s = _RETRY_S
             while self._attached is attached and not self._closing.is_set():

@@ -79,6 +79,10 @@ class File(ABC):
         """Set the size; new bytes are zero."""
 
     @abstractmethod
+    def clear(self) -> None:
+        """Give the space of the whole file back: it reads as zeros, and keeps its size."""
+
+    @abstractmethod
     def sync(self) -> None:
         """fdatasync: contents and size survive; the name may not."""
 

@@ -5,6 +5,7 @@ Layer: L1.
 Concurrency: `_lock` guards the descriptor that is opened when it is needed.
 """
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -18,6 +19,7 @@ from kvfs.devices.filesystem import File
 from kvfs.devices.transfers import Transfers
 from kvfs.units import PAGE
 
+_PUNCH_HOLE: Final = 0x03  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _NO_LEASES: Final = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -60,6 +62,14 @@ class OSFile(File):
     def resize(self, nbytes: int) -> None:
         """Call ftruncate."""
         os.ftruncate(self.fd, nbytes)
+
+    def clear(self) -> None:
+        """Call fallocate; not ftruncate, as maps of what is cut off end in SIGBUS."""
+        nbytes = max(1, os.fstat(self.fd).st_size)
+        library = ctypes.CDLL(None, use_errno=True)
+        if library.fallocate(self.fd, _PUNCH_HOLE, ctypes.c_int64(0), ctypes.c_int64(nbytes)) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, f"fallocate: {os.strerror(code)}")
 
     def sync(self) -> None:
         """Call fdatasync."""

@@ -162,6 +162,19 @@ def evict(bench: Bench) -> None:
 
 
 @scenario(5)
+def evict_shared(bench: Bench) -> None:
+    """Eviction of segments that clients have open: their bytes are taken, too."""
+    space = bench.space()
+    bench.may_evict = True
+    for _ in range(6):
+        bench.put(space, 8, "sync")
+        for device in bench.pool.store.state.devices:
+            for segment in device.segments.values():
+                segment.handle.is_shared = True
+    bench.flush()
+
+
+@scenario(5)
 def relocate(bench: Bench) -> None:
     """Eviction that copies what is pinned before it gives its segment back."""
     space = bench.space()

@@ -90,6 +90,11 @@ class SimFile(File):
         os.ftruncate(self.fd, nbytes)
         self._files.note(Resize(self._files.disk, self._inode.number, nbytes))
 
+    def clear(self) -> None:
+        nbytes = os.fstat(self.fd).st_size
+        for size in (0, nbytes):
+            self.resize(size)
+
     def sync(self) -> None:
         self._files.sync_inode(self._inode)
 
