@@ -66,11 +66,12 @@ def pwrite_hash(
     digests: Buffer,
     statuses: Buffer,
     pad_to: int = 1,
+    flags: int = 0,
 ) -> int:
     """Write n memory ranges to a file and hash them in one pass (steps of 256 KiB: hash, then pwrite).
 
     Retries EINTR and short writes. After each item zero bytes are written up to the next multiple
-    of `pad_to` of the item's length. A failed item does not stop the others.
+    of `pad_to` of the item's length. A failed item does not stop the others. flags: RWF_* of pwritev2.
     """
 
 def pread_verify(
@@ -80,8 +81,69 @@ def pread_verify(
     targets: Buffer,
     digests: Buffer | None,
     statuses: Buffer,
+    flags: int = 0,
 ) -> int:
-    """Read n ranges (fds: int32[n]) into memory and verify XXH3-128 in the same pass."""
+    """Read n ranges (fds: int32[n]) into memory and verify XXH3-128 in the same pass.
+
+    flags: RWF_* of preadv2; with RWF_NOWAIT the status of what is not in the page cache is -EAGAIN.
+    """
+
+@final
+class IOQueue:
+    """At most `depth` transfers of at most 1 MiB (4 MiB past the buffers) under way at a time, by io_uring or by threads.
+
+    A batch is cut into pieces that are submitted together and resumed where they come short. Each piece has a
+    buffer, aligned and, on io_uring, registered (`is_registered`: not beyond RLIMIT_MEMLOCK). One batch at a time
+    (RuntimeError).
+
+    With timeout_ms >= 0 a batch during which nothing gets done for that long ends: -ETIMEDOUT for what is not done,
+    which may still be written to the file later, never to memory of the caller. The queue can be used on with the places
+    that are left: `stalled` says how many are not.
+    """
+
+    def __init__(self, depth: int, kind: str | None = None) -> None:
+        """Open; kind: "io_uring", "threads", or None: io_uring, threads where the kernel refuses it (OSError)."""
+
+    kind: str
+    depth: int
+    is_registered: bool
+
+    def write_hash(
+        self,
+        fd: int,
+        offsets: Buffer,
+        sources: Buffer,
+        lengths: Buffer,
+        digests: Buffer,
+        statuses: Buffer,
+        pad_to: int = 1,
+        flags: int = 0,
+        timeout_ms: int = -1,
+    ) -> int:
+        """As pwrite_hash; each piece is copied to its buffer and hashed there while others are written."""
+
+    def read_verify(
+        self,
+        fds: Buffer,
+        offsets: Buffer,
+        lengths: Buffer,
+        targets: Buffer,
+        digests: Buffer | None,
+        statuses: Buffer,
+        align: int = 1,
+        address_align: int = 1,
+        flags: int = 0,
+        timeout_ms: int = -1,
+    ) -> int:
+        """As pread_verify; what O_DIRECT asks: powers of two, at most 4096.
+
+        What is aligned goes straight to its target, the rest, and all if there is a timeout, through buffers.
+        """
+
+    def stalled(self) -> int:
+        """How many places are taken by transfers of batches that timed out."""
+
+    def close(self) -> None: ...
 
 def absent(addresses: Buffer, lengths: Buffer, statuses: Buffer) -> int:
     """Say of n mapped ranges of memory files which are not wholly in memory: statuses 0, 1 or -errno.

@@ -5,7 +5,8 @@ Layer: L0.
 A device URL is `scheme:location?option=value&option=value`, e.g. `dram:?size=4GiB`,
 `cxl:node=1?size=64GiB`, `dax:/dev/dax0.0`, `pmem:/mnt/pmem/kv`, `dir:/mnt/nvme/kv?tier=2`. Options
 known to every scheme: size, segment, tier, name. `emulated:PROFILE:` before any of them makes the
-device behave like another kind (`kvfs.emulation`): `emulated:cxl:dram:?size=4GiB`.
+device behave like another kind (`kvfs.emulation`): `emulated:cxl:dram:?size=4GiB`. `dax:` knows
+persistence; `dir:` and `pmem:` cache, depth, io and deadline_ms.
 """
 
 import re
@@ -24,8 +25,15 @@ DIRECTORY_SCHEMES: Final = ("pmem", "dir")  # what lies there are files below a 
 DEFAULT_TIER: Final = {"dram": 0, "cxl": 1, "dax": 1, "pmem": 1, "dir": 2}
 PERSISTENCE: Final = ("cpu_cache", "memory_controller", "page", "none")  # see DeviceInfo
 _OPTIONS: Final = ("size", "segment", "tier", "name")
-_OWN_OPTIONS: Final = {"dram": ("numa", "huge"), "cxl": ("huge",), "dax": ("persistence",)}
+_IO_OPTIONS: Final = ("cache", "depth", "io", "deadline_ms")
+_OWN_OPTIONS: Final = {
+    "dram": ("numa", "huge"), "cxl": ("huge",), "dax": ("persistence",), "pmem": _IO_OPTIONS,
+    "dir": _IO_OPTIONS,
+}  # fmt: skip
 _FORM: Final = {"dram": "dram:?size=4GiB", "cxl": "cxl:node=1?size=64GiB"}
+CACHES: Final = ("page", "dontcache", "direct")  # see kvfs.devices.transfers
+DEPTH_MAX: Final = 256
+DEADLINE_MS_MAX: Final = 3_600_000
 SEGMENT_BYTES_MIN: Final = 16 * MIB
 SEGMENT_BYTES_MAX: Final = GIB
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}\Z")
@@ -95,6 +103,7 @@ def parse_device_url(text: str) -> DeviceURL:
     _check_location(text, scheme, location, options)
     if profile:
         options |= overrides(options)
+    _check_io(options, text)
     segment_bytes = parse_bytes(options.get("segment", "0"))
     if segment_bytes and not (
         is_power_of_two(segment_bytes) and SEGMENT_BYTES_MIN <= segment_bytes <= SEGMENT_BYTES_MAX
@@ -154,6 +163,18 @@ def scheme_of(text: str) -> str:
     if text.startswith(f"{EMULATED}:"):
         text = text.split(":", 2)[-1]
     return text.partition(":")[0]
+
+
+def _check_io(options: dict[str, str], text: str) -> None:
+    """Refuse values of a directory's own options that mean nothing."""
+    if options.get("cache", "page") not in CACHES:
+        raise UsageError(f"cache must be one of {', '.join(CACHES)}: {text!r}")
+    if options.get("io", "threads") not in ("io_uring", "threads"):
+        raise UsageError(f"io must be io_uring or threads: {text!r}")
+    for name, low, high in (("depth", 1, DEPTH_MAX), ("deadline_ms", 0, DEADLINE_MS_MAX)):
+        value = options.get(name, str(low))
+        if not value.isdecimal() or not low <= int(value) <= high:
+            raise UsageError(f"{name} must be a number from {low} to {high}, found {value!r}")
 
 
 def default_segment_bytes(capacity_bytes: int) -> int:

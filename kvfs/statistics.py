@@ -30,6 +30,9 @@ class DeviceStatistics:
     bytes_written: int
     failures: int
     persistence: str
+    filesystem: str
+    cache: str
+    io: str
     bad_bytes: int
     bad_ranges: tuple[tuple[int, int], ...] = ()
     bytes_stored: int = 0

@@ -130,14 +130,15 @@ static PyObject *py_absent(PyObject *module, PyObject *args, PyObject *kwargs)
 static PyObject *py_pwrite_hash(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"fd",      "offsets",  "sources", "lengths",
-                            "digests", "statuses", "pad_to",  NULL};
+                            "digests", "statuses", "pad_to",  "flags", NULL};
     PyObject *offsets, *sources, *lengths, *digests, *statuses, *pad = NULL;
     struct kvfs_views views = {0};
     struct kvfs_write_batch batch = {0};
     PyObject *result = NULL;
     (void)module;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iOOOOO|O", names, &batch.fd, &offsets, &sources,
-                                     &lengths, &digests, &statuses, &pad) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iOOOOO|Oi", names, &batch.fd, &offsets,
+                                     &sources, &lengths, &digests, &statuses, &pad,
+                                     &batch.flags) ||
         !parse_pad(pad, &batch.pad_to))
         return NULL;
     if ((batch.lengths = take_lengths(&views, lengths, &batch.count)) != NULL &&
@@ -158,14 +159,15 @@ static PyObject *py_pwrite_hash(PyObject *module, PyObject *args, PyObject *kwar
 
 static PyObject *py_pread_verify(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"fds", "offsets", "lengths", "targets", "digests", "statuses", NULL};
+    static char *names[] = {"fds", "offsets", "lengths", "targets", "digests", "statuses", "flags",
+                            NULL};
     PyObject *fds, *offsets, *lengths, *targets, *digests, *statuses;
     struct kvfs_views views = {0};
     struct kvfs_read_batch batch = {0};
     PyObject *result = NULL;
     (void)module;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOO", names, &fds, &offsets, &lengths,
-                                     &targets, &digests, &statuses))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOO|i", names, &fds, &offsets,
+                                     &lengths, &targets, &digests, &statuses, &batch.flags))
         return NULL;
     if ((batch.lengths = take_lengths(&views, lengths, &batch.count)) != NULL &&
         (batch.fds = take(&views, fds, "fds", 4, batch.count, false)) != NULL &&

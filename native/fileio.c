@@ -43,7 +43,8 @@ static int32_t status_of_errno(void)
 }
 
 /* Write all of two parts, the second of zeroes, in as few calls as the kernel allows. */
-static int32_t write_all(int fd, off_t offset, const uint8_t *data, size_t nbytes, size_t padding)
+static int32_t write_all(int fd, int flags, off_t offset, const uint8_t *data, size_t nbytes,
+                         size_t padding)
 {
     while (nbytes + padding > 0) {
         struct iovec parts[2];
@@ -53,7 +54,7 @@ static int32_t write_all(int fd, off_t offset, const uint8_t *data, size_t nbyte
         if (padding > 0)
             parts[count++] = (struct iovec){(void *)(uintptr_t)zeroes,
                                             padding < ZEROES ? padding : ZEROES};
-        ssize_t written = pwritev(fd, parts, count, offset);
+        ssize_t written = pwritev2(fd, parts, count, offset, flags);
         if (written < 0 && errno == EINTR)
             continue;
         if (written < 0)
@@ -76,8 +77,8 @@ static bool is_file_range(uint64_t offset, uint64_t length, uint64_t padding)
     return offset <= room && length <= room - offset && padding <= room - offset - length;
 }
 
-static int32_t write_item(int fd, uint64_t offset, const uint8_t *source, uint64_t length,
-                          uint64_t padding, uint8_t *scratch,
+static int32_t write_item(int fd, int flags, uint64_t offset, const uint8_t *source,
+                          uint64_t length, uint64_t padding, uint8_t *scratch,
                           uint8_t digest[KVFS_DIGEST_BYTES])
 {
     if (!is_file_range(offset, length, padding))
@@ -96,7 +97,7 @@ static int32_t write_item(int fd, uint64_t offset, const uint8_t *source, uint64
         if (nbytes > 0 && !kvfs_guard_run(hash_step, &step))
             return KVFS_FAULT;
         bool is_last = done + nbytes == length;
-        int32_t status = write_all(fd, (off_t)(offset + done), scratch, nbytes,
+        int32_t status = write_all(fd, flags, (off_t)(offset + done), scratch, nbytes,
                                    is_last ? padding : 0);
         if (status != KVFS_DONE)
             return status;
@@ -115,7 +116,7 @@ size_t kvfs_pwrite_hash(const struct kvfs_write_batch *batch)
         uint8_t digest[KVFS_DIGEST_BYTES] = {0};
         int32_t status = -ENOMEM;
         if (scratch != NULL)
-            status = write_item(batch->fd, kvfs_get64(batch->offsets, i),
+            status = write_item(batch->fd, batch->flags, kvfs_get64(batch->offsets, i),
                                 (const uint8_t *)kvfs_get64(batch->sources, i), length,
                                 kvfs_padding(length, batch->pad_to), scratch, digest);
         memcpy((char *)batch->digests + i * KVFS_DIGEST_BYTES, digest, KVFS_DIGEST_BYTES);
@@ -125,10 +126,11 @@ size_t kvfs_pwrite_hash(const struct kvfs_write_batch *batch)
     return failed;
 }
 
-static int32_t read_all(int fd, off_t offset, uint8_t *data, size_t nbytes)
+static int32_t read_all(int fd, int flags, off_t offset, uint8_t *data, size_t nbytes)
 {
     while (nbytes > 0) {
-        ssize_t got = pread(fd, data, nbytes, offset);
+        struct iovec part = {data, nbytes};
+        ssize_t got = preadv2(fd, &part, 1, offset, flags);
         if (got < 0 && errno == EINTR)
             continue;
         if (got < 0)
@@ -142,8 +144,8 @@ static int32_t read_all(int fd, off_t offset, uint8_t *data, size_t nbytes)
     return KVFS_DONE;
 }
 
-static int32_t read_item(int fd, uint64_t offset, uint8_t *target, uint64_t length,
-                         const uint8_t *wanted)
+static int32_t read_item(int fd, int flags, uint64_t offset, uint8_t *target,
+                         uint64_t length, const uint8_t *wanted)
 {
     if (!is_file_range(offset, length, 0))
         return -EOVERFLOW;
@@ -156,7 +158,7 @@ static int32_t read_item(int fd, uint64_t offset, uint8_t *target, uint64_t leng
         nbytes = length - done;
         if (wanted != NULL && nbytes > STEP)
             nbytes = STEP;
-        int32_t status = read_all(fd, (off_t)(offset + done), target + done, nbytes);
+        int32_t status = read_all(fd, flags, (off_t)(offset + done), target + done, nbytes);
         if (status != KVFS_DONE)
             return status;
         step.data = target + done;
@@ -178,7 +180,8 @@ size_t kvfs_pread_verify(const struct kvfs_read_batch *batch)
         const uint8_t *wanted = NULL;
         if (batch->digests != NULL)
             wanted = (const uint8_t *)batch->digests + i * KVFS_DIGEST_BYTES;
-        int32_t status = read_item(kvfs_get32(batch->fds, i), kvfs_get64(batch->offsets, i),
+        int32_t status = read_item(kvfs_get32(batch->fds, i), batch->flags,
+                                   kvfs_get64(batch->offsets, i),
                                    (uint8_t *)kvfs_get64(batch->targets, i),
                                    kvfs_get64(batch->lengths, i), wanted);
         failed += kvfs_put_status(batch->statuses, i, status);

@@ -22,6 +22,7 @@ struct kvfs_write_batch {
     void *statuses;
     size_t count;
     uint64_t pad_to; /* > 0 */
+    int flags;       /* RWF_* of pwritev2 */
 };
 
 /* Hash and write in steps. After each item zeroes are written up to the next multiple of pad_to
@@ -36,6 +37,7 @@ struct kvfs_read_batch {
     const void *digests; /* NULL: read only */
     void *statuses;
     size_t count;
+    int flags; /* RWF_* of preadv2; RWF_NOWAIT: -EAGAIN for what is not in the page cache */
 };
 
 /* Read in steps and hash each step while it is in the cache. */

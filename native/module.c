@@ -17,7 +17,7 @@ static int exec_module(PyObject *module)
         return -1;
     bool done = kvfs_add_index(module) && kvfs_add_ring(module) && kvfs_add_mapping(module) &&
                 kvfs_add_arena(module) && kvfs_add_lease_page(module) &&
-                kvfs_add_activity(module);
+                kvfs_add_io_queue(module) && kvfs_add_activity(module);
     return done ? 0 : -1;
 }
 

@@ -144,9 +144,10 @@ class RangeAnswer(msgspec.Struct, frozen=True):
 class DeviceAnswer(msgspec.Struct, frozen=True):
     """One device. `failures`: writes and persists that failed since the pool was opened.
 
-    `persistence`: see DeviceInfo. `bad_bytes`: of the medium, known to be bad and used no more;
-    `bad_ranges` says where. `bytes_stored`: of `bytes_written`, not moved to make room. Speeds are
-    what the kernel or an emulation tells, 0 if nothing does. `energy_joules`: of emulated devices.
+    `persistence`, `filesystem`, `cache`, `io`: see DeviceInfo. `bad_bytes`: of the medium, known to
+    be bad and used no more; `bad_ranges` says where. `bytes_stored`: of `bytes_written`, not moved
+    to make room. Speeds are what the kernel or an emulation tells, 0 if nothing does.
+    `energy_joules`: of emulated devices.
     """
 
     index: int
@@ -166,6 +167,9 @@ class DeviceAnswer(msgspec.Struct, frozen=True):
     bytes_written: int
     failures: int
     persistence: str
+    filesystem: str
+    cache: str
+    io: str
     bad_bytes: int
     bad_ranges: list[RangeAnswer] = []
     bytes_stored: int = 0

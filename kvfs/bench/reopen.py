@@ -9,10 +9,12 @@ interpreter and all imports in it.
 """
 
 import json
+import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
-from kvfs.bench.figure import Figure, Goal, GoalKind, Samples, Unit
+from kvfs.bench.figure import Baseline, Figure, Goal, GoalKind, Samples, Unit
 from kvfs.bench.session import Session
 from kvfs.clock import SystemClock
 from kvfs.errors import KvfsError
@@ -23,25 +25,64 @@ _CHILD = "kvfs.bench.reopen_child"
 
 
 def measure(session: Session) -> Iterator[Figure]:
-    """Measure opening after SIGKILL with `block_count` blocks of 4 KiB."""
+    """Measure opening after SIGKILL with `block_count` blocks of 4 KiB, on tmpfs."""
+    yield from reopen_figures(session, "reopen", GOAL, on_disk=False)
+
+
+def reopen_figures(
+    session: Session, name: str, goal: Goal | None, *, on_disk: bool
+) -> Iterator[Figure]:
+    """Measure it on tmpfs, or on disk with the page cache dropped before each opening."""
     count = session.scale.block_count
     # Blocks, summaries, the reserve, and a sixteenth for segments that are not quite full.
     capacity = (count * (PAGE + 128) * 17 // 16 + 512 * MIB) // PAGE * PAGE
-    with session.tmpfs(capacity) as root:
-        session.progress.note(f"reopen: {count} blocks of 4 KiB", 0, session.scale.repeats)
+    opened, whole, plain = [], [], []
+    with session.directory() if on_disk else session.tmpfs(capacity) as root:
+        session.progress.note(f"{name}: {count} blocks of 4 KiB", 0, session.scale.repeats)
         _run(session, "fill", str(root), str(capacity), str(count))
-        opened, whole = [], []
         for repeat in range(session.scale.repeats):
-            session.progress.note("reopen", repeat, session.scale.repeats)
+            session.progress.note(name, repeat, session.scale.repeats)
+            if on_disk:
+                drop_cache(root / "device")
+                plain.append(float(_read_summaries(root / "device")))
+                drop_cache(root / "device")
             start_ns = SystemClock().monotonic_ns()
             answer = _run(session, "open", str(root))
             if answer["blocks"] < count:
                 raise KvfsError(f"{count} blocks were written, {answer['blocks']} came back")
             opened.append(float(answer["open_ns"]))
             whole.append(float(answer["opened_at_ns"] - start_ns))
-    case = f"{count} blocks"
-    yield Figure("reopen", case, Unit.NANOSECONDS, Samples(tuple(opened)), goal=GOAL)
-    yield Figure("reopen, process", case, Unit.NANOSECONDS, Samples(tuple(whole)))
+    case = f"{count} blocks" + (", disk, cache dropped" if on_disk else "")
+    baseline = Baseline("pread of summaries", Samples(tuple(plain))) if on_disk else None
+    yield Figure(name, case, Unit.NANOSECONDS, Samples(tuple(opened)), baseline, goal)
+    yield Figure(f"{name}, process", case, Unit.NANOSECONDS, Samples(tuple(whole)))
+
+
+def drop_cache(device: Path) -> None:
+    """Write out and drop the pages of a device's files, those of nobody else."""
+    for path in sorted(device.rglob("*")):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
+
+
+def _read_summaries(device: Path) -> int:
+    """Read what opening reads at least: each segment's summary; return nanoseconds."""
+    clock = SystemClock()
+    start_ns = clock.monotonic_ns()
+    for path in sorted((device / "segments").glob("*.seg")):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            size = os.fstat(fd).st_size
+            share = size // 33  # of 4 KiB and 128 bytes for each block
+            os.pread(fd, share, size - share)
+        finally:
+            os.close(fd)
+    return clock.monotonic_ns() - start_ns
 
 
 def _run(session: Session, *arguments: str) -> dict[str, int]:

@@ -37,6 +37,9 @@ NAMES: Final = {
     "lookup": "lookup and match_prefix in batches of 1,000 keys",
     "clients": "other processes on the pool: lookup, put, read_into; the owner's share",
     "reopen": "opening a pool of small blocks whose owner was killed",
+    "devices-file": "direct I/O of a directory device against fio",
+    "devices-memory": "payloads in and out of memory devices against plain copies",
+    "devices-reopen": "reopening on tmpfs, and on disk with the page cache dropped",
     "mount-file": "reading one whole file of the mount against the file behind it",
     "mount-context": "reading scattered blocks of the mount against plain pyfuse3",
     "mount-random": "reading 4 KiB at random in every lane against plain pyfuse3",
@@ -44,7 +47,10 @@ NAMES: Final = {
     "mount-names": "missing names, opens and listings of the mount",
     "mount-cache": "page cache that reading through the mount takes",
 }
-GROUPS: Final = {"mount": tuple(name for name in NAMES if name.startswith("mount-"))}
+GROUPS: Final = {
+    group: tuple(name for name in NAMES if name.startswith(f"{group}-"))
+    for group in ("devices", "mount")
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "names",
         nargs="*",
         metavar="NAME",
-        help=f"what to measure (all). {known}; mount: all of the mount",
+        help=f"what to measure (all). {known}; devices, mount: all of them",
     )
     parser.add_argument("--repeats", type=int, metavar="N", help=f"samples per figure ({REPEATS})")
     parser.add_argument("--size", metavar="SIZE", help="bytes that a repeat moves (1GiB)")
@@ -141,6 +147,7 @@ def _benches() -> "dict[str, Callable[[Session], Iterator[Figure]]]":
     """Import what measures; `--help` must not wait for it."""
     from kvfs.bench import (
         clients,
+        devices,
         directory,
         lookup,
         mount_names,
@@ -161,6 +168,9 @@ def _benches() -> "dict[str, Callable[[Session], Iterator[Figure]]]":
         "lookup": lookup.measure,
         "clients": clients.measure,
         "reopen": reopen.measure,
+        "devices-file": devices.measure_file,
+        "devices-memory": devices.measure_memory,
+        "devices-reopen": devices.measure_reopen,
         "mount-file": mount_read.measure_file,
         "mount-context": mount_read.measure_context,
         "mount-random": mount_random.measure,

@@ -27,10 +27,12 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from kvfs import _native
 from kvfs.devices.reflink import NOTHING, Cloning, Extent
 from kvfs.emulation import UNKNOWN, LinkFigures
 from kvfs.units import PAGE
 
+SHORT_READ: Final = 2  # a status of native batches
 SLOTS_SPARE: Final = 64
 SLOT_COUNT_MAX: Final = 1 << 24
 
@@ -58,6 +60,9 @@ class DeviceInfo:
             store is enough), "memory_controller" (once its line is written back), "page" (after
             fdatasync), "none"; "" elsewhere.
         figures: How fast it is, as far as the kernel, or an emulation, tells.
+        filesystem: That of a directory, "" elsewhere.
+        cache: How payloads of a directory pass the page cache: "page", "dontcache", "direct".
+        io: What moves them past it: "io_uring" or "threads".
     """
 
     index: int
@@ -75,6 +80,9 @@ class DeviceInfo:
     takes_files: bool = True
     persistence: str = ""
     figures: LinkFigures = UNKNOWN
+    filesystem: str = ""
+    cache: str = ""
+    io: str = ""
 
 
 def slot_count_of(capacity_bytes: int, segment_bytes: int) -> int:
@@ -294,6 +302,38 @@ class Device(ABC):
 
         With `uncached` past the page cache, from the medium itself.
         """
+
+    def read_payloads(
+        self,
+        segments: Sequence[Segment],
+        which: npt.NDArray[np.intp],
+        offsets: AddressArray,
+        lengths: AddressArray,
+        targets: AddressArray,
+        digests: DigestArray | None,
+        statuses: StatusArray,
+        *,
+        uncached: bool = False,
+    ) -> int:
+        """Read n ranges of payloads into memory, and compare their checksums in the same pass.
+
+        Range i lies in `segments[which[i]]`. A range that ends beyond the payload has the status of
+        a short read. With `uncached` past the page cache, from the medium itself.
+
+        Returns how many failed; see kvfs._native for statuses. An OSError means: all did.
+        """
+        del uncached
+        bases = np.array([segment.address for segment in segments], np.uint64)
+        for segment in segments:
+            assert segment.address, "a device without addresses reads by itself"
+        short = offsets + lengths > np.array([s.nbytes for s in segments], np.uint64)[which]
+        within = np.where(short, np.uint64(0), lengths)
+        sources = bases[which] + np.where(short, np.uint64(0), offsets)
+        failed = _native.copy_verify(targets, sources, within, digests, statuses)
+        if short.any():
+            statuses[short] = SHORT_READ
+            failed = int(np.count_nonzero(statuses))
+        return failed
 
     def assemble(self, extents: Sequence[Extent], nbytes: int) -> int:
         """Make a file that shares extents of segments; return a descriptor that only reads.

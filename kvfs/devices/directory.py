@@ -33,6 +33,9 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 from uuid import UUID
 
+import numpy as np
+import numpy.typing as npt
+
 from kvfs.devices.base import (
     AddressArray,
     DeviceInfo,
@@ -98,6 +101,9 @@ class DirectoryDevice(DirectoryFiles):
             write_atomic_bytes=WRITE_ATOMIC_BYTES,
             cloning=files.cloning(),
             persistence=persistence,
+            filesystem=files.abilities().filesystem,
+            cache=files.way()[0],
+            io=files.way()[1],
         )
         self._freed: list[File] = []  # without a name, to be cleared once that is persisted
         super().__init__(files, Ledger(name, capacity_bytes))
@@ -266,6 +272,18 @@ class DirectoryDevice(DirectoryFiles):
         if uncached:
             return self._files.read_uncached(state.path, offset, nbytes)
         return pread_all(segment.fd, offset, nbytes)
+
+    def read_payloads(
+        self, segments: Sequence[Segment], which: npt.NDArray[np.intp], offsets: AddressArray,
+        lengths: AddressArray, targets: AddressArray, digests: DigestArray | None,
+        statuses: StatusArray, *, uncached: bool = False,
+    ) -> int:  # fmt: skip
+        """Read n ranges of payloads as one batch, and compare their checksums."""
+        states = [self._state(segment) for segment in segments]
+        return self._files.read_payloads(
+            [(state.path, state.file) for state in states], which, offsets, lengths, targets,
+            digests, statuses, uncached=uncached,
+        )  # fmt: skip
 
     def assemble(self, extents: Sequence[Extent], nbytes: int) -> int:
         """Share them by reflink; see `kvfs.devices.reflink`."""

@@ -24,7 +24,7 @@ from kvfs.emulation import Emulation, LinkFigures
 
 T = TypeVar("T")
 _WAIT_NS_MIN: Final = 200_000  # a wait of the kernel's is some 60 us longer than asked for
-_READS: Final = frozenset(("read", "read_tail", "read_superblock"))
+_READS: Final = frozenset(("read", "read_payloads", "read_tail", "read_superblock"))
 _WRITES: Final = frozenset(
     ("write_payloads", "write_tail", "write_staging", "write_superblock", "adopt")
 )
@@ -80,7 +80,7 @@ class EmulatedDevice(WrapperDevice):
         if operation in _WRITES:
             self._charge(nbytes, is_read=False)
         elif operation in _READS:
-            self._charge(len(result) if isinstance(result, bytes) else 0, is_read=True)
+            self._charge(len(result) if isinstance(result, bytes) else nbytes, is_read=True)
         return result
 
     def _charge(self, nbytes: int, *, is_read: bool) -> None:

@@ -6,21 +6,23 @@ This is the seam at which tests record, reorder, drop and tear writes: everythin
 device does to its medium goes through here. Paths are relative to the root; "." is the root.
 """
 
-import ctypes
 import errno
-import fcntl
 import os
 import re
-import signal
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
 from kvfs import _native
-from kvfs.devices.base import AddressArray, DigestArray, StatusArray
+from kvfs.devices.abilities import NOTHING as NO_ABILITIES
+from kvfs.devices.abilities import Abilities
+from kvfs.devices.base import SHORT_READ, AddressArray, DigestArray, StatusArray
 from kvfs.devices.reflink import NOTHING, Cloning, Extent
 from kvfs.errors import UsageError
-from kvfs.units import MIB, PAGE
+from kvfs.units import MIB
 
 SUPERBLOCK: Final = "kvfs.superblock"
 SUPERBLOCK_NEW: Final = "kvfs.superblock.new"
@@ -29,8 +31,6 @@ SEGMENTS: Final = "segments"
 STAGING: Final = "staging"
 RAW: Final = "raw"
 READ_BYTES_MAX: Final = 64 * MIB
-_PUNCH_HOLE: Final = 0x03  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-_NO_LEASES: Final = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP, errno.ENOLCK)
 SEGMENT_FILE: Final = re.compile(r"([0-9a-f]{8})-([0-9a-f]{8})\.(seg|file|sum)\Z")
 RAW_FILE: Final = re.compile(r"[0-9a-f]{16}\Z")
 STAGING_FILE: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,126}\Z")
@@ -129,6 +129,29 @@ class FileSystem(ABC):
     def read_uncached(self, path: str, offset: int, nbytes: int) -> bytes:
         """Read from the medium, past the page cache where it can; fewer bytes at the end."""
 
+    def read_payloads(
+        self, files: Sequence[tuple[str, File]], which: npt.NDArray[np.intp],
+        offsets: AddressArray, lengths: AddressArray, targets: AddressArray,
+        digests: DigestArray | None, statuses: StatusArray, *, uncached: bool,
+    ) -> int:  # fmt: skip
+        """Read n ranges of open files, given with their paths; see `Device.read_payloads`."""
+        if not uncached:
+            fds = np.array([file.fd for _, file in files], np.int32)[which]
+            return _native.pread_verify(fds, offsets, lengths, targets, digests, statuses)
+        for i, number in enumerate(which.tolist()):
+            nbytes = int(lengths[i])
+            raw = self.read_uncached(files[number][0], int(offsets[i]), nbytes)
+            source = np.frombuffer(raw or b"\0", np.uint8)
+            address = np.array([source.ctypes.data], np.uint64)
+            one = slice(i, i + 1)
+            _native.copy_verify(
+                targets[one], address, np.array([len(raw)], np.uint64),
+                None if digests is None else digests[one], statuses[one],
+            )  # fmt: skip
+            if len(raw) < nbytes:
+                statuses[i] = SHORT_READ
+        return int(np.count_nonzero(statuses))
+
     @abstractmethod
     def rename(self, source: str, target: str) -> None:
         """Rename over whatever is there."""
@@ -148,6 +171,14 @@ class FileSystem(ABC):
     @abstractmethod
     def location(self) -> int:
         """Return a number that a copy of the directory would not have; 0 if unknown."""
+
+    def abilities(self) -> Abilities:
+        """Find out what else the filesystem can do."""
+        return NO_ABILITIES
+
+    def way(self) -> tuple[str, str]:
+        """Return how payloads pass the page cache, and what moves them past it."""
+        return "page", "threads"
 
     def cloning(self) -> Cloning:
         """Find out what files here can share."""
@@ -177,67 +208,3 @@ def pread_all(fd: int, offset: int, nbytes: int) -> bytes:
         parts.append(part)
         done += len(part)
     return b"".join(parts)
-
-
-class OSFile(File):
-    """A file of the operating system."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Write all of `data`, resuming short writes."""
-        view = memoryview(data).cast("B")
-        while len(view):
-            done = os.pwrite(self.fd, view, offset)
-            offset += done
-            view = view[done:]
-
-    def write_hashed(
-        self, offsets: AddressArray, sources: AddressArray, lengths: AddressArray,
-        digests: DigestArray, statuses: StatusArray,
-    ) -> int:  # fmt: skip
-        """Write and hash in native code, without the GIL."""
-        return _native.pwrite_hash(self.fd, offsets, sources, lengths, digests, statuses, PAGE)
-
-    def resize(self, nbytes: int) -> None:
-        """Call ftruncate."""
-        os.ftruncate(self.fd, nbytes)
-
-    def clear(self) -> None:
-        """Call fallocate; not ftruncate, as maps of what is cut off end in SIGBUS."""
-        nbytes = max(1, os.fstat(self.fd).st_size)
-        library = ctypes.CDLL(None, use_errno=True)
-        if library.fallocate(self.fd, _PUNCH_HOLE, ctypes.c_int64(0), ctypes.c_int64(nbytes)) != 0:
-            code = ctypes.get_errno()
-            raise OSError(code, f"fallocate: {os.strerror(code)}")
-
-    def sync(self) -> None:
-        """Call fdatasync."""
-        os.fdatasync(self.fd)
-
-    def has_writers(self) -> bool | None:
-        """Ask for a read lease, and give it back: it is granted only if there is no writer.
-
-        None where there are no leases (EINVAL: many network filesystems, or leases switched off),
-        or only the owner of a file may ask (EACCES). Whoever opens the file for writing while we
-        have the lease waits, and would make the kernel send SIGIO, which ends a process that does
-        not expect it: so it is told to send SIGURG, which nobody minds.
-        """
-        fcntl.fcntl(self.fd, fcntl.F_SETSIG, signal.SIGURG)
-        try:
-            fcntl.fcntl(self.fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-        except OSError as error:
-            if error.errno == errno.EAGAIN:
-                return True
-            if error.errno in _NO_LEASES:
-                return None
-            raise
-        fcntl.fcntl(self.fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-        return False
-
-    def close(self) -> None:
-        """Close once."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1

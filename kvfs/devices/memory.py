@@ -42,12 +42,13 @@ from kvfs.devices.base import (
     padded_bytes,
     slot_count_of,
 )
-from kvfs.devices.filesystem import RAW, OSFile, pread_all
+from kvfs.devices.filesystem import RAW, pread_all
 from kvfs.devices.keeper import Keeper
 from kvfs.devices.ledger import Ledger
 from kvfs.devices.memory_files import Frame, MemoryFiles, OpenMemory, key_of, sidecar_key
 from kvfs.devices.memory_kept import KeptMemory
 from kvfs.devices.numa import Node, bind
+from kvfs.devices.osfile import OSFile
 from kvfs.emulation import UNKNOWN
 from kvfs.errors import NoSpaceError, RefusedError
 from kvfs.units import PAGE, format_bytes

@@ -20,10 +20,11 @@ from typing import Final
 
 from kvfs import _native
 from kvfs.devices.base import Device, Segment, Staging
-from kvfs.devices.filesystem import RAW, STAGING, OSFile, check_staging_name
+from kvfs.devices.filesystem import RAW, STAGING, check_staging_name
 from kvfs.devices.ledger import Ledger
 from kvfs.devices.memory_kept import KeptMemory
 from kvfs.devices.numa import Node, bind
+from kvfs.devices.osfile import OSFile
 from kvfs.errors import ClosedError
 
 _SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL

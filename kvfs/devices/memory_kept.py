@@ -25,9 +25,10 @@ from typing import Final
 from uuid import UUID
 
 from kvfs import _native
-from kvfs.devices.filesystem import OSFile, pread_all
+from kvfs.devices.filesystem import pread_all
 from kvfs.devices.keeper import MEMORY_VERSION, Keeper, is_memory, prefix_of
 from kvfs.devices.memory_label import Label, place_of
+from kvfs.devices.osfile import OSFile
 from kvfs.errors import DataError
 
 _LABEL: Final = "label"

@@ -26,6 +26,7 @@ from kvfs.devices.memory import MemoryDevice, Progress, available_bytes, require
 from kvfs.devices.numa import require_node, warn_of_small_pages
 from kvfs.devices.osfs import OSFileSystem, nearest_existing
 from kvfs.devices.pmem import PmemFileSystem, persistence_of, why_not_dax
+from kvfs.devices.transfers import IOOptions
 from kvfs.emulation import emulation_of
 from kvfs.errors import CorruptionError, UsageError
 from kvfs.units import PAGE, format_bytes
@@ -68,12 +69,12 @@ def _open_directory(request: DeviceRequest) -> Device:
             f"no superblock: {request.name}: {location} was never formatted; "
             "mount the device's filesystem there"
         )
-    kind, persistence = request.url.scheme, ""
+    kind, persistence, options = request.url.scheme, "", _io_options(request.url)
     if kind == "pmem" and _is_dax(request, nearest_existing(location)):
-        files: OSFileSystem = PmemFileSystem(location, create=request.create)
+        files: OSFileSystem = PmemFileSystem(location, create=request.create, options=options)
         persistence = persistence_of(location)
     else:
-        files = OSFileSystem(location, create=request.create)
+        files = OSFileSystem(location, create=request.create, options=options)
     try:
         return DirectoryDevice(
             files,
@@ -102,6 +103,16 @@ def _is_dax(request: DeviceRequest, root: str) -> bool:
             request.name, root, reason, request.url.location,
         )  # fmt: skip
     return not reason
+
+
+def _io_options(url: DeviceURL) -> IOOptions:
+    given, usual = url.options, IOOptions()
+    return IOOptions(
+        cache=given.get("cache", usual.cache),
+        depth=int(given.get("depth", usual.depth)),
+        io=given.get("io", usual.io),
+        deadline_ms=int(given.get("deadline_ms", usual.deadline_ms)),
+    )
 
 
 def _open_memory(request: DeviceRequest) -> Device:

@@ -22,8 +22,13 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
 from kvfs import _native
-from kvfs.devices import reflink
+from kvfs.devices import abilities, reflink
+from kvfs.devices.abilities import LIFETIME_LONG, LIFETIME_SHORT, Abilities
+from kvfs.devices.base import AddressArray, DigestArray, StatusArray
 from kvfs.devices.filesystem import (
     LOCK,
     RAW,
@@ -32,12 +37,14 @@ from kvfs.devices.filesystem import (
     STAGING,
     SUPERBLOCK,
     SUPERBLOCK_NEW,
+    File,
     FileSystem,
-    OSFile,
     is_own_name,
     pread_all,
 )
+from kvfs.devices.osfile import OSFile
 from kvfs.devices.reflink import Cloning, Extent
+from kvfs.devices.transfers import IOOptions, Transfers
 from kvfs.errors import BusyError, CorruptionError, NotFoundError, RefusedError, UsageError
 from kvfs.units import PAGE, align_up, format_bytes
 
@@ -52,6 +59,7 @@ REMOTE_FILESYSTEMS: Final = {
 MEMORY_FILESYSTEMS: Final = frozenset((0x01021994, 0x958458F6))  # tmpfs (memfds, too), hugetlbfs
 _STABLE_FSID: Final = {0xEF53, 0x9123683E}  # ext4, btrfs: made from the filesystem's uuid
 _FS_IOC_GETVERSION: Final = 0x80087601
+_PLAIN: Final = IOOptions()
 _LOCK_ATTEMPTS: Final = 8
 _MODE_FILE: Final = 0o600
 _MODE_DIRECTORY: Final = 0o700
@@ -91,22 +99,24 @@ def nearest_existing(path: str) -> str:
 class OSFileSystem(FileSystem):
     """Files below one directory, owned by this process until `close`."""
 
-    def __init__(self, root: str, *, create: bool = True) -> None:
+    def __init__(self, root: str, *, create: bool = True, options: IOOptions = _PLAIN) -> None:
         """Open and lock a directory.
 
         Args:
             root: Absolute path.
             create: Make the directory if it is missing.
+            options: How payloads move.
 
         Raises:
             NotFoundError: The directory is missing, or is none.
-            UsageError: No directory can be made there.
+            UsageError: No directory can be made there, or it cannot do what the options ask for.
             RefusedError: It lies on a network, cluster or FUSE filesystem.
             BusyError: Another process, or another device of this one, has it open.
         """
         self.root = root
         self._lock_fd = -1
         self._root_fd = -1
+        self._transfers: Transfers = None  # type: ignore[assignment]  # until it is open
         if create and not os.path.isdir(root):
             _make_root(root)
         try:
@@ -117,8 +127,10 @@ class OSFileSystem(FileSystem):
                 "put the directory back where it was"
             ) from error
         try:
-            refuse_remote(filesystem_type(self._root_fd), root)
+            f_type = filesystem_type(self._root_fd)
+            refuse_remote(f_type, root)
             self._lock_fd = self._take_lock()
+            self._transfers = Transfers(options, self._probe(f_type), root)
         except BaseException:
             self.close()
             raise
@@ -178,7 +190,9 @@ class OSFileSystem(FileSystem):
 
     def create(self, path: str, nbytes: int = 0) -> OSFile:
         """Make a new file with its space reserved; a failure leaves no file."""
-        file = OSFile(self._open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+        file = self._file(self._open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+        is_kept = path.startswith((SEGMENTS, STAGING))  # others are soon written again
+        abilities.hint_lifetime(file.fd, LIFETIME_LONG if is_kept else LIFETIME_SHORT)
         try:
             if nbytes:
                 os.posix_fallocate(file.fd, 0, nbytes)
@@ -190,7 +204,7 @@ class OSFileSystem(FileSystem):
 
     def open(self, path: str, *, writable: bool = False) -> OSFile:
         """Open an existing file."""
-        return OSFile(self._open(path, os.O_RDWR if writable else os.O_RDONLY))
+        return self._file(self._open(path, os.O_RDWR if writable else os.O_RDONLY))
 
     def read(self, path: str) -> bytes | None:
         """Return a whole small file, or None if there is none.
@@ -230,6 +244,27 @@ class OSFileSystem(FileSystem):
             finally:
                 os.close(fd)
         raise AssertionError("the last way either returns or raises")
+
+    def read_payloads(
+        self, files: Sequence[tuple[str, File]], which: npt.NDArray[np.intp],
+        offsets: AddressArray, lengths: AddressArray, targets: AddressArray,
+        digests: DigestArray | None, statuses: StatusArray, *, uncached: bool,
+    ) -> int:  # fmt: skip
+        """Read n ranges of files as one batch."""
+        transfers = self._transfers
+        if uncached and not transfers.abilities.direct:
+            return super().read_payloads(
+                files, which, offsets, lengths, targets, digests, statuses, uncached=True
+            )
+        is_direct = transfers.is_direct or uncached
+        fds = []
+        for _, file in files:
+            assert isinstance(file, OSFile)
+            fds.append(file.direct_fd() if is_direct else file.fd)
+        numbers = np.array(fds, np.int32)[which]
+        return transfers.read(
+            numbers, offsets, lengths, targets, digests, statuses, is_direct=is_direct
+        )
 
     def rename(self, source: str, target: str) -> None:
         """Rename over whatever is there."""
@@ -287,6 +322,21 @@ class OSFileSystem(FileSystem):
         mask = (1 << 64) - 1
         return _native.xxh3_64(struct.pack("<QQQ", status.st_ino, generation, fsid & mask)) or 1
 
+    def abilities(self) -> Abilities:
+        """Return what was found when it was opened."""
+        return self._transfers.abilities
+
+    def way(self) -> tuple[str, str]:
+        """Return what was chosen when it was opened."""
+        return self._transfers.options.cache, self._transfers.way
+
+    def _probe(self, f_type: int) -> Abilities:
+        """Find out what the filesystem can do."""
+        return abilities.probe(self._root_fd, f_type)
+
+    def _file(self, fd: int) -> OSFile:
+        return OSFile(fd, self._transfers)
+
     def cloning(self) -> Cloning:
         """Try it with two unnamed files."""
         return reflink.probe(self._root_fd, filesystem_type(self._root_fd))
@@ -296,7 +346,9 @@ class OSFileSystem(FileSystem):
         return reflink.assemble(self._root_fd, extents, nbytes)
 
     def close(self) -> None:
-        """Release the lock and the directory; idempotent."""
+        """Release the lock, the directory and the queues; idempotent."""
+        if self._transfers is not None:
+            self._transfers.close()
         for fd in (self._lock_fd, self._root_fd):
             if fd >= 0:
                 os.close(fd)

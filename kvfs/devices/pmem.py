@@ -26,8 +26,9 @@ import numpy as np
 from kvfs import _native
 from kvfs.devices.base import AddressArray, DigestArray, StatusArray
 from kvfs.devices.dax_source import domain_of
-from kvfs.devices.filesystem import OSFile
+from kvfs.devices.osfile import OSFile
 from kvfs.devices.osfs import OSFileSystem
+from kvfs.devices.transfers import IOOptions
 from kvfs.units import MIB, PAGE
 
 _FAULT: Final = 3  # a status of native batches
@@ -36,6 +37,7 @@ _STATX_BYTES: Final = 256
 _STATX_ATTR_DAX: Final = 0x00200000
 _ATTRIBUTES: Final = struct.Struct("<IIQ")  # stx_mask, stx_blksize, stx_attributes
 _SYSFS: Final = Path("/sys")
+_PLAIN: Final = IOOptions()
 Mapper = Callable[[int, int], _native.Arena]
 
 
@@ -119,16 +121,18 @@ class PmemFileSystem(OSFileSystem):
     """Files below a directory on persistent memory."""
 
     def __init__(
-        self, root: str, *, create: bool = True, mapper: Mapper = map_synchronously
-    ) -> None:
+        self, root: str, *, create: bool = True, options: IOOptions = _PLAIN,
+        mapper: Mapper = map_synchronously,
+    ) -> None:  # fmt: skip
         """Open and lock a directory, as OSFileSystem does.
 
         Args:
             root: Absolute path.
             create: Make the directory if it is missing.
+            options: How payloads are read; how those of files and segments found are written.
             mapper: Maps a segment; tests without persistent memory give another.
         """
-        super().__init__(root, create=create)
+        super().__init__(root, create=create, options=options)
         self._mapper = mapper
 
     def create(self, path: str, nbytes: int = 0) -> OSFile:

@@ -19,6 +19,7 @@ from enum import Enum
 from typing import Final, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from kvfs import _native
 from kvfs.devices.base import (
@@ -35,6 +36,7 @@ from kvfs.units import PAGE, align_up
 
 T = TypeVar("T")
 _SECTOR: Final = 512
+_MISMATCH: Final = 1  # a status of native batches
 
 
 class WrapperDevice(Device):
@@ -119,6 +121,20 @@ class WrapperDevice(Device):
         """Forward."""
         return self._call(
             "read", nbytes, lambda: self.inner.read(segment, offset, nbytes, uncached=uncached)
+        )
+
+    def read_payloads(
+        self, segments: Sequence[Segment], which: npt.NDArray[np.intp], offsets: AddressArray,
+        lengths: AddressArray, targets: AddressArray, digests: DigestArray | None,
+        statuses: StatusArray, *, uncached: bool = False,
+    ) -> int:  # fmt: skip
+        """Forward."""
+        return self._call(
+            "read_payloads",
+            int(lengths.sum()),
+            lambda: self.inner.read_payloads(
+                segments, which, offsets, lengths, targets, digests, statuses, uncached=uncached
+            ),
         )
 
     def assemble(self, extents: Sequence[Extent], nbytes: int) -> int:
@@ -245,7 +261,7 @@ class Verb(Enum):
     CREATE = ("create", "create_staging", "adopt", "keep_raw", "assemble")
     WRITE = ("write_payloads", "write_tail", "write_staging", "write_superblock")
     PERSIST = ("persist", "persist_names", "persist_staging")
-    READ = ("read", "read_tail", "read_superblock")
+    READ = ("read", "read_payloads", "read_tail", "read_superblock")
     FREE = ("free", "drop_staging")
 
 
@@ -390,6 +406,23 @@ class FaultyDevice(WrapperDevice):
             )
         statuses[victim] = -fault.code
         return failed + 1
+
+    def read_payloads(
+        self, segments: Sequence[Segment], which: npt.NDArray[np.intp], offsets: AddressArray,
+        lengths: AddressArray, targets: AddressArray, digests: DigestArray | None,
+        statuses: StatusArray, *, uncached: bool = False,
+    ) -> int:  # fmt: skip
+        """Forward; a fault takes one item. FLIP: its checksum does not hold."""
+        fault = self._fault_for("read_payloads")
+        failed = self.inner.read_payloads(
+            segments, which, offsets, lengths, targets, digests, statuses, uncached=uncached
+        )
+        if fault is None or len(lengths) == 0:
+            return failed
+        victim = self._choose(len(lengths))
+        failed += int(statuses[victim] == 0)
+        statuses[victim] = _MISMATCH if fault.effect is Effect.FLIP else -fault.code
+        return failed
 
 
 def _error(fault: Fault, operation: str) -> OSError:

@@ -10,6 +10,7 @@ Layer: L3.
 - Reads hold a lease on the segments they touch, so that no slot is recycled under a copy.
 """
 
+import errno
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,7 +27,7 @@ from kvfs.phase import Phase
 from kvfs.units import PAGE
 
 _ATTEMPTS = 3  # copies of one block tried before it is a miss
-_SCRATCH_BYTES = 8 << 20
+_SCRATCH_BYTES = 32 << 20
 Mask = npt.NDArray[np.bool_]
 EventArray = npt.NDArray[np.void]
 _FAULT = 3  # a status of native batches: memory cannot be read
@@ -376,40 +377,71 @@ class Reader:
         addresses: AddressArray,
         digests: npt.NDArray[np.uint8] | None,
     ) -> npt.NDArray[np.int32]:
-        """Copy, from maps where there are, else with pread; one native call for each of the two."""
+        """Copy: all that is mapped in one native call, the rest as a batch for each device."""
         sources = np.zeros(len(records), np.uint64)
-        fds = np.full(len(records), -1, np.int32)
-        for part in parts:
+        owners = np.full(len(records), -1, np.int64)  # of what is not mapped: its part
+        by_device: dict[int, list[int]] = {}
+        for number, part in enumerate(parts):
             handle = part.segment.handle
             if handle.address:
                 sources[part.positions] = np.uint64(handle.address) + starts[part.positions]
             else:
-                fds[part.positions] = handle.fd
+                owners[part.positions] = number
+                by_device.setdefault(handle.device_index, []).append(number)
         misses = records["length"] == 0
-        sources[misses], fds[misses] = 0, -1
+        sources[misses], owners[misses] = 0, -1
         statuses = np.zeros(len(records), np.int32)
-        for chosen, mapped in ((np.flatnonzero(sources), True), (np.flatnonzero(fds >= 0), False)):
+
+        def transfer(chosen: npt.NDArray[np.intp], numbers: list[int]) -> None:
             if not len(chosen):
-                continue
+                return
             whole = len(chosen) == len(records)
-            pick = (lambda a: a) if whole else (lambda a, c=chosen: np.ascontiguousarray(a[c]))
+            pick = (lambda a: a) if whole else (lambda a: np.ascontiguousarray(a[chosen]))
             result = np.zeros(len(chosen), np.int32)
             wanted = None if digests is None else pick(digests)
-            if mapped:
+            if not numbers:
                 _native.copy_verify(pick(addresses), pick(sources), pick(lengths), wanted, result)
             else:
-                _native.pread_verify(
-                    pick(fds), pick(starts), pick(lengths), pick(addresses), wanted, result
-                )
+                self._read(
+                    [parts[number].segment for number in numbers],
+                    np.searchsorted(numbers, owners[chosen]),
+                    pick(starts), pick(lengths), pick(addresses), wanted, result,
+                )  # fmt: skip
             statuses[chosen] = result
+
+        transfer(np.flatnonzero(sources), [])
         for part in parts:
             self._meter(part.segment, lengths[part.positions])
+        for numbers in by_device.values():
+            transfer(np.flatnonzero(np.isin(owners, numbers)), numbers)
         return statuses
 
+    def _read(
+        self,
+        segments: list[SegmentState],
+        which: npt.NDArray[np.intp],
+        starts: AddressArray,
+        lengths: AddressArray,
+        targets: AddressArray,
+        digests: npt.NDArray[np.uint8] | None,
+        statuses: npt.NDArray[np.int32],
+        *,
+        uncached: bool = False,
+    ) -> None:
+        """Read from segments of one device; an error is the status of every block."""
+        device = self._state.device(segments[0].handle.device_index).device
+        try:
+            device.read_payloads(
+                [segment.handle for segment in segments], which, starts, lengths, targets,
+                digests, statuses, uncached=uncached,
+            )  # fmt: skip
+        except OSError as error:
+            statuses[:] = -(error.errno or errno.EIO)
+
     def _meter(self, segment: SegmentState, lengths: AddressArray) -> None:
-        """Tell a device that wants to know of bytes read past it."""
+        """Tell a device that wants to know of bytes read past it, where they are mapped."""
         meter = self._state.device(segment.handle.device_index).device.meter
-        if meter is not None:
+        if meter is not None and segment.handle.address:
             meter.note_read(int(lengths.sum()))
 
     def _verify_part(self, segment: SegmentState, records: RecordArray) -> npt.NDArray[np.int32]:
@@ -418,26 +450,17 @@ class Reader:
         starts = records["page"].astype(np.uint64) * np.uint64(PAGE)
         lengths = records["length"].astype(np.uint64)
         digests = segment.digests(records["entry"])
-        if segment.needs_verify:
-            device = self._state.device(segment.handle.device_index).device
-            for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-                try:
-                    raw = device.read(segment.handle, int(start), int(length), uncached=True)
-                    statuses[i] = _native.xxh3_128(raw) != digests[i].tobytes()
-                except OSError as error:
-                    statuses[i] = -(error.errno or 5)
-            return statuses
-        if segment.handle.address:
+        if segment.handle.address and not segment.needs_verify:
             sources = np.uint64(segment.handle.address) + starts
             _native.verify(sources, lengths, digests, statuses)
+            self._meter(segment, lengths)
         else:
-            self._verify_file(segment.handle.fd, starts, lengths, digests, statuses)
-        self._meter(segment, lengths)
+            self._verify_read(segment, starts, lengths, digests, statuses)
         return statuses
 
-    def _verify_file(
+    def _verify_read(
         self,
-        fd: int,
+        segment: SegmentState,
         starts: AddressArray,
         lengths: AddressArray,
         digests: npt.NDArray[np.uint8],
@@ -454,10 +477,10 @@ class Reader:
             last = max(first + 1, int(np.searchsorted(ends, before + size, side="right")))
             part = slice(first, last)
             targets = np.uint64(base) + ends[part] - lengths[part] - np.uint64(before)
-            fds = np.full(last - first, fd, np.int32)
-            _native.pread_verify(
-                fds, starts[part], lengths[part], targets, digests[part], statuses[part]
-            )
+            self._read(
+                [segment], np.zeros(last - first, np.intp), starts[part], lengths[part], targets,
+                digests[part], statuses[part], uncached=segment.needs_verify,
+            )  # fmt: skip
             first = last
 
     def _settle(self, records: RecordArray, statuses: npt.NDArray[np.int32]) -> None:
@@ -480,6 +503,10 @@ class Reader:
         tally = self._state.counters[namespace_id]
         for device, status in zip(records["device"].tolist(), statuses.tolist(), strict=True):
             (tally.bad_checksums if status == 1 else tally.bad_reads)[device] += 1
+        records = records[statuses != -errno.ETIMEDOUT]  # a device that stalls has them still
+        statuses = statuses[statuses != -errno.ETIMEDOUT]
+        if not len(records):
+            return
         self._state.note_faults(records[statuses == _FAULT])
         self._state.forget(namespace_id, np.ascontiguousarray(records))
         self._state.count_broken_pins(namespace_id, np.ascontiguousarray(records["key"]))

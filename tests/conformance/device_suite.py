@@ -201,6 +201,45 @@ class SegmentSuite:
             read = device.read(segment, offset, nbytes, uncached=True)
             assert read == data[offset : offset + nbytes]
 
+    @pytest.mark.parametrize("uncached", [False, True])
+    def test_ranges_are_read_as_one_batch(self, device: Device, uncached: bool) -> None:
+        data = [random_bytes(SEGMENT_BYTES // 2, seed) for seed in (1, 2)]
+        segments = [device.create(slot, 1, TAG) for slot in range(2)]
+        for segment, payload in zip(segments, data, strict=True):
+            put(device, segment, (PAGE, payload))
+        which = np.array([1, 0, 1, 0, 0], np.intp)
+        offsets = np.array([PAGE, 3 * PAGE, PAGE + 3, PAGE, SEGMENT_BYTES - 8], np.uint64)
+        lengths = np.array([SEGMENT_BYTES // 2, 2 * PAGE, 70_001, 0, 9], np.uint64)
+        wanted = [data[1], data[0][2 * PAGE : 4 * PAGE], data[1][3:70_004], b""]
+        for shift in (0, 5):  # aligned targets and others
+            with mmap.mmap(-1, SEGMENT_BYTES + shift) as memory:
+                target = np.frombuffer(memory, np.uint8)
+                starts = np.cumsum(lengths) - lengths + np.uint64(shift)
+                digests = np.zeros((5, 16), np.uint8)
+                for i, part in enumerate(wanted):
+                    digests[i] = np.frombuffer(_native.xxh3_128(part), np.uint8)
+                statuses = np.full(5, 99, np.int32)
+                digests[1] ^= 1
+                failed = device.read_payloads(
+                    segments, which, offsets, lengths, starts + np.uint64(target.ctypes.data),
+                    digests, statuses, uncached=uncached,
+                )  # fmt: skip
+                assert (failed, list(statuses)) == (2, [0, 1, 0, 0, 2])
+                for start, part in zip(starts.tolist(), wanted, strict=False):
+                    assert target[start : start + len(part)].tobytes() == part
+                del target
+
+    def test_a_map_shows_what_was_written_since(self, device: Device) -> None:
+        segment = device.create(0, 1, TAG)
+        if segment.fd < 0:
+            return  # `address` is the memory itself
+        with mmap.mmap(segment.fd, SEGMENT_BYTES, prot=mmap.PROT_READ) as view:
+            for seed in (1, 2):
+                data = random_bytes(3 * PAGE, seed)
+                put(device, segment, (PAGE, data))
+                assert view[PAGE : 4 * PAGE] == data
+                assert device.read(segment, PAGE, 3 * PAGE, uncached=True) == data
+
     # --- names and generations
 
     def test_a_name_in_use_is_refused(self, device: Device) -> None:

@@ -21,12 +21,14 @@ from kvfs.devices.keeper import Keeper
 from kvfs.devices.memory import MemoryDevice
 from kvfs.devices.osfs import OSFileSystem
 from kvfs.devices.pmem import PmemFileSystem
+from kvfs.devices.transfers import IOOptions
 from kvfs.devices.wrappers import CountingDevice, FaultyDevice
 from kvfs.emulation import PROFILES
-from kvfs.errors import RefusedError
+from kvfs.errors import RefusedError, UsageError
 from tests.conformance.device_suite import DeviceSuite, FilelessSuite
 from tests.conformance.helpers import CAPACITY_BYTES, DEVICE_UUID, SEGMENT_BYTES, Opener
 
+_PLAIN = IOOptions()
 _IDENTITY: dict[str, Any] = {
     "index": 3,
     "uuid": DEVICE_UUID,
@@ -35,8 +37,16 @@ _IDENTITY: dict[str, Any] = {
 }
 
 
-def open_directory(root: Path, capacity_bytes: int = CAPACITY_BYTES) -> Device:
-    return DirectoryDevice(OSFileSystem(str(root)), capacity_bytes=capacity_bytes, **_IDENTITY)
+def open_directory(
+    root: Path, capacity_bytes: int = CAPACITY_BYTES, options: IOOptions = _PLAIN
+) -> Device:
+    try:
+        files = OSFileSystem(str(root), options=options)
+    except UsageError as error:
+        if options.cache == "page" and not options.io:
+            raise
+        pytest.skip(str(error))
+    return DirectoryDevice(files, capacity_bytes=capacity_bytes, **_IDENTITY)
 
 
 def open_memory(capacity_bytes: int = CAPACITY_BYTES) -> Device:
@@ -89,6 +99,36 @@ class TestEmulatedDirectory(DeviceSuite):
         return lambda **options: EmulatedDevice(
             open_directory(tmp_path / "device", **options), PROFILES["ssd"].emulation
         )
+
+
+class TestDirectoryByRing(DeviceSuite):
+    @pytest.fixture
+    def opener(self, tmp_path: Path) -> Opener:
+        how = IOOptions(cache="direct", io="io_uring", depth=4)
+        return lambda **options: open_directory(tmp_path / "device", options=how, **options)
+
+
+class TestDirectoryByThreads(DeviceSuite):
+    @pytest.fixture
+    def opener(self, tmp_path: Path) -> Opener:
+        how = IOOptions(cache="direct", io="threads", depth=4)
+        return lambda **options: open_directory(tmp_path / "device", options=how, **options)
+
+
+class TestDirectoryWithDeadline(DeviceSuite):
+    """All goes through buffers."""
+
+    @pytest.fixture
+    def opener(self, tmp_path: Path) -> Opener:
+        how = IOOptions(cache="direct", deadline_ms=3_600_000)
+        return lambda **options: open_directory(tmp_path / "device", options=how, **options)
+
+
+class TestDirectoryUncached(DeviceSuite):
+    @pytest.fixture
+    def opener(self, tmp_path: Path) -> Opener:
+        how = IOOptions(cache="dontcache")
+        return lambda **options: open_directory(tmp_path / "device", options=how, **options)
 
 
 class TestDirectoryOnTmpfs(DeviceSuite):

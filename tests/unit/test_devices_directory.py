@@ -13,7 +13,8 @@ import pytest
 
 from kvfs.devices.base import SegmentName
 from kvfs.devices.directory import DirectoryDevice
-from kvfs.devices.filesystem import File, OSFile
+from kvfs.devices.filesystem import File
+from kvfs.devices.osfile import OSFile
 from kvfs.devices.osfs import OSFileSystem
 from kvfs.errors import BusyError, NoSpaceError
 from kvfs.units import KIB, MIB, PAGE

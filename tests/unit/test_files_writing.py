@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvfs.devices.filesystem import OSFile
+from kvfs.devices.osfile import OSFile
 from kvfs.engine.catalog_schema import Node
 from kvfs.errors import DeviceError, KvfsError, MediaError, NoSpaceError, NotFoundError
 from kvfs.files import WriteHandle

@@ -22,10 +22,12 @@ from typing import Final, NoReturn
 
 from kvfs.clock import SystemClock
 from kvfs.config import DIRECTORY_SCHEMES, VOLATILE_SCHEMES, DeviceURL, parse_device_url
+from kvfs.devices.abilities import NOTHING as NO_ABILITIES
+from kvfs.devices.abilities import Abilities
 from kvfs.devices.base import Device
 from kvfs.devices.directory import DirectoryDevice
-from kvfs.devices.filesystem import OSFile
 from kvfs.devices.open import is_formatted, open_device
+from kvfs.devices.osfile import OSFile
 from kvfs.devices.osfs import OSFileSystem
 from kvfs.devices.reflink import NOTHING, Cloning
 from kvfs.engine.catalog import Catalog
@@ -61,6 +63,11 @@ class ReadOnlyFileSystem(OSFileSystem):
     def create(self, path: str, nbytes: int = 0) -> OSFile:
         """Refuse."""
         self._refuse(path)
+
+    def _probe(self, f_type: int) -> Abilities:
+        """Try nothing: it would take a file."""
+        del f_type
+        return NO_ABILITIES
 
     def cloning(self) -> Cloning:
         """Try nothing: it would take two files."""
