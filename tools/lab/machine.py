@@ -18,16 +18,19 @@ from typing import Final
 
 from lab.initramfs import build
 from lab.packages import Tree
-from lab.paths import PYTHON, REPOSITORY
+from lab.paths import PYTHON, REPOSITORY, LabError
 
 MIB: Final = 1 << 20
 LABEL_BYTES: Final = 128 << 10
 # Files of a run's directory. CXL memory comes in multiples of 256 MiB; XFS wants at least 300.
 BACKING: Final = {
-    "nvdimm0": 256 * MIB + LABEL_BYTES, "nvdimm1": 768 * MIB + LABEL_BYTES, "cxl-persistent": 256 * MIB,
-    "cxl-labels": MIB, "cxl-volatile": 256 * MIB, "disk": 2048 * MIB,
+    "nvdimm0": 256 * MIB + LABEL_BYTES, "nvdimm1": 768 * MIB + LABEL_BYTES,
+    "cxl-persistent": 256 * MIB, "cxl-labels": MIB, "cxl-volatile": 256 * MIB,
+    "disk": 2048 * MIB,
 }  # fmt: skip
 MEMORY_MIB: Final = 3072
+_CXL_WINDOW: Final = "cxl-fmw.0.targets.0=cxl.0,cxl-fmw.0.size=4G"
+_SOCKET_NAME_MAX: Final = 107
 # Root port and type-3 device of each kind, behind one host bridge.
 _CXL: Final = ("persistent", "volatile")
 
@@ -63,8 +66,18 @@ class Machine:
 
     @property
     def disk_socket(self) -> Path:
-        """Of nbdkit; a relative path, since a socket's name is short."""
+        """The socket of nbdkit."""
         return self.directory / "disk.sock"
+
+    @property
+    def monitor(self) -> Path:
+        """The socket of QEMU's monitor."""
+        return self.directory / "monitor.sock"
+
+    @property
+    def errors(self) -> Path:
+        """What QEMU and nbdkit printed."""
+        return self.directory / "errors.log"
 
     def backing(self, name: str) -> Path:
         """Return the file behind a device."""
@@ -73,8 +86,15 @@ class Machine:
         return self.directory / name
 
     def prepare(self) -> None:
-        """Make what is missing: backing files, sparse, and the initramfs."""
+        """Make what is missing: backing files, sparse, and the initramfs.
+
+        Raises:
+            LabError: The directory's name is too long.
+        """
+        if len(str(self.monitor)) > _SOCKET_NAME_MAX:
+            raise LabError(f"{self.monitor} is too long a name for a socket; move the checkout")
         self.directory.mkdir(parents=True, exist_ok=True)
+        self.errors.touch()
         for name, nbytes in BACKING.items():
             path = self.backing(name)
             with path.open("ab"):
@@ -104,10 +124,9 @@ def qemu_command(machine: Machine, *, is_interactive: bool = False) -> list[str]
         "-L", str(programs.root / "usr/share/qemu"), "-L", str(programs.root / "usr/share/seabios"),
         "-nodefaults", "-no-reboot", "-display", "none", "-accel", "tcg,thread=multi",
         # A guest that knows that it is one does not flush caches for CXL regions, and makes none.
-        "-cpu", "max,-hypervisor",
+        "-cpu", "max,-hypervisor,vendor=GenuineIntel",
         "-smp", "2", "-m", f"{MEMORY_MIB}M,slots=4,maxmem=16G",
-        "-machine", "q35,cxl=on,nvdimm=on,nvdimm-persistence=mem-ctrl,"
-                    "cxl-fmw.0.targets.0=cxl.0,cxl-fmw.0.size=4G",
+        "-machine", f"q35,cxl=on,nvdimm=on,nvdimm-persistence=mem-ctrl,{_CXL_WINDOW}",
         "-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng",
         "-kernel", str(machine.tree.kernel), "-initrd", str(machine.directory / "initramfs"),
         "-append", _kernel_line(machine),
@@ -115,9 +134,9 @@ def qemu_command(machine: Machine, *, is_interactive: bool = False) -> list[str]
         "-device", "virtio-serial-pci",
         "-chardev", f"file,id=port,path={machine.port}",
         "-device", "virtserialport,chardev=port,name=lab",
-        "-serial", "mon:stdio" if is_interactive else f"file:{machine.console}",
-        "-drive", f"if=none,id=disk,format=raw,cache=writeback,"
-                  f"file=nbd+unix:///?socket={machine.disk_socket}",
+        "-serial", "stdio" if is_interactive else f"file:{machine.console}",
+        "-monitor", f"unix:{machine.monitor},server=on,wait=off",
+        "-drive", f"if=none,id=disk,format=raw,file=nbd+unix:///?socket={machine.disk_socket}",
         "-device", "nvme,drive=disk,serial=lab0",
     ]  # fmt: skip
     return command + _nvdimms(machine) + _cxl(machine)

@@ -177,7 +177,8 @@ def _index_modules(tree: Tree) -> None:
 
 def _run(command: list[str], **environment: str) -> None:
     done = subprocess.run(
-        command, check=False, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command, check=False, env={**os.environ, **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     if done.returncode:
         said = " / ".join(done.stdout.strip().splitlines()[-3:])

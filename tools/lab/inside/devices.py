@@ -84,15 +84,13 @@ def _dax(bus: str, is_wanted: Callable[[dict[str, Any]], bool]) -> str:
     return f"/dev/{space['daxregion']['devices'][0]['chardev']}"
 
 
-def _namespace(
-    mode: str, bus: str, is_wanted: Callable[[dict[str, Any]], bool]
-) -> dict[str, Any]:
+def _namespace(mode: str, bus: str, is_wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """Return the namespace of a region, and make it if there is none but the raw one."""
     region = next((r for r in listed(f"ndctl list -R {bus}") if is_wanted(r)), None)
     if region is None:
         raise StepError("ndctl lists no such region")
     name = region["dev"]
-    for space in listed(f"ndctl list -N -r {name}"):
+    for space in listed(f"ndctl list -N -X -r {name}"):
         if space["mode"] == mode:
             return space
     dimms = [found["dev"] for found in listed(f"ndctl list -D -r {name}")]

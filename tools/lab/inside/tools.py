@@ -48,8 +48,7 @@ def call(command: str, *, check: bool = True, timeout_s: float = 300) -> str:
     """
     try:
         done = subprocess.run(
-            shlex.split(command), check=False, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, timeout=timeout_s,
+            shlex.split(command), check=False, capture_output=True, text=True, timeout=timeout_s,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise StepError(f"{command}: not done after {timeout_s:.0f} s") from error
