@@ -44,6 +44,7 @@ def main() -> int:
     """Run what was asked for."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     arguments = _arguments()
+    guest.Guest.patience = arguments.patience
     try:
         prepare(MAIN)
         if arguments.shell:
@@ -76,6 +77,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--cuts", type=int, default=5, help="power cuts (default: 5)")
     parser.add_argument("--seed", type=int, default=1, help="of the moments of the cuts")
+    parser.add_argument(
+        "--patience", type=float, default=1.0, metavar="FACTOR",
+        help="times all deadlines, for a machine that is busy (default: 1)",
+    )  # fmt: skip
     parser.add_argument("--shell", action="store_true", help="a prompt in the guest")
     arguments = parser.parse_args()
     if unknown := set(arguments.only) - set(names):

@@ -24,8 +24,11 @@ from lab.rows import Result, Row
 KINDS: Final = ("nvdimm", "cxl", "fsdax", "nvme")
 _BOOT_S: Final = 600.0
 _VERIFY_S: Final = 300.0
-# The load runs between so many seconds before a cut.
-_LOAD_S: Final = (0.2, 8.0)
+# A cut comes so many seconds after so many acknowledgements, both at random: also on a slow machine
+# something was acknowledged by then.
+_ACKNOWLEDGED_MAX: Final = 80
+_LATER_S: Final = 0.5
+_LOAD_S: Final = 120.0
 # All that a machine has written is compared at each boot: a new one bounds that.
 _CUTS_PER_MACHINE: Final = 10
 
@@ -96,12 +99,12 @@ def _machine(
             if is_last:
                 say(f"after cut {done + boot}: compared")
                 break
-            seconds = moments.uniform(*_LOAD_S)
-            time.sleep(seconds)
+            running.wait_for_done(moments.randint(1, _ACKNOWLEDGED_MAX), _LOAD_S)
+            time.sleep(moments.uniform(0, _LATER_S))
             running.cut()
             _, acknowledged = running.heard()
         acks.merge(tallies, acknowledged)
         numbers = ", ".join(f"{kind} {len(tally.done)}" for kind, tally in tallies.items())
-        say(f"cut {done + boot + 1} after {seconds:.1f} s of writing; acknowledged: {numbers}")
+        say(f"cut {done + boot + 1}; acknowledged so far: {numbers}")
     for kind, tally in tallies.items():
         totals[kind].acknowledged += len(tally.done)

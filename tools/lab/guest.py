@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 from lab import acks
 from lab.machine import Machine, disk_command, qemu_command
@@ -27,6 +27,9 @@ _MCE_MISC: Final = 0x8C
 
 class Guest:
     """QEMU and the disk behind it, from entering the context to leaving it: both are killed."""
+
+    # Times all deadlines; a machine that others use needs more than one that is idle.
+    patience: ClassVar[float] = 1.0
 
     def __init__(self, machine: Machine, *, is_interactive: bool = False) -> None:
         """Take a machine; nothing runs yet. An interactive one has the terminal as its console."""
@@ -72,16 +75,20 @@ class Guest:
         self._qemu = self._disk = None
 
     def machine_check(self, address: int) -> None:
-        """Report an uncorrected error of memory at an address to all of the guest's processors."""
+        """Report an uncorrected error of memory at an address to the guest's processor.
+
+        Raises:
+            LabError: QEMU did not take it.
+        """
         with socket.socket(socket.AF_UNIX) as monitor:
             monitor.settimeout(_ANSWER_S)
             monitor.connect(str(self.machine.monitor))
-            command = f"mce -b 0 9 {_MCE_STATUS:#x} {_MCG_STATUS:#x} {address:#x} {_MCE_MISC:#x}\n"
-            said = b""
-            for prompts, line in ((1, b""), (2, command.encode())):
-                monitor.sendall(line)
-                while said.count(b"(qemu)") < prompts and (part := monitor.recv(4096)):
-                    said += part
+            command = f"mce 0 9 {_MCE_STATUS:#x} {_MCG_STATUS:#x} {address:#x} {_MCE_MISC:#x}\n"
+            said = _until_prompt(monitor)
+            monitor.sendall(command.encode())
+            said = _until_prompt(monitor)
+        if b"rror" in said or b"CPU" in said:
+            raise LabError(f"QEMU's monitor says {said.decode(errors='replace')!r}")
 
     def heard(self) -> tuple[list[dict[str, Any]], dict[str, acks.Tally]]:
         """Return what has left through the port so far."""
@@ -91,9 +98,14 @@ class Guest:
     def wait_for(self, count: int, timeout_s: float) -> list[dict[str, Any]]:
         """Return the objects it told, once there are so many.
 
+        Args:
+            count: How many.
+            timeout_s: For how long to wait, on an idle machine; see `patience`.
+
         Raises:
             LabError: It ended, or time is up.
         """
+        timeout_s *= self.patience
         deadline = time.monotonic() + timeout_s
         while True:
             has_ended = self._qemu is None or self._qemu.poll() is not None
@@ -103,6 +115,14 @@ class Guest:
             if has_ended or time.monotonic() > deadline:
                 what = "the guest ended" if has_ended else f"no answer within {timeout_s:.0f} s"
                 raise LabError(f"{what}; {self._said()}")
+            time.sleep(_POLL_S)
+
+    def wait_for_done(self, count: int, timeout_s: float) -> None:
+        """Wait until so many operations were acknowledged, or time is up."""
+        deadline = time.monotonic() + timeout_s * self.patience
+        while time.monotonic() < deadline:
+            if sum(len(tally.done) for tally in self.heard()[1].values()) >= count:
+                return
             time.sleep(_POLL_S)
 
     def wait_for_end(self, timeout_s: float | None) -> None:
@@ -123,6 +143,13 @@ class Guest:
         errors = self.machine.errors.read_text(errors="replace")
         tail = " / ".join([*text.splitlines(), *errors.splitlines()][-_TAIL_LINES:])
         return f"see {console}: {tail}"
+
+
+def _until_prompt(monitor: socket.socket) -> bytes:
+    said = b""
+    while not said.endswith(b"(qemu) ") and (part := monitor.recv(4096)):
+        said += part
+    return said
 
 
 def write_job(directory: Path, **job: Any) -> Path:

@@ -1,8 +1,8 @@
 #!/bin/busybox sh
 # The first process of the guest: makes the host's root its own, and runs a command there.
 #
-# The kernel's command line says which: lab.python, lab.repository and lab.job, absolute paths of the
-# host; without lab.job there is a shell on the console.
+# The kernel's command line says which: lab.python, lab.repository and lab.job, absolute paths of
+# the host; without lab.job there is a shell on the console.
 export PATH=/bin
 b=/bin/busybox
 

@@ -125,7 +125,8 @@ def qemu_command(machine: Machine, *, is_interactive: bool = False) -> list[str]
         "-nodefaults", "-no-reboot", "-display", "none", "-accel", "tcg,thread=multi",
         # A guest that knows that it is one does not flush caches for CXL regions, and makes none.
         "-cpu", "max,-hypervisor,vendor=GenuineIntel",
-        "-smp", "2", "-m", f"{MEMORY_MIB}M,slots=4,maxmem=16G",
+        # On two emulated processors Linux now and then dies while it patches its own code.
+        "-smp", "1", "-m", f"{MEMORY_MIB}M,slots=4,maxmem=16G",
         "-machine", f"q35,cxl=on,nvdimm=on,nvdimm-persistence=mem-ctrl,{_CXL_WINDOW}",
         "-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng",
         "-kernel", str(machine.tree.kernel), "-initrd", str(machine.directory / "initramfs"),
@@ -153,7 +154,9 @@ def _kernel_line(machine: Machine) -> str:
         "lab.modules": machine.tree.modules, "lab.job": machine.job,
     }  # fmt: skip
     said = [f"{name}={value}" for name, value in words.items() if value is not None]
-    return " ".join(["console=ttyS0", "loglevel=4", "panic=-1", "mitigations=off", *said])
+    return " ".join(
+        ["console=ttyS0", "loglevel=4", "panic=-1", "mitigations=off", "tsc=reliable", *said]
+    )
 
 
 def _memory(name: str, path: Path) -> list[str]:

@@ -36,7 +36,8 @@ def nvdimm(_where: str, port: Port) -> dict[str, Any]:
     deadline = time.monotonic() + _WAIT_S
     while not badblocks.read_text().strip():
         if time.monotonic() > deadline:
-            raise StepError("the region has no badblocks after a machine check")
+            said = [line for line in call("dmesg").splitlines() if "mce" in line or "MCE" in line]
+            raise StepError(f"no badblocks after a machine check; the kernel says {said[-3:]}")
         time.sleep(0.2)
     with open_source(path) as source:
         bad = source.bad

@@ -89,7 +89,10 @@ def _contexts(
     space = pool.namespace(SPACE)
     root = space.info.root_node_id
     appends = [operation for operation in operations.values() if operation.kind == "append"]
-    for name in sorted({operation.name for operation in appends}):
+    names = {operation.name for operation in appends}
+    there = {node.name for node in pool.walk(root) if node.origin is Origin.API}
+    verdict.phantom += [f"context {name}" for name in sorted(there - names)]
+    for name in sorted(names):
         is_there = pool.catalog.lookup(root, name) is not None
         found = space.context(name, create=False).keys.tobytes() if is_there else b""
         for operation in (one for one in appends if one.name == name):
