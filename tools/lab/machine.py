@@ -30,6 +30,7 @@ BACKING: Final = {
 }  # fmt: skip
 MEMORY_MIB: Final = 3072
 _CXL_WINDOW: Final = "cxl-fmw.0.targets.0=cxl.0,cxl-fmw.0.size=4G"
+_KERNEL_OPTIONS: Final = "console=ttyS0 loglevel=4 panic=-1 mitigations=off tsc=reliable"
 _SOCKET_NAME_MAX: Final = 107
 # Root port and type-3 device of each kind, behind one host bridge.
 _CXL: Final = ("persistent", "volatile")
@@ -154,9 +155,7 @@ def _kernel_line(machine: Machine) -> str:
         "lab.modules": machine.tree.modules, "lab.job": machine.job,
     }  # fmt: skip
     said = [f"{name}={value}" for name, value in words.items() if value is not None]
-    return " ".join(
-        ["console=ttyS0", "loglevel=4", "panic=-1", "mitigations=off", "tsc=reliable", *said]
-    )
+    return " ".join([_KERNEL_OPTIONS, *said])
 
 
 def _memory(name: str, path: Path) -> list[str]:
