@@ -20,6 +20,7 @@ from kvfs.buffers import Addresses
 from kvfs.durability import Durability, PutResult
 from kvfs.engine.catalog_schema import NamespaceInfo, Node
 from kvfs.engine.index import RecordArray
+from kvfs.engine.stitching import Backings
 from kvfs.keys import KeyArray
 from kvfs.statistics import PoolStatistics
 
@@ -35,8 +36,8 @@ class Held(Protocol):
 
     records: RecordArray
 
-    def descriptors(self) -> npt.NDArray[np.int32]:
-        """Return the file to map each block from; -1 for a miss."""
+    def backings(self) -> Backings:
+        """Say where to map each block from."""
 
     def check(self) -> None:
         """Raise LeaseExpiredError if the bytes may have changed since."""

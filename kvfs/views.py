@@ -3,7 +3,8 @@
 Layer: L4.
 
 - A view reserves address space of n x stride bytes and maps each extent into it in order. Nothing
-  is copied where the kernel can map (`is_zero_copy`); the rest is copied into private pages.
+  is copied where the kernel can map all of it (`is_zero_copy`, `kvfs.engine.stitching`); else it
+  is copied into private pages.
 - It holds leases on its segments until closed: bytes do not change or move under it. Arrays and
   memoryviews of a view that was dropped, not closed, hold them until the last one is gone.
 - Blocks are verified before they are mapped, once per process and generation.
@@ -20,10 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfs import _native
-from kvfs.backend import Backend, Held
+from kvfs.backend import Backend
+from kvfs.engine.stitching import Offsets, stitch
 from kvfs.errors import ClosedError, KvfsError, MediaError, NotFoundError, UsageError
 from kvfs.keys import KeyArray
-from kvfs.units import MIB, PAGE
+from kvfs.units import MIB
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +79,7 @@ class View:
                     f"block is not resident: number {int(missing[0])} of {len(keys)}; "
                     "ask match_prefix first"
                 )
-            lengths = self._lease.records["length"].astype(np.int64)
+            lengths = self._lease.records["length"].astype(np.uint64)
             partial = np.flatnonzero(lengths[:-1] < block_bytes)
             if len(partial):
                 raise UsageError(
@@ -85,32 +87,39 @@ class View:
                     f"{len(keys)} has {int(lengths[partial[0]])} bytes; read blocks one by one"
                 )
             self.nbytes = int((len(keys) - 1) * stride + lengths[-1])
-            self._mapping = _native.Mapping(len(keys) * stride, _ALIGNMENT)
-            self.is_zero_copy = self._map(self._mapping, self._lease)
+            self._skew = 0
+            self.is_zero_copy = self._stitch(lengths) or self._copy(lengths)
         except BaseException:
             self.close()
             raise
 
-    def _map(self, mapping: _native.Mapping, lease: Held) -> bool:
-        """Map every extent; copy all where the process is out of maps, or one has no file."""
-        records = lease.records
-        positions = np.arange(len(records), dtype=np.uint64) * np.uint64(self._stride)
-        offsets = records["page"].astype(np.uint64) * np.uint64(PAGE)
-        lengths = records["length"].astype(np.uint64)
-        fds = lease.descriptors()
-        if (fds >= 0).all():
-            try:
-                mapping.map(positions, fds, offsets, lengths)
-            except OSError as error:
-                if error.errno not in (errno.ENOMEM, errno.ENODEV, errno.EACCES):
-                    raise
-            else:
-                return True
+    def _stitch(self, lengths: Offsets) -> bool:
+        """Map every extent; False where one cannot be, or the process is out of maps."""
+        backings = self._lease.backings()
+        stitches = stitch(backings, lengths, self._stride)
+        if stitches is None:
+            return False
+        mapping = _native.Mapping(stitches.nbytes, max(_ALIGNMENT, backings.granularity))
+        try:
+            mapping.map(stitches.positions, stitches.fds, stitches.offsets, stitches.lengths)
+        except OSError as error:
+            mapping.close()
+            if error.errno not in (errno.ENOMEM, errno.ENODEV, errno.EACCES):
+                raise
+            return False
+        self._mapping, self._skew = mapping, stitches.skew
+        return True
+
+    def _copy(self, lengths: Offsets) -> bool:
+        """Copy all into private pages; return False, as nothing is mapped."""
+        lease, count = self._lease, len(lengths)
+        mapping = self._mapping = _native.Mapping(count * self._stride, _ALIGNMENT)
         base = mapping.map_anonymous(0, mapping.nbytes)
-        numbers = np.arange(len(records))
+        positions = np.arange(count, dtype=np.uint64) * np.uint64(self._stride)
         read = self._backend.read_ranges(
-            lease, numbers, np.zeros(len(records), np.uint64), lengths, np.uint64(base) + positions
-        )
+            lease, np.arange(count), np.zeros(count, np.uint64), lengths,
+            np.uint64(base) + positions,
+        )  # fmt: skip
         if not read.all():
             raise MediaError(f"block could not be read: number {int(np.argmin(read))}")
         mapping.protect()
@@ -122,13 +131,13 @@ class View:
     @property
     def address(self) -> int:
         """Where the first byte is mapped in this process."""
-        return self._open_mapping().address
+        return self._open_mapping().address + self._skew
 
     def memory(self) -> memoryview:
         """Return the bytes, read-only. The view cannot be closed while the memoryview lives."""
         exported = np.frombuffer(memoryview(self._open_mapping()), np.uint8).view(_Exported)
         exported.hold = self._hold
-        return exported.data[: self.nbytes]
+        return exported.data[self._skew : self._skew + self.nbytes]
 
     def numpy(self, dtype: npt.DTypeLike = np.uint8, shape: tuple[int, ...] | None = None) -> Any:
         """Return the bytes as one array, without a copy.

@@ -40,16 +40,32 @@ class Line:
         staging: Where blocks are copied to before they are put; None until the first put.
         region: The staging memory's number at the owner.
         shared: Numbers at the owner of memory the caller has shared, by the caller's number.
+        tray: What the owner copies blocks to; None until the first is fetched.
     """
 
     connection: socket.socket
     staging: _native.Arena | None = None
     region: int = 0
     shared: dict[int, int] = field(default_factory=dict)
+    tray: _native.Arena | None = None
 
     def ask(self, request: msg.Request, fd: int | None = None) -> tuple[Any, list[int]]:
         """Ask, and return the answer with its descriptors, which the caller closes."""
         return ask(self.connection, request, fd)
+
+    def fetch(self, request: msg.Fetch) -> tuple[msg.FetchAnswer, int]:
+        """Have parts of blocks copied to the tray; return which were, and where the tray lies."""
+        answer, fds = self.ask(request)
+        try:
+            if fds:
+                self.tray = _native.Arena(fds[0], msg.TRAY_BYTES, writable=False)
+            if self.tray is None:
+                raise UnavailableError("the pool's owner sent no memory to read from")
+        except (OSError, ValueError) as error:
+            raise UnavailableError(f"answer of the pool's owner: {error}") from error
+        finally:
+            channel.close_all(fds)
+        return answer, self.tray.address
 
     def stage(self, nbytes: int) -> _native.Arena:
         """Return staging memory of at least so many bytes, shared with the owner."""
@@ -70,7 +86,7 @@ class Line:
     def close(self) -> None:
         """Close; idempotent."""
         self.connection.close()
-        self.staging = None
+        self.staging = self.tray = None
 
 
 class Link:

@@ -11,11 +11,13 @@ Layer: L4.
 from typing import Annotated, Any, Final
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 import kvfs.errors
 from kvfs.durability import PutResult
 from kvfs.engine.catalog_schema import NamespaceInfo, Node, NodeKind, NodeState, Origin
-from kvfs.errors import KvfsError
+from kvfs.errors import KvfsError, UsageError
 from kvfs.layout import Layout
 from kvfs.statistics import PoolStatistics
 
@@ -23,6 +25,8 @@ VERSION: Final = 1
 VERSION_MIN: Final = 1  # the oldest that is still understood
 KEYS_MAX: Final = 65536  # in one message
 PLACES_MAX: Final = 64  # segments asked for at once, each answered with a descriptor
+TRAY_BYTES: Final = 8 << 20  # of memory in which fetched blocks come
+TRAY_ALIGNMENT: Final = 64
 REGIONS_MAX: Final = 64  # of memory that one connection may share
 REQUEST_BYTES_MAX: Final = 16 << 20
 REPLY_BYTES_MAX: Final = 16 << 20
@@ -88,6 +92,18 @@ class Verify(Request, frozen=True):
     namespace_id: Number
     keys: bytes
     again: bool = False
+
+
+class Fetch(Request, frozen=True):
+    """Copy parts of blocks to the connection's tray. `offsets`, `lengths`: u64[n], inside blocks.
+
+    They lie there in order, each from the next multiple of TRAY_ALIGNMENT on.
+    """
+
+    namespace_id: Number
+    keys: bytes
+    offsets: bytes
+    lengths: bytes
 
 
 class Share(Request, frozen=True):
@@ -204,8 +220,8 @@ class Status(Request, frozen=True):
 
 
 AnyRequest = (
-    Hello | Join | Ping | NamespaceList | NamespaceOpen | Attach | Segments | Verify | Share
-    | Unshare | Put | ContextOpen | ContextList | ContextNode | ContextPath | ContextKeys
+    Hello | Join | Ping | NamespaceList | NamespaceOpen | Attach | Segments | Verify | Fetch
+    | Share | Unshare | Put | ContextOpen | ContextList | ContextNode | ContextPath | ContextKeys
     | ContextTokens | ContextAppend | ContextLink | ContextPin | ContextDrop | Flush | Sync | Status
 )  # fmt: skip
 
@@ -265,15 +281,25 @@ class SegmentAnswer(msgspec.Struct, frozen=True):
 
 
 class SegmentsAnswer(msgspec.Struct, frozen=True):
-    """The segments that are there, of the first `done` places; which `known` ones are no more."""
+    """The segments that are there, of the first `done` places; which `known` ones are no more.
+
+    `fetched`: u64[n], places of those that cannot be mapped, but fetched.
+    """
 
     segments: list[SegmentAnswer]
     done: int
     gone: bytes
+    fetched: bytes = b""
 
 
 class VerifyAnswer(msgspec.Struct, frozen=True):
     """Which blocks hold what they should: u8[n]."""
+
+    good: bytes
+
+
+class FetchAnswer(msgspec.Struct, frozen=True):
+    """Which parts lie in the tray: u8[n]. A connection's first answer brings its descriptor."""
 
     good: bytes
 
@@ -370,12 +396,26 @@ class Reply(msgspec.Struct, frozen=True):
 ANSWERS: Final[dict[type[Request], Any]] = {
     Hello: Welcome, Join: Done, Ping: Done, NamespaceList: NamespaceListAnswer,
     NamespaceOpen: NamespaceAnswer, Attach: NamespaceAnswer, Segments: SegmentsAnswer,
-    Verify: VerifyAnswer, Share: ShareAnswer, Unshare: Done, Put: PutAnswer,
+    Verify: VerifyAnswer, Fetch: FetchAnswer, Share: ShareAnswer, Unshare: Done,
+    Put: PutAnswer,
     ContextOpen: ContextAnswer, ContextList: ContextListAnswer, ContextNode: ContextAnswer,
     ContextPath: PathAnswer, ContextKeys: ArrayAnswer, ContextTokens: ArrayAnswer,
     ContextAppend: PutAnswer, ContextLink: LinkAnswer, ContextPin: Done, ContextDrop: Done,
     Flush: Done, Sync: Done, Status: StatusAnswer,
 }  # fmt: skip
+
+
+def tray_places(lengths: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Return where in a tray parts of these lengths lie.
+
+    Raises:
+        UsageError: They do not fit.
+    """
+    units = (np.minimum(lengths, TRAY_BYTES + 1) + (TRAY_ALIGNMENT - 1)) // TRAY_ALIGNMENT
+    ends = np.cumsum(units.astype(np.uint64)) * np.uint64(TRAY_ALIGNMENT)
+    if len(ends) and int(ends[-1]) > TRAY_BYTES:
+        raise UsageError(f"parts of blocks do not fit: at most {TRAY_BYTES} bytes at a time")
+    return ends - units.astype(np.uint64) * np.uint64(TRAY_ALIGNMENT)
 
 
 def failure_of(error: BaseException) -> Failure:

@@ -20,9 +20,11 @@ from kvfs import _native
 from kvfs.backend import Mask
 from kvfs.buffers import Addresses
 from kvfs.clients import messages as msg
+from kvfs.clients.fetching import fetch
 from kvfs.clients.segments import Attached, MappedSegment
 from kvfs.engine.index import RECORD, RecordArray
 from kvfs.engine.segment_table import group_by_segment, is_verified
+from kvfs.engine.stitching import Backings, backings_of
 from kvfs.errors import BusyError, KvfsError, LeaseExpiredError, UnavailableError
 from kvfs.keys import KeyArray
 from kvfs.units import PAGE
@@ -33,19 +35,26 @@ _LOOKS: Final = 8  # lookups of a batch whose index changes all the time
 
 @dataclass(slots=True, eq=False)
 class RemoteLease:
-    """Blocks held by this process's lease page. `places`: what `release` gives back."""
+    """Blocks held by this process's lease page.
+
+    Attributes:
+        places: What `release` gives back.
+        parts: The records that lie in segments mapped here, by position.
+        fetched: Positions of those whose bytes the owner must copy.
+    """
 
     records: RecordArray
     attached: Attached
     places: bytes
+    namespace_id: int
+    fetched: npt.NDArray[np.intp] = field(default_factory=lambda: np.zeros(0, np.intp))
     parts: list[tuple[MappedSegment, npt.NDArray[np.intp]]] = field(default_factory=list)
 
-    def descriptors(self) -> npt.NDArray[np.int32]:
-        """Return the file to map each block from; -1 for a miss."""
-        fds = np.full(len(self.records), -1, np.int32)
-        for segment, positions in self.parts:
-            fds[positions] = segment.fd
-        return fds
+    def backings(self) -> Backings:
+        """Say where to map each block from."""
+        return backings_of(
+            self.records, ((segment.backing, positions) for segment, positions in self.parts)
+        )
 
     def check(self) -> None:
         """Raise LeaseExpiredError if the owner has taken the lease away."""
@@ -171,6 +180,10 @@ class RemoteReader:
         statuses[chosen] = part
         lease.check()
         good: Mask = statuses == 0
+        apart = np.flatnonzero(np.isin(positions, lease.fetched))
+        good[apart] = self._fetch(
+            lease, positions[apart], offsets[apart], lengths[apart], addresses[apart]
+        )
         return good
 
     # --- internals
@@ -211,16 +224,16 @@ class RemoteReader:
                     page.release(places)
                     continue
                 records["length"][records.view("V64") != again.view("V64")] = 0
-            lease = RemoteLease(records, attached, places)
+            lease = RemoteLease(records, attached, places, namespace_id)
             try:
-                self._map(lease, namespace_id)
+                self._map(lease)
             except BaseException:
                 lease.release()
                 raise
             return lease
-        return RemoteLease(np.zeros(len(keys), RECORD), self._attached(), b"")
+        return RemoteLease(np.zeros(len(keys), RECORD), self._attached(), b"", namespace_id)
 
-    def _map(self, lease: RemoteLease, namespace_id: int) -> None:
+    def _map(self, lease: RemoteLease) -> None:
         """Find the segments of a lease; what cannot be mapped becomes a miss."""
         attached, records = lease.attached, lease.records
         groups = [
@@ -228,14 +241,18 @@ class RemoteReader:
             for device, slot, generation, positions in group_by_segment(records)
         ]
         with contextlib.suppress(UnavailableError):  # without an owner what is mapped must do
-            attached.find_segments(namespace_id, [place for place, _ in groups])
+            attached.find_segments(lease.namespace_id, [place for place, _ in groups])
+        fetched = [lease.fetched]
         for place, positions in groups:
             segment = attached.segments.get(place)
-            if segment is None:
-                records["length"][positions] = 0
-            else:
+            if segment is not None:
                 lease.parts.append((segment, positions))
-        attached.link.ring.push(records)
+            elif place in attached.fetched:
+                fetched.append(positions)
+            else:
+                records["length"][positions] = 0
+        lease.fetched = np.concatenate(fetched)
+        attached.link.ring.push(_without(records, lease.fetched))
 
     def _verify_at_owner(self, lease: RemoteLease, namespace_id: int) -> None:
         """Have the owner verify, from the medium, what no seal vouches for."""
@@ -311,7 +328,22 @@ class RemoteReader:
                 mapped = _addresses(lease)[chosen]
                 _native.copy_verify(into, mapped, lengths[chosen], checked, statuses)
             good[chosen[statuses == 0]] = True
-        return good, wanted & ~good
+        bad = wanted & ~good
+        bad[lease.fetched] = False  # the owner has seen for itself
+        apart = lease.fetched[wanted[lease.fetched]]
+        whole = np.zeros(len(apart), np.uint64)
+        good[apart] = self._fetch(lease, apart, whole, lengths[apart], addresses[apart])
+        return good, bad
+
+    def _fetch(
+        self, lease: RemoteLease, positions: npt.NDArray[np.integer], offsets: Addresses,
+        lengths: Addresses, addresses: Addresses,
+    ) -> Mask:  # fmt: skip
+        """Have the owner copy parts of leased blocks; return which it did."""
+        if not len(positions):
+            return np.zeros(0, np.bool_)
+        keys = np.ascontiguousarray(lease.records["key"][positions])
+        return fetch(lease.attached.link, lease.namespace_id, keys, offsets, lengths, addresses)
 
     def _report(self, attached: Attached, namespace_id: int, keys: KeyArray) -> None:
         """Tell the owner of blocks that did not hold, so that it drops them."""
@@ -321,6 +353,15 @@ class RemoteReader:
                 attached.link.ask(msg.Verify(namespace_id, part.tobytes(), again=True))
         except KvfsError:
             return  # they are misses all the same
+
+
+def _without(records: RecordArray, positions: npt.NDArray[np.intp]) -> RecordArray:
+    """Return the records, those at some positions made misses."""
+    if not len(positions):
+        return records
+    found = records.copy()
+    found["length"][positions] = 0
+    return found
 
 
 def _addresses(lease: RemoteLease) -> Addresses:

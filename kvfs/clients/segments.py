@@ -20,6 +20,7 @@ from kvfs import _native
 from kvfs.clients import channel
 from kvfs.clients import messages as msg
 from kvfs.clients.link import Link, u64
+from kvfs.devices.base import Backing
 from kvfs.devices.osfs import MEMORY_FILESYSTEMS, filesystem_type
 from kvfs.engine.format import ENTRY, HEADERS_BYTES
 from kvfs.engine.index import RecordArray
@@ -69,8 +70,13 @@ class MappedSegment:
 
     @property
     def fd(self) -> int:
-        """What views map; open as long as this lives."""
+        """What is read; open as long as this lives."""
         return self._fd
+
+    @property
+    def backing(self) -> Backing:
+        """What views map."""
+        return Backing(self._fd)
 
     def digests(self, records: RecordArray) -> tuple[DigestArray, npt.NDArray[np.bool_]]:
         """Return checksums, (n, 16), and whether what the records say can be true at all."""
@@ -113,6 +119,7 @@ class Attached:
     link: Link
     indexes: dict[int, _native.Index] = field(default_factory=dict)
     segments: dict[int, MappedSegment] = field(default_factory=dict)
+    fetched: set[int] = field(default_factory=set)  # places that cannot be mapped
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def index(self, namespace_id: int) -> _native.Index:
@@ -141,11 +148,11 @@ class Attached:
 
     def find_segments(self, namespace_id: int, places: list[int]) -> None:
         """Map the segments that are not mapped yet; those that are gone stay away."""
-        missing = [place for place in places if place not in self.segments]
+        missing = [p for p in places if p not in self.segments and p not in self.fetched]
         while missing:
             part = missing[: msg.PLACES_MAX]
             with self.lock:
-                known = list(self.segments)[: msg.PLACES_MAX * 8]
+                known = [*self.fetched, *self.segments][: msg.PLACES_MAX * 8]
             answer, fds = self.link.ask_fds(msg.Segments(namespace_id, u64(part), u64(known)))
             if len(fds) != len(answer.segments) or not 0 < answer.done <= len(part):
                 channel.close_all(fds)
@@ -160,7 +167,9 @@ class Attached:
             with self.lock:
                 for place in np.frombuffer(answer.gone, np.uint64).tolist():
                     self.segments.pop(place, None)
+                    self.fetched.discard(place)
                 self.segments.update(fresh)
+                self.fetched.update(np.frombuffer(answer.fetched, np.uint64).tolist())
                 while len(self.segments) > SEGMENTS_MAX:
                     del self.segments[next(iter(self.segments))]
             missing = missing[answer.done :]

@@ -250,9 +250,7 @@ class ClientServer:
             _log.exception("client could not be served")
             self._tell(connection, error)
         finally:
-            channel.close_all(state.received)
-            channel.close_all(state.outgoing)
-            state.regions.close()
+            state.close()
             with self._lock:
                 del self._connections[connection], self._uids[connection]
             if is_first and session is not None:

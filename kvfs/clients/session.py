@@ -20,9 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfs import __version__, _native
+from kvfs.clients import channel
 from kvfs.clients import messages as msg
 from kvfs.clients.peer import READ, WRITE, Peer
 from kvfs.clients.regions import Regions
+from kvfs.clients.tray import Tray
 from kvfs.durability import as_durability
 from kvfs.engine.catalog_schema import (
     ROOT_NODE_ID,
@@ -56,8 +58,17 @@ class Connection:
     """One connection of a session: what came with a message, what it shares, what goes back."""
 
     regions: Regions = field(default_factory=Regions)
+    tray: Tray | None = None
     received: list[int] = field(default_factory=list)
     outgoing: list[int] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Close descriptors on their way, and forget the memory. To be called once."""
+        channel.close_all(self.received)
+        channel.close_all(self.outgoing)
+        self.regions.close()
+        if self.tray is not None:
+            self.tray.close()
 
 
 class Session:
@@ -156,14 +167,15 @@ class Session:
         if len(places) > msg.PLACES_MAX or len(known) > LEASE_SLOTS:
             raise UsageError(f"at most {msg.PLACES_MAX} segments can be asked for at once")
         state, answers, done, nbytes = self.pool.store.state, list[msg.SegmentAnswer](), 0, 0
+        fetched: list[int] = []
         with state.lock:
             for place in places:
                 segment = self._segment(place)
-                if (
-                    segment is not None
-                    and segment.namespace_id == request.namespace_id
-                    and segment.handle.fd >= 0  # else it cannot be mapped, and is a miss
-                ):
+                if segment is None or segment.namespace_id != request.namespace_id:
+                    pass
+                elif segment.handle.fd < 0:
+                    fetched.append(place)
+                else:
                     answers.append(_describe(place, segment))
                     nbytes += len(answers[-1].digests)
                     connection.outgoing.append(_read_only(segment.handle.fd))
@@ -171,7 +183,10 @@ class Session:
                 if nbytes > _DIGESTS_BYTES_MAX:
                     break
             gone = [place for place in known if self._segment(place) is None]
-        return msg.SegmentsAnswer(answers, done, np.array(gone, np.uint64).tobytes())
+        return msg.SegmentsAnswer(
+            answers, done, np.array(gone, np.uint64).tobytes(),
+            np.array(fetched, np.uint64).tobytes(),
+        )  # fmt: skip
 
     def _segment(self, place: int) -> SegmentState | None:
         """Return a segment by its place, unless it is gone or about to go."""
@@ -193,6 +208,20 @@ class Session:
             good = lease.records["length"] > 0
             store.release(lease)
         return msg.VerifyAnswer(good.astype(np.uint8).tobytes())
+
+    def _fetch(self, request: msg.Fetch, connection: Connection) -> msg.FetchAnswer:
+        info = self._namespace(request.namespace_id, READ)
+        keys = _keys(request.keys, info.namespace_id)
+        offsets = _array(request.offsets, np.uint64, "offsets")
+        lengths = _array(request.lengths, np.uint64, "lengths")
+        if not len(offsets) == len(lengths) == len(keys):
+            raise UsageError(f"{len(keys)} keys need as many offsets and lengths")
+        msg.tray_places(lengths)  # they must fit
+        if connection.tray is None:
+            connection.tray = Tray()
+            connection.outgoing.append(connection.tray.descriptor())
+        good = connection.tray.fill(self.pool.store, info.namespace_id, keys, offsets, lengths)
+        return msg.FetchAnswer(good.astype(np.uint8).tobytes())
 
     def _share(self, request: msg.Share, connection: Connection) -> msg.ShareAnswer:
         if len(connection.received) != 1:
@@ -401,7 +430,8 @@ def _ranges(
 _HANDLERS: Final[dict[type[msg.Request], Any]] = {
     msg.Ping: Session._ping, msg.NamespaceList: Session._list, msg.NamespaceOpen: Session._open,
     msg.Attach: Session._attach, msg.Segments: Session._segments, msg.Verify: Session._verify,
-    msg.Share: Session._share, msg.Unshare: Session._unshare, msg.Put: Session._put,
+    msg.Fetch: Session._fetch, msg.Share: Session._share,
+    msg.Unshare: Session._unshare, msg.Put: Session._put,
     msg.ContextOpen: Session._context_open, msg.ContextList: Session._context_list,
     msg.ContextNode: Session._context_node, msg.ContextPath: Session._context_path,
     msg.ContextKeys: Session._context_keys, msg.ContextTokens: Session._context_tokens,

@@ -93,6 +93,21 @@ class SegmentName:
     payload_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Backing:
+    """Where this process can map a payload from.
+
+    Attributes:
+        fd: A descriptor that others may share.
+        offset: Where in it the payload starts, in bytes.
+        granularity: Maps start and end at multiples of it, in the file and in memory; bytes.
+    """
+
+    fd: int
+    offset: int = 0
+    granularity: int = PAGE
+
+
 @dataclass(slots=True, eq=False)
 class Segment:
     """A handle of one segment.
@@ -100,11 +115,13 @@ class Segment:
     Attributes:
         is_file: File segment: payload in one file, summary in a sidecar.
         nbytes: Size of the payload file or slot.
-        fd: Descriptor of the payload, valid until `Device.release` or `free`; what views map. -1 if
-            there is none that could be handed on: then `address` is set.
+        fd: Descriptor of the payload alone, valid until `Device.release` or `free`. -1 if there is
+            none: then `address` is set.
         address: Where the payload is mapped in this process, 0 if it is not.
         state: The device's own.
         is_fixed: Nobody can write it any more; it is not to be resumed.
+        part: Without `fd`, the part of the device's own descriptor that is the payload; not to be
+            handed on.
     """
 
     device_index: int
@@ -116,6 +133,12 @@ class Segment:
     address: int
     state: Any = None
     is_fixed: bool = False
+    part: Backing | None = None
+
+    @property
+    def backing(self) -> Backing:
+        """What views map."""
+        return self.part or Backing(self.fd)
 
 
 @dataclass(slots=True, eq=False)

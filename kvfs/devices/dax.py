@@ -11,7 +11,7 @@ Layer: L1.
   file's pages are persisted by fdatasync.
 - What cannot be read or written any more is noted in the header, and a place with such a range is
   given to nobody again: it counts as used.
-- There is one descriptor for all tenants; none is handed out.
+- There is one descriptor for all tenants: this process maps views from it, and nobody else does.
 
 Concurrency: `_lock` guards the tables and the header; no lock is held while a place is filled.
 """
@@ -29,6 +29,7 @@ import numpy as np
 from kvfs.devices import dax_layout as layout
 from kvfs.devices.base import (
     AddressArray,
+    Backing,
     DeviceInfo,
     DigestArray,
     Segment,
@@ -287,6 +288,7 @@ class DaxDevice(FilelessDevice):
         """Forget the handle; the segment stays. Idempotent; fine after `free`."""
         segment.state = None
         segment.address = 0
+        segment.part = None
 
     def read(self, segment: Segment, offset: int, nbytes: int, *, uncached: bool = False) -> bytes:
         """Read payload bytes, fewer at the end; `uncached` makes no difference to memory."""
@@ -379,6 +381,7 @@ class DaxDevice(FilelessDevice):
             fd=-1,
             address=self._opened().address + self._start(place),
             state=place,
+            part=Backing(self._source.fd, self._start(place), self._source.granularity),
         )
 
     def _start(self, place: int) -> int:

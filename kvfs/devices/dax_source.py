@@ -14,13 +14,13 @@ import fcntl
 import logging
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Self
 
 from kvfs.devices.dax_layout import Range
 from kvfs.errors import BusyError, NotFoundError, UsageError
-from kvfs.units import MIB, format_bytes
+from kvfs.units import MIB, PAGE, format_bytes
 
 ALIGNMENT: Final = 2 * MIB
 PERSISTENCE_OF_FILES: Final = "page"
@@ -41,6 +41,7 @@ class DaxSource:
         bad: Ranges the kernel knows to be bad.
         deep_flush: Where to write "1" to flush the platform's own buffers; None if nowhere.
         location: See Device.location.
+        granularity: Of maps; see Backing.
     """
 
     fd: int
@@ -50,6 +51,7 @@ class DaxSource:
     bad: tuple[Range, ...] = ()
     deep_flush: Path | None = None
     location: int = 0
+    granularity: int = PAGE
 
     def close(self) -> None:
         """Close the descriptor, and let the lock go. To be called once."""
@@ -108,10 +110,7 @@ def open_source(location: str, *, persistence: str = "", sysfs: Path = _SYSFS) -
         raise
     if not persistence:
         return source
-    return DaxSource(
-        fd, source.nbytes, persistence, source.is_file, source.bad, source.deep_flush,
-        source.location,
-    )  # fmt: skip
+    return replace(source, persistence=persistence)
 
 
 def size_of(location: str, *, sysfs: Path = _SYSFS) -> int:
@@ -142,6 +141,7 @@ def _describe(fd: int, location: str, sysfs: Path) -> DaxSource:
         fd, _number(device / "size"), domain if domain in _DOMAINS else "none", False,
         bad=_badblocks(device, region),
         deep_flush=_deep_flush(region),
+        granularity=max(PAGE, _number(device / "align")),
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from kvfs.devices.base import AddressArray
 from kvfs.engine.index import RECORD, VERIFIED, RecordArray
 from kvfs.engine.segment_table import SegmentState, group_by_segment, is_verified
 from kvfs.engine.state import EngineState
+from kvfs.engine.stitching import Backings, backings_of
 from kvfs.keys import KeyArray
 from kvfs.units import PAGE
 
@@ -54,12 +55,11 @@ class Lease:
     segments: list[SegmentState] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
 
-    def descriptors(self) -> npt.NDArray[np.int32]:
-        """Return the file that holds each record's bytes; -1 for a miss, or where there is none."""
-        fds = np.full(len(self.records), -1, np.int32)
-        for part in self.parts:
-            fds[part.positions] = part.segment.handle.fd
-        return fds
+    def backings(self) -> Backings:
+        """Say where to map each block from."""
+        return backings_of(
+            self.records, ((part.segment.handle.backing, part.positions) for part in self.parts)
+        )
 
     def check(self) -> None:
         """Do nothing: what is held in this process is never taken away."""

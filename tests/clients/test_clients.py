@@ -158,7 +158,7 @@ def test_segments_and_index_cannot_be_written_by_a_client(tmp_path, urls) -> Non
         space.put(keys, payloads(2, 1))
         lease = remote.backend.lease(space.info.namespace_id, keys)
         index = remote.attached().index(space.info.namespace_id)
-        fds = {int(fd) for fd in lease.descriptors()} | {index.fd}
+        fds = {int(fd) for fd in lease.backings().fds} | {index.fd}
         for fd in fds:
             with pytest.raises(PermissionError):
                 mmap.mmap(fd, 4096, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)

@@ -491,7 +491,7 @@ with kvfs.open_pool(sys.argv[1]) as pool:
         print(attempt(lambda: space.put(keys, out).blocks_deduplicated))
         print(attempt(lambda: space.context("mine").name))
         lease = pool.backend.lease(space.info.namespace_id, keys)
-        for fd in [int(lease.descriptors()[0]), pool.attached().index(space.info.namespace_id).fd]:
+        for fd in [int(lease.backings().fds[0]), pool.attached().index(space.info.namespace_id).fd]:
             try:
                 os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
                 print("opened for writing")

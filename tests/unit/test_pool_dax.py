@@ -1,7 +1,9 @@
 """Pools on DAX devices; a file stands in for one."""
 
+import ctypes
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 import kvfs
 from kvfs import _native
+from kvfs.devices import dax_source
 from kvfs.devices.dax import DaxDevice
 from kvfs.devices.dax_layout import COPY_BYTES
 from kvfs.engine.checker import Severity, check_pool
@@ -70,15 +73,38 @@ def test_what_was_put_is_there_after_a_reopen(tmp_path: Path, more: tuple[str, .
             assert space.match_prefix(keys) == 400
 
 
-def test_a_view_is_a_copy(tmp_path: Path) -> None:
+def test_a_view_is_no_copy(tmp_path: Path) -> None:
     data = payloads(8)
     with make(tmp_path) as pool:
         space = small_namespace(pool)
         keys, _ = space.keys(tokens(8))
         space.put(keys, data)
-        with space.view(keys) as view:
-            assert not view.is_zero_copy
-            assert bytes(view.memory()) == data.tobytes()
+        for chosen in (np.arange(8), np.array([5, 1, 2, 7])):
+            with space.view(keys[chosen]) as view:
+                assert view.is_zero_copy
+                assert (view.numpy(shape=(len(chosen), BLOCK)) == data[chosen]).all()
+
+
+def test_a_view_where_maps_are_coarse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = dax_source._describe
+    monkeypatch.setattr(
+        dax_source, "_describe", lambda *args: replace(real(*args), granularity=2 * MIB)
+    )
+    data = payloads(40)  # 2.5 MiB
+    with make(tmp_path) as pool:
+        space = small_namespace(pool)
+        keys, _ = space.keys(tokens(40))
+        space.put(keys, data)
+        for chosen, is_mapped in (
+            (np.arange(3, 40), True),  # neighbours, though nothing is aligned
+            (np.array([5, 1, 2, 7]), False),
+            (np.array([9]), True),
+        ):
+            with space.view(keys[chosen]) as view:
+                assert view.is_zero_copy == is_mapped
+                assert (view.numpy(shape=(len(chosen), BLOCK)) == data[chosen]).all()
+                read = np.ctypeslib.as_array((ctypes.c_uint8 * BLOCK).from_address(view.address))
+                assert (read == data[chosen[0]]).all()
 
 
 def write_file(pool: kvfs.Pool, name: str, data: bytes) -> None:
