@@ -50,6 +50,7 @@ def run(directory: Path, count: int, moments: random.Random) -> Iterator[Row]:
     seconds = time.monotonic() - start
     for kind, total in totals.items():
         yield total.row(kind, seconds, problem)
+        problem = problem and "as above"
 
 
 class _Total:
