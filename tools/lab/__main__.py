@@ -30,7 +30,8 @@ from lab.rows import Result, Row
 _DEVICES: Final = (
     ("conformance", "nvdimm", 600), ("conformance", "cxl volatile", 900),
     ("restore after kill -9", "dax", 300), ("restore after kill -9", "dax and dir", 300),
-    ("mount, mapped file", "fsdax, passthrough", 400), ("poison list", "cxl persistent", 120),
+    ("view without a copy", "nvdimm", 120), ("mount, mapped file", "fsdax, passthrough", 400),
+    ("poison list", "cxl persistent", 120),
     ("poison", "nvdimm", 180), ("conformance", "cxl persistent", 900),
     ("conformance", "fsdax", 600), ("conformance", "nvme", 600),
     ("memory of a NUMA node", "cxl volatile", 180),

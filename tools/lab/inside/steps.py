@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import kvfs
-from lab.inside import devices, memory, poison
+from lab.inside import devices, memory, poison, views
 from lab.inside.tools import Port, StepError, call
 from lab.inside.verify import examine
 from tests.crash.victim import LAYOUT, SPACE, expected, perform
@@ -102,15 +102,15 @@ def mount(where: str, _port: Port) -> Figures:
     base.mkdir()
     device = f"dir:{base}/device?size=256MiB&segment=32MiB"
     call(f"kvfs-admin --pool {base}/pool pool create {device}")
-    call(f"kvfs mount {base}/pool {point} --log {base}/log", timeout_s=60)
+    call(f"kvfs mount {base}/pool {point} --log {base}/log")
     try:
         names = [path for path in point.iterdir() if path.is_dir() and path.name[0] != "."]
         path = (names[0] if names else point) / "tensor"
         content = b"".join(_pages(_FILE_BYTES))
         path.write_bytes(content)
         call(f"sync -f {point}")
-        call(f"kvfs umount {point}", timeout_s=60)
-        call(f"kvfs mount {base}/pool {point} --log {base}/log", timeout_s=60)
+        call(f"kvfs umount {point}")
+        call(f"kvfs mount {base}/pool {point} --log {base}/log")
         with path.open("rb") as file:
             found = os.getxattr(path, "user.kvfs.lane").decode()
             with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
@@ -120,7 +120,7 @@ def mount(where: str, _port: Port) -> Figures:
         if found != lane:
             raise StepError(f"expected the {lane} lane, found {found}")
     finally:
-        call(f"kvfs umount {point}", check=False, timeout_s=60)
+        call(f"kvfs umount {point}", check=False)
     report = json.loads(call(f"kvfs-admin --pool {base}/pool check --data --json"))
     if report.get("findings"):
         raise StepError(f"{len(report['findings'])} findings, first {report['findings'][0]}")
@@ -160,6 +160,7 @@ STEPS: Final[Mapping[str, Callable[[str, Port], Figures]]] = {
     "restore after kill -9": restore,
     "mount, mapped file": mount,
     "memory of a NUMA node": numa,
+    "view without a copy": lambda _where, _port: dict(views.view()),
     "poison": poison.nvdimm,
     "poison list": poison.cxl,
     "write cache": write_cache,
