@@ -66,6 +66,8 @@ def _wipe(location: str) -> None:
 for _number, _url in enumerate(os.environ.get("KVFS_TEST_DEVICES", "").split()):
     _suite = FilelessSuite if _url.partition(":")[0] in _FILELESS else DeviceSuite
     _class = type(f"TestGiven{_number}", (_Given, _suite), {"url": _url, "__module__": __name__})
+    # Volatile memory of a device keeps its contents while its owner is away.
+    _class.is_kept = _suite is FilelessSuite
     # A character device says nothing that a copy of it would not say.
     _class.tells_copies = not Path(_url.partition(":")[2].partition("?")[0]).is_char_device()
     globals()[_class.__name__] = _class

@@ -165,9 +165,9 @@ def _next_row(running: guest.Guest, heard: int, timeout_s: float) -> tuple[int, 
 def _write_cache(directory: Path) -> Iterator[Row]:
     """Prove that the disk loses what was not flushed, and only that."""
     start = time.monotonic()
-    job = guest.write_job(directory, steps=[("write cache", "nvme")])
-    with guest.Guest(machine.Machine(directory, MAIN, MAIN, job)) as running:
-        say("write cache, nvme")
+    job = guest.write_job(directory, steps=[("write cache", "disk")])
+    with guest.Guest(machine.Machine(directory, MAIN, MAIN, job, disk="virtio")) as running:
+        say("write cache, disk")
         running.wait_for(1, _BOOT_S)
         running.cut()
         with running.machine.backing("disk").open("rb") as disk:
@@ -179,7 +179,7 @@ def _write_cache(directory: Path) -> Iterator[Row]:
     what = {"flushed page": "there" if flushed else "lost", "other": "lost" if late else "there"}
     result = Result.OK if flushed and late else Result.FAILED
     reason = "" if result is Result.OK else "the disk is not one with a volatile write cache"
-    yield Row("write cache", "nvme", result, time.monotonic() - start, what, reason)
+    yield Row("write cache", "disk", result, time.monotonic() - start, what, reason)
 
 
 def _old_kernel(directory: Path) -> Iterator[Row]:

@@ -21,7 +21,7 @@ from lab.paths import LabError
 from lab.progress import say
 from lab.rows import Result, Row
 
-KINDS: Final = ("nvdimm", "cxl", "fsdax", "nvme")
+KINDS: Final = ("nvdimm", "cxl", "fsdax", "disk")
 _BOOT_S: Final = 600.0
 _VERIFY_S: Final = 300.0
 # A cut comes so many seconds after so many acknowledgements, both at random: also on a slow machine
@@ -91,7 +91,7 @@ def _machine(
             directory, is_last=is_last,
             tallies={kind: tally.to_json() for kind, tally in tallies.items()},
         )  # fmt: skip
-        with guest.Guest(machine.Machine(directory, MAIN, MAIN, job)) as running:
+        with guest.Guest(machine.Machine(directory, MAIN, MAIN, job, disk="virtio")) as running:
             expected = len(tallies) + (not is_last)
             told = running.wait_for(expected, _BOOT_S if boot == 0 else _BOOT_S + _VERIFY_S)
             for one in told:

@@ -54,9 +54,11 @@ if [ -n "$job" ]; then
     $b chroot /root /usr/bin/env -i -C "$repository" $run "$python" -m lab.inside "$job"
     echo "lab: the job ended with $?"
 else
+    # busybox of the host's side, where /dev is by now, makes the console the shell's terminal.
+    b2=$tools/usr/bin/busybox
     # shellcheck disable=SC2086
-    $b setsid $b cttyhack $b chroot /root /usr/bin/env -i -C "$repository" $run TERM=linux \
-        /bin/bash -l
+    $b chroot /root "$b2" setsid "$b2" cttyhack /usr/bin/env -i -C "$repository" $run \
+        TERM=linux /bin/bash
 fi
 $b sync
 $b poweroff -f

@@ -16,7 +16,7 @@ from typing import Final
 # What is loaded, with all that it depends on; modules that a kernel has built in are left out.
 MODULES: Final = (
     "crc32c_generic", "virtio_pci", "virtio_console", "9p", "9pnet_virtio", "overlay", "fuse",
-    "nvme", "xfs",
+    "nvme", "virtio_blk", "xfs",
     "nfit", "nd_pmem", "nd_btt", "dax_pmem", "device_dax", "kmem", "dax_cxl", "cxl_acpi", "cxl_pci",
     "cxl_mem", "cxl_port", "cxl_pmem",
 )  # fmt: skip

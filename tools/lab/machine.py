@@ -30,6 +30,10 @@ BACKING: Final = {
 }  # fmt: skip
 MEMORY_MIB: Final = 3072
 _CXL_WINDOW: Final = "cxl-fmw.0.targets.0=cxl.0,cxl-fmw.0.size=4G"
+_DISKS: Final = {
+    "nvme": "nvme,drive=disk,serial=lab0",
+    "virtio": "virtio-blk-pci,drive=disk,write-cache=on",
+}
 _KERNEL_OPTIONS: Final = "console=ttyS0 loglevel=4 panic=-1 mitigations=off tsc=reliable"
 _SOCKET_NAME_MAX: Final = 107
 # Root port and type-3 device of each kind, behind one host bridge.
@@ -47,6 +51,8 @@ class Machine:
         job: A file that says what is to be run; None for a shell.
         shared: Backs the volatile CXL memory in place of a file of the run, so that two guests
             have the same memory.
+        disk: The disk's kind, `nvme` or `virtio`. QEMU's NVMe device drops force unit access, so
+            that XFS loses its journal with the power; of a virtio disk Linux asks flushes alone.
     """
 
     directory: Path
@@ -54,6 +60,7 @@ class Machine:
     programs: Tree
     job: Path | None = None
     shared: Path | None = None
+    disk: str = "nvme"
 
     @property
     def console(self) -> Path:
@@ -136,10 +143,13 @@ def qemu_command(machine: Machine, *, is_interactive: bool = False) -> list[str]
         "-device", "virtio-serial-pci",
         "-chardev", f"file,id=port,path={machine.port}",
         "-device", "virtserialport,chardev=port,name=lab",
-        "-serial", "stdio" if is_interactive else f"file:{machine.console}",
+        # Of a terminal, ctrl-c is for the guest.
+        "-chardev", "stdio,id=console,signal=off" if is_interactive
+        else f"file,id=console,path={machine.console}",
+        "-serial", "chardev:console",
         "-monitor", f"unix:{machine.monitor},server=on,wait=off",
         "-drive", f"if=none,id=disk,format=raw,file=nbd+unix:///?socket={machine.disk_socket}",
-        "-device", "nvme,drive=disk,serial=lab0",
+        "-device", _DISKS[machine.disk],
     ]  # fmt: skip
     return command + _nvdimms(machine) + _cxl(machine)
 

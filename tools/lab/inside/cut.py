@@ -30,7 +30,7 @@ def pools() -> dict[str, tuple[Path, str]]:
         "nvdimm": (disk / "pool-nvdimm", f"dax:{devices.nvdimm()}?{_SIZE}"),
         "cxl": (disk / "pool-cxl", f"dax:{devices.cxl_persistent()}?{_SIZE}"),
         "fsdax": (fsdax / "pool", f"dir:{fsdax}/device?{_SIZE}"),
-        "nvme": (disk / "pool", f"dir:{disk}/device?{_SIZE}"),
+        "disk": (disk / "pool", f"dir:{disk}/device?{_SIZE}"),
     }
 
 

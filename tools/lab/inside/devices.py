@@ -62,10 +62,18 @@ def fsdax() -> Path:
     return FSDAX
 
 
+def disk() -> str:
+    """Return the path of the disk, which is an NVMe or a virtio one."""
+    paths = [path for path in ("/dev/nvme0n1", "/dev/vda") if Path(path).exists()]
+    if not paths:
+        raise StepError("there is no disk")
+    return paths[0]
+
+
 def nvme() -> Path:
     """Return where the disk's XFS is mounted."""
     if not NVME.is_mount():
-        _mount("/dev/nvme0n1", NVME, "")
+        _mount(disk(), NVME, "")
     return NVME
 
 

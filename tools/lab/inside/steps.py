@@ -143,7 +143,7 @@ def write_cache(_where: str, port: Port) -> Figures:
 
     The disk has no file system: the host looks at the file behind it.
     """
-    fd = os.open("/dev/nvme0n1", os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+    fd = os.open(devices.disk(), os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
     page = mmap.mmap(-1, 4096)
     for number, fill in enumerate((b"flushed ", b"too late")):
         page[:] = fill * 512
