@@ -88,7 +88,7 @@ lint: setup ## ruff, mypy, layers, house rules, FORMAT.md
 	$(BIN)/python tools/tidy.py
 	$(BIN)/python tools/format_doc.py --check
 
-.PHONY: test test-all test-fuse test-crash test-asan check ci
+.PHONY: test test-all test-fuse test-crash test-asan test-tsan check ci
 test: lint ## the gate: lint and every test that takes no minutes
 	$(BIN)/pytest $(PYTEST_ARGS)
 
@@ -103,6 +103,10 @@ test-crash: setup ## enumerate crash points: make test-crash SEED=7
 
 test-asan: setup ## the native tests under ASan and UBSan
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash native/run_sanitized.sh
+
+test-tsan: setup ## the index table, leases and kvfs-core under TSan
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash native/run_sanitized.sh tsan
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash native/run_sanitized.sh core-tsan
 
 check: test ## the same as test
 

@@ -8,8 +8,8 @@ Status values (int32 per item): 0 done; 1 checksum mismatch; 2 short read (end o
 3 memory fault (SIGBUS/poison) while reading or writing the item; negative: -errno.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol, TypeAlias, final
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol, TypeAlias, final
 
 import numpy.typing as npt
 
@@ -82,6 +82,13 @@ def pread_verify(
     statuses: Buffer,
 ) -> int:
     """Read n ranges (fds: int32[n]) into memory and verify XXH3-128 in the same pass."""
+
+def absent(addresses: Buffer, lengths: Buffer, statuses: Buffer) -> int:
+    """Say of n mapped ranges of memory files which are not wholly in memory: statuses 0, 1 or -errno.
+
+    What is not there is a hole or swapped out; reading a hole would fill it, to ask does not. Of files that this
+    process may not write the kernel says that all is there. Returns how many statuses are not 0.
+    """
 
 # --- summaries -----------------------------------------------------------------------------
 def sign_entries(entries: Buffer, seed: int) -> None:
@@ -221,8 +228,11 @@ class Index:
         """Fill n records (all-zero = miss); returns the number of hits."""
     def lookup_device(self, keys: Buffer, device: int, out: Buffer) -> int:
         """Like lookup, only copies on one device."""
-    def match_prefix(self, keys: Buffer) -> int:
-        """How many leading keys are present."""
+    def match_prefix(self, keys: Buffer, sums: Buffer | None = None) -> int:
+        """How many leading keys are present.
+
+        `sums`: two uint64; the number of keys and of those present are added.
+        """
     def remove(self, records: Buffer) -> int:
         """Remove n records that match exactly in key, device, segment and generation; returns how many."""
     def set_flags(self, records: Buffer, flags: int) -> int:
@@ -238,6 +248,58 @@ class Index:
         """Mark it superseded, without a successor: what it says is no longer true."""
     def close(self) -> None:
         """Refuse new calls (ValueError); running ones end first. Idempotent."""
+
+@final
+class Histogram:
+    """How long something took, in 64 buckets: `counts[b]` is of times whose number of bits is b.
+
+    Those are at least 2**(b-1) ns, and less than 2**b. No lock is needed. Of operations that take less
+    than 16 us one in 16 is timed, and counted for those since the last one: `count` is exact, and so is
+    their sum, as far as calls resemble each other.
+    """
+    def __init__(self) -> None: ...
+    def note(self, nanoseconds: int) -> None:
+        """Count one that took so long."""
+    def add(self, other: Histogram) -> None:
+        """Count what another has counted."""
+    @property
+    def counts(self) -> list[int]: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def sum_ns(self) -> int: ...
+
+@final
+class Operation:
+    """One operation under way, from `__enter__` to `__exit__`; made by `Gate.during`."""
+    def __enter__(self) -> None: ...
+    def __exit__(self, kind: object, error: object, trace: object) -> Literal[False]: ...
+
+@final
+class Gate:
+    """Counts operations under way, by namespace; no lock is needed."""
+    def __init__(
+        self,
+        now: Callable[[], int] | None,
+        refuse: Callable[[int], None],
+        wake: Callable[[], None],
+    ) -> None:
+        """`now`: a clock; None for CLOCK_MONOTONIC. `refuse` raises why a namespace is refused; `wake` is
+        called when the last operation on a namespace has ended while somebody waits."""
+    def during(self, namespace_id: int, histogram: Histogram | None = None, /) -> Operation: ...
+    def require(self, namespace_id: int, /) -> None:
+        """Raise what entering an operation would raise."""
+    def running(self, namespace_id: int = ..., /) -> int:
+        """How many operations are under way, on one namespace or all."""
+    def end(self, namespace_id: int, /) -> None:
+        """Refuse operations on a namespace from now on."""
+    def close(self) -> None:
+        """Refuse all."""
+    def wait(self, by: int, /) -> None:
+        """Change how many wait by so many."""
+    @property
+    def is_forked(self) -> bool:
+        """Whether this process was forked from the one that made it."""
 
 @final
 class AccessRing:
@@ -286,6 +348,11 @@ class LeasePage:
     @property
     def heartbeat_ns(self) -> int:
         """When the client's heart last beat (CLOCK_MONOTONIC), by its own word; 0: it never did."""
+    @property
+    def segments_freed(self) -> int:
+        """How many segments that the client may have mapped are gone, by the owner's count."""
+    def note_freed(self) -> None:
+        """Owner: count one more."""
     @property
     def is_revoked(self) -> bool:
         """Whether the owner has taken all places away. Ordered after all reads of this thread before."""
@@ -371,6 +438,10 @@ def store(address: int, data: Buffer, way: str | None = None) -> int:
     """Copy to mapped memory, write the lines back and fence, on this thread: after it the bytes are
     in the persistence domain of a DAX mapping. `way`: fence, clflush, clflushopt or clwb, the best
     this CPU has when missing; ValueError if it has not. Returns a status, 0 or 3 (see above)."""
+
+def touch(address: int, nbytes: int) -> int:
+    """Make each page of a range of mapped memory dirty again, without changing a byte. Returns a
+    status, 0 or 3 (see above): after a page that cannot be touched no other is."""
 
 def write_back() -> str:
     """The best way to write lines back that this CPU has."""

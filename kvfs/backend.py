@@ -22,6 +22,7 @@ from kvfs.engine.catalog_schema import NamespaceInfo, Node
 from kvfs.engine.index import RecordArray
 from kvfs.engine.stitching import Backings
 from kvfs.keys import KeyArray
+from kvfs.phase import Phase
 from kvfs.statistics import PoolStatistics
 
 Mask = npt.NDArray[np.bool_]
@@ -66,15 +67,16 @@ class Backend(Protocol):
     def lookup(self, namespace_id: int, keys: KeyArray) -> RecordArray:
         """Return the fastest copy of each block; length 0 for a miss."""
 
-    def touch(self, namespace_id: int, keys: KeyArray) -> int:
+    def touch(self, namespace_id: int, keys: KeyArray, phase: Phase = Phase.UNKNOWN) -> int:
         """Note an access to blocks without reading them; return how many are resident."""
 
     def read_into(
-        self, namespace_id: int, keys: KeyArray, addresses: Addresses, lengths: Addresses
-    ) -> Mask:
+        self, namespace_id: int, keys: KeyArray, addresses: Addresses, lengths: Addresses,
+        phase: Phase = Phase.UNKNOWN,
+    ) -> Mask:  # fmt: skip
         """Copy whole blocks to memory, verified; return which were."""
 
-    def lease(self, namespace_id: int, keys: KeyArray) -> Held:
+    def lease(self, namespace_id: int, keys: KeyArray, phase: Phase = Phase.UNKNOWN) -> Held:
         """Hold verified blocks for reading in place; give back with `release`."""
 
     def release(self, lease: Any) -> None:

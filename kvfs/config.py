@@ -118,6 +118,8 @@ class PoolOptions:
         client_timeout_s: How long a client process may give no sign of life before it loses what it
             holds, if that is needed.
         client_share: Largest share of a device that one client may hold while others need room.
+        client_shared_bytes: How much memory the clients of one user may share with the owner, who
+            maps it to store from there; each file counts once.
     """
 
     async_delay_ms: int = 50
@@ -128,6 +130,7 @@ class PoolOptions:
     staging_memory_bytes: int = 256 * MIB
     client_timeout_s: float = 10.0
     client_share: float = 0.5
+    client_shared_bytes: int = 4096 * GIB
 
     def __post_init__(self) -> None:
         if not 1 <= self.async_delay_ms <= 60_000:
@@ -138,6 +141,10 @@ class PoolOptions:
             raise UsageError(f"client_share must be between 0 and 1, found {self.client_share}")
         if self.client_timeout_s <= 0:
             raise UsageError(f"client_timeout_s must be positive, found {self.client_timeout_s}")
+        if self.client_shared_bytes < 1:
+            raise UsageError(
+                f"client_shared_bytes must be positive, found {self.client_shared_bytes}"
+            )
         if self.staging_memory_bytes < 0:
             raise UsageError(
                 f"staging_memory_bytes must not be negative, found {self.staging_memory_bytes}"

@@ -20,15 +20,18 @@ import os
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Any, Final, Protocol, Self
+from uuid import UUID
 
 import msgspec
 
 from kvfs.admin import messages as msg
 from kvfs.admin.operations import Owner, answer
 from kvfs.clients.peer import begin, peer_of
+from kvfs.clock import Clock
 from kvfs.control_client import (
     QUESTION_BYTES_MAX,
     REPLY_BYTES_MAX,
@@ -46,7 +49,6 @@ from kvfs.errors import (
     UnavailableError,
     UsageError,
 )
-from kvfs.pool import Pool
 
 CONNECTIONS_MAX: Final = 16
 IDLE_TIMEOUT_S: Final = 60.0
@@ -67,12 +69,25 @@ class Heirs(Protocol):
         """Forget what was accepted: the answer could not be sent."""
 
 
+class Owned(Protocol):
+    """What must be known of the pool: an open one is one, and one that its owner has closed."""
+
+    path: Path
+    name: str
+    uuid: UUID
+    clock: Clock
+
+
+Answer = Callable[[Any, Owner, msg.Request], Any]
+"""Answers a question about the pool, or raises a KvfsError; see kvfs.admin.operations."""
+
+
 class ControlServer:
     """Answers questions about a pool until stopped. Use as a context manager."""
 
     def __init__(
-        self, pool: Pool, *, mount: str = "", heirs: Heirs | None = None,
-        timeout_s: float = IDLE_TIMEOUT_S,
+        self, pool: Owned, *, mount: str = "", heirs: Heirs | None = None,
+        timeout_s: float = IDLE_TIMEOUT_S, answers: Answer = answer,
     ) -> None:  # fmt: skip
         """Bind to a pool that this process owns.
 
@@ -81,12 +96,14 @@ class ControlServer:
             mount: Where it is mounted, for `kvfs umount` and `pool status`.
             heirs: Who may take the pool over; nobody when missing.
             timeout_s: How long a connection may say nothing, or take for one message.
+            answers: Everything but who takes the pool over.
         """
         command = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
         self._pool = pool
         self._owner = Owner(command, mount, pool.clock.wall_ns())
         self._heirs = heirs
         self._timeout_s = timeout_s
+        self._answers = answers
         self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
@@ -261,7 +278,7 @@ class ControlServer:
             if isinstance(asked, msg.TakeOver):
                 found = self._take_over(asked)
             else:
-                found = answer(self._pool, self._owner, asked)
+                found = self._answers(self._pool, self._owner, asked)
             reply = msg.Reply(msg.PROTOCOL_VERSION, answer=msgspec.Raw(_encode(found)))
             return _encode(reply), is_heir
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

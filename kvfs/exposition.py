@@ -19,7 +19,7 @@ from prometheus_client.core import (
 )
 
 from kvfs.metric_list import BY_NAME, CORE_NAMES, DEFINITIONS, VIEW_NAMES, Definition
-from kvfs.metrics import Histogram, Rows, Tally
+from kvfs.metrics import PHASES, Histogram, Rows, Tally
 from kvfs.pool import Pool
 
 _FIRST_BUCKET: Final = 10  # 2**10 ns: a microsecond
@@ -120,10 +120,11 @@ def _add_pool(families: _Families, pool: Pool) -> None:
     counters = pool.store.state.counters
     families.add("kvfs_write_errors_total", counters.write_errors)
     families.add("kvfs_segments_poisoned_total", counters.segments_poisoned)
-    clients, segments, revocations = pool.client_figures()
+    clients, segments, revocations, failures = pool.client_figures()
     families.add("kvfs_clients", clients)
     families.add("kvfs_client_segments", segments)
     families.add("kvfs_client_revocations_total", revocations)
+    families.add("kvfs_client_failures_total", failures)
     for device in figures.devices:
         for name, value in (
             ("kvfs_device_online", device.state != "offline"),
@@ -164,8 +165,8 @@ def _add_namespaces(families: _Families, pool: Pool) -> None:
 
 def _add_numbers(families: _Families, name: str, tally: Tally) -> None:
     for metric, value in (
-        ("kvfs_prefix_blocks_asked_total", tally.prefix_asked),
-        ("kvfs_prefix_blocks_matched_total", tally.prefix_matched),
+        ("kvfs_prefix_blocks_asked_total", int(tally.prefix[0])),
+        ("kvfs_prefix_blocks_matched_total", int(tally.prefix[1])),
         ("kvfs_put_blocks_total", tally.blocks_put),
         ("kvfs_put_bytes_total", tally.bytes_put),
         ("kvfs_deduplicated_blocks_total", tally.blocks_deduplicated),
@@ -179,6 +180,8 @@ def _add_numbers(families: _Families, name: str, tally: Tally) -> None:
         ("kvfs_broken_pins_total", tally.pins_broken),
     ):
         families.add(metric, value, name)
+    for phase, count in zip(PHASES, tally.accesses, strict=True):
+        families.add("kvfs_accesses_total", count, name, phase)
     for metric, reason, value in (
         ("kvfs_misses_total", "absent", tally.misses_absent + tally.lookups_missed),
         ("kvfs_misses_total", "unreadable", tally.misses_unreadable),

@@ -23,7 +23,7 @@ from kvfs.config import DeviceURL, PoolOptions, default_segment_bytes, parse_dev
 from kvfs.devices.base import Device
 from kvfs.devices.filesystem import SUPERBLOCK
 from kvfs.devices.keeper import Keeper
-from kvfs.devices.open import capacity_of, location_of, open_device
+from kvfs.devices.open import capacity_of, location_of, open_device, require_memory
 from kvfs.engine.catalog import Catalog
 from kvfs.engine.catalog_schema import APPLICATION_ID, ROOT_NODE_ID, DeviceRow
 from kvfs.engine.checker.salvage import salvage
@@ -79,6 +79,7 @@ def create_pool(
     Raises:
         ExistsError: The directory holds a pool, or a device does.
         UsageError: A URL is wrong or a device too small.
+        NoSpaceError: The machine has not as much memory as the devices want.
 
     Durability: persist.
     """
@@ -113,10 +114,13 @@ def create_pool(
 
 
 def require_free(root: Path, plan: Sequence[tuple[DeviceRow, DeviceURL]]) -> None:
-    """Refuse to make a pool where there is one, or on somebody's device. Changes nothing.
+    """Refuse to make a pool where there is one, on somebody's device, or of memory not there.
+
+    Changes nothing.
 
     Raises:
-        ExistsError: That is so, or the directory holds something.
+        ExistsError: There is a pool, or the directory holds something.
+        NoSpaceError: The machine has not that much memory.
     """
     if (root / CATALOG_NAME).exists():
         raise ExistsError(f"a pool is there already: {root}; 'kvfs-admin pool destroy' removes it")
@@ -125,6 +129,7 @@ def require_free(root: Path, plan: Sequence[tuple[DeviceRow, DeviceURL]]) -> Non
     for _, url in plan:
         if url.scheme == "dir" and (Path(url.location) / SUPERBLOCK).exists():
             raise _taken(url)
+    require_memory((row.name, url) for row, url in plan)
 
 
 def _taken(url: DeviceURL) -> ExistsError:

@@ -18,6 +18,7 @@ from kvfs.engine.index import RecordArray
 from kvfs.engine.reader import Lease
 from kvfs.errors import NotFoundError
 from kvfs.keys import KeyArray
+from kvfs.phase import Phase
 
 if TYPE_CHECKING:
     from kvfs.pool import Pool
@@ -62,19 +63,20 @@ class LocalBackend:
         """Return the fastest copy of each block; length 0 for a miss."""
         return self._store.lookup(namespace_id, keys)
 
-    def touch(self, namespace_id: int, keys: KeyArray) -> int:
+    def touch(self, namespace_id: int, keys: KeyArray, phase: Phase = Phase.UNKNOWN) -> int:
         """Note an access to blocks without reading them; return how many are resident."""
-        return self._store.touch(namespace_id, keys)
+        return self._store.touch(namespace_id, keys, phase)
 
     def read_into(
-        self, namespace_id: int, keys: KeyArray, addresses: Addresses, lengths: Addresses
-    ) -> Mask:
+        self, namespace_id: int, keys: KeyArray, addresses: Addresses, lengths: Addresses,
+        phase: Phase = Phase.UNKNOWN,
+    ) -> Mask:  # fmt: skip
         """Copy whole blocks to memory, verified; return which were."""
-        return self._store.read_into(namespace_id, keys, addresses, lengths)
+        return self._store.read_into(namespace_id, keys, addresses, lengths, phase)
 
-    def lease(self, namespace_id: int, keys: KeyArray) -> Lease:
+    def lease(self, namespace_id: int, keys: KeyArray, phase: Phase = Phase.UNKNOWN) -> Lease:
         """Hold verified blocks for reading in place; give back with `release`."""
-        return self._store.lease(namespace_id, keys)
+        return self._store.lease(namespace_id, keys, phase=phase)
 
     def release(self, lease: Lease) -> None:
         """End a lease; idempotent."""

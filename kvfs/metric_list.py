@@ -44,6 +44,8 @@ DEFINITIONS: Final = (
     Definition("kvfs_client_segments", "gauge", "Segments that they hold for reading."),
     Definition("kvfs_client_revocations_total", "counter",
                "Times that what a client held was taken from it, because room was needed."),
+    Definition("kvfs_client_failures_total", "counter",
+               "Requests of clients that failed for a reason nobody expected; see the log."),
     # --- devices
     Definition("kvfs_device_online", "gauge", "1 while the device takes writes.", _DEVICE),
     Definition("kvfs_device_capacity_bytes", "gauge", "Bytes that kvfs may use.", _DEVICE),
@@ -66,6 +68,10 @@ DEFINITIONS: Final = (
     Definition("kvfs_hits_total", "counter",
                "Blocks found: lookup; read_into, copied; lease, held for a view.",
                (*_PLACE, "operation")),
+    Definition("kvfs_accesses_total", "counter",
+               "Blocks read, held or touched, by clients too: prefill, instead of computing a "
+               "prompt; decode, of tokens that the engine made; background, nobody waits; unknown, "
+               "nobody said.", ("namespace", "phase")),
     Definition("kvfs_misses_total", "counter",
                "Blocks not found: absent; unreadable, no copy was good; room, the caller's memory "
                "is too small.", ("namespace", "reason")),

@@ -5,7 +5,7 @@ Layer: L0. What they are called for people and machines: kvfs.metric_list.
 - One `Tally` per namespace, in it one row per device where a device has a part. What happens is
   counted where it happens: once per batch, under a lock that is held there anyway or in one step of
   the interpreter, which no other thread comes between.
-- Times are counted in buckets of powers of two, of nanoseconds.
+- Times are counted in buckets of powers of two, of nanoseconds: `Histogram`, which is native.
 """
 
 import threading
@@ -15,37 +15,12 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-BUCKETS: Final = 64
+from kvfs._native import Histogram as Histogram
+from kvfs.phase import Phase
+
+PHASES: Final = tuple(phase.name.lower() for phase in Phase)
 OPERATIONS: Final = ("put", "lookup", "match_prefix", "read_into", "lease", "open")
 Rows = npt.NDArray[np.uint64]  # (devices, 2): blocks and bytes
-
-
-class Histogram:
-    """How long something took, in buckets: `counts[b]` is of times whose number of bits is b.
-
-    Those are at least 2**(b-1) ns, and less than 2**b. `note` needs no lock.
-    """
-
-    __slots__ = ("counts", "sum_ns")
-
-    def __init__(self) -> None:
-        self.counts = [0] * BUCKETS
-        self.sum_ns = 0
-
-    def note(self, nanoseconds: int) -> None:
-        """Count one."""
-        self.counts[nanoseconds.bit_length()] += 1
-        self.sum_ns += nanoseconds
-
-    def add(self, other: "Histogram") -> None:
-        """Count what another has counted."""
-        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
-        self.sum_ns += other.sum_ns
-
-    @property
-    def count(self) -> int:
-        """How many were counted."""
-        return sum(self.counts)
 
 
 @dataclass(slots=True, eq=False)
@@ -53,9 +28,13 @@ class Tally:
     """What happened in one namespace since the pool was opened. Byte counts are stored bytes.
 
     Attributes:
+        prefix: Keys that `match_prefix` was asked for, and those it matched.
+        prefix_times: `times` of match_prefix, at hand.
         looked_up: Rows of blocks that `lookup` found.
         leased: Rows of blocks that were leased verified, for a view or an adoption.
         read: Rows of blocks that `read_into` copied.
+        accesses: Blocks that were read, held or touched, by `Phase`; by clients, too, who report
+            it in their access rings.
         file_bytes: Bytes of files that were copied, by device.
         written: Bytes appended or adopted, by device, with padding; extra copies and relocated
             blocks count too.
@@ -70,8 +49,6 @@ class Tally:
     blocks_deduplicated: int = 0
     bytes_put: int = 0
     bytes_deduplicated: int = 0
-    prefix_asked: int = 0
-    prefix_matched: int = 0
     misses_absent: int = 0
     misses_unreadable: int = 0
     misses_room: int = 0
@@ -85,10 +62,13 @@ class Tally:
     refused_no_device: int = 0
     blocks_lost: int = 0
     pins_broken: int = 0
+    prefix: npt.NDArray[np.uint64] = field(init=False)
+    prefix_times: Histogram = field(init=False)
     looked_up: Rows = field(init=False)
     leased: Rows = field(init=False)
     read: Rows = field(init=False)
     written: list[int] = field(init=False)
+    accesses: list[int] = field(init=False)
     file_bytes: list[int] = field(init=False)
     evicted: list[int] = field(init=False)
     bad_checksums: list[int] = field(init=False)
@@ -100,15 +80,18 @@ class Tally:
             setattr(self, name, np.zeros((self.devices, 2), np.uint64))
         for name in _LISTS:
             setattr(self, name, [0] * self.devices)
+        self.accesses = [0] * len(Phase)
+        self.prefix = np.zeros(2, np.uint64)
         self.times = {name: Histogram() for name in OPERATIONS}
+        self.prefix_times = self.times["match_prefix"]
 
     def add(self, other: "Tally") -> None:
         """Count what another has counted."""
         for name in _NUMBERS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in _ROWS:
+        for name in (*_ROWS, "prefix"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in _LISTS:
+        for name in (*_LISTS, "accesses"):
             sums = zip(getattr(self, name), getattr(other, name), strict=True)
             setattr(self, name, [a + b for a, b in sums])
         for name, histogram in other.times.items():

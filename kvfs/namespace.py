@@ -17,6 +17,7 @@ from kvfs.engine.index import RecordArray
 from kvfs.errors import ExistsError, NotFoundError, UsageError
 from kvfs.keys import NO_PARENT, KeyArray, as_key_array, as_u32_array, chain_keys
 from kvfs.layout import Layout
+from kvfs.phase import PhaseName, as_phase
 from kvfs.views import View
 
 
@@ -113,32 +114,43 @@ class Namespace:
             self.info.namespace_id, as_key_array(keys, self.info.namespace_id)
         )
 
-    def touch(self, keys: Any) -> int:
+    def touch(self, keys: Any, *, phase: PhaseName | None = None) -> int:
         """Note an access to blocks without reading them: eviction takes them later.
 
-        Returns how many of them are resident.
+        `phase` is as in `read_into`. Returns how many of them are resident.
         """
         return self.backend.touch(
-            self.info.namespace_id, as_key_array(keys, self.info.namespace_id)
+            self.info.namespace_id, as_key_array(keys, self.info.namespace_id), as_phase(phase)
         )
 
-    def read_into(self, keys: Any, buffers: Any) -> npt.NDArray[np.bool_]:
+    def read_into(
+        self, keys: Any, buffers: Any, *, phase: PhaseName | None = None
+    ) -> npt.NDArray[np.bool_]:
         """Copy blocks into memory, verifying checksums in the same pass.
 
         Args:
             keys: (n, 32) uint8.
             buffers: n writable buffers, as in `put`, each with room for its block.
+            phase: What for: "prefill", "decode" or "background"; None: not said. It is counted
+                (`kvfs_accesses_total`); what is read in the background grows no younger by that.
 
         Returns:
             (n,) bool: which blocks were copied. False is a miss: the buffer holds unspecified
             bytes.
+
+        Raises:
+            UsageError: Wrong shape, or no such phase.
         """
         keys = as_key_array(keys, self.info.namespace_id)
         addresses, lengths = addresses_of(buffers, len(keys), writable=True)
-        return self.backend.read_into(self.info.namespace_id, keys, addresses, lengths)
+        return self.backend.read_into(
+            self.info.namespace_id, keys, addresses, lengths, as_phase(phase)
+        )
 
-    def view(self, keys: Any) -> View:
+    def view(self, keys: Any, *, phase: PhaseName | None = None) -> View:
         """Map resident blocks, in order, into one contiguous read-only range; see View.
+
+        `phase` is as in `read_into`.
 
         Raises:
             NotFoundError: A block is not resident.
@@ -147,7 +159,7 @@ class Namespace:
         keys = as_key_array(keys, self.info.namespace_id)
         return View(
             self.backend, self.info.namespace_id, keys,
-            block_bytes=self.layout.block_bytes, stride=self.layout.stride,
+            block_bytes=self.layout.block_bytes, stride=self.layout.stride, phase=as_phase(phase),
         )  # fmt: skip
 
     def context(self, name: str, *, create: bool = True) -> "Context":
@@ -286,9 +298,9 @@ class Context:
         keys = as_key_array(keys, info.namespace_id)
         return self.namespace.backend.link(info, self._node_id, keys) if len(keys) else 0
 
-    def view(self) -> View:
+    def view(self, *, phase: PhaseName | None = None) -> View:
         """Map the whole context; see Namespace.view."""
-        return self.namespace.view(self.keys)
+        return self.namespace.view(self.keys, phase=phase)
 
     def pin(self) -> None:
         """Keep the blocks from eviction until `unpin`, across restarts."""

@@ -419,11 +419,11 @@ class Pool:
             counters=self.store.state.counters.snapshot(),
         )
 
-    def client_figures(self) -> tuple[int, int, int]:
-        """Return how many clients there are, segments they hold, and revocations since open."""
-        state = self.store.state
-        with state.lock:
-            return state.holds.count, len(state.holds.snapshot()), state.holds.revoked
+    def client_figures(self) -> tuple[int, int, int, int]:
+        """Return clients, segments they hold; revocations and failed requests since open."""
+        holds = self.store.state.holds
+        with self.store.state.lock:
+            return holds.count, len(holds.snapshot()), holds.revoked, holds.failures
 
     def close(self) -> None:
         """Publish, flush, close; idempotent.

@@ -25,6 +25,7 @@ from kvfs.backend import Backend
 from kvfs.engine.stitching import Offsets, stitch
 from kvfs.errors import ClosedError, KvfsError, MediaError, NotFoundError, UsageError
 from kvfs.keys import KeyArray
+from kvfs.phase import Phase
 from kvfs.units import MIB
 
 if TYPE_CHECKING:
@@ -60,15 +61,16 @@ class View:
     """
 
     def __init__(
-        self, backend: Backend, namespace_id: int, keys: KeyArray, *, block_bytes: int, stride: int
-    ) -> None:
+        self, backend: Backend, namespace_id: int, keys: KeyArray, *, block_bytes: int, stride: int,
+        phase: Phase = Phase.UNKNOWN,
+    ) -> None:  # fmt: skip
         """Map blocks in order; see Namespace.view."""
         if not len(keys):
             raise UsageError("a view needs at least one block")
         self._backend = backend
         self._stride = stride
         self._mapping: _native.Mapping | None = None
-        self._lease = backend.lease(namespace_id, keys)
+        self._lease = backend.lease(namespace_id, keys, phase)
         self._hold = _Hold()
         self._release = weakref.finalize(self._hold, backend.release, self._lease)
         self._release.atexit = False

@@ -102,6 +102,31 @@ static PyObject *py_verify(PyObject *module, PyObject *args, PyObject *kwargs)
     return result;
 }
 
+static PyObject *py_absent(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"addresses", "lengths", "statuses", NULL};
+    PyObject *addresses_object, *lengths_object, *statuses_object, *result = NULL;
+    struct kvfs_views views = {0};
+    const void *addresses, *lengths;
+    void *statuses;
+    size_t count;
+    (void)module;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO", names, &addresses_object,
+                                     &lengths_object, &statuses_object))
+        return NULL;
+    if ((lengths = take_lengths(&views, lengths_object, &count)) != NULL &&
+        (addresses = take(&views, addresses_object, "addresses", 8, count, false)) != NULL &&
+        (statuses = take(&views, statuses_object, "statuses", 4, count, true)) != NULL) {
+        size_t found;
+        Py_BEGIN_ALLOW_THREADS
+        found = kvfs_absent(addresses, lengths, count, statuses);
+        Py_END_ALLOW_THREADS
+        result = PyLong_FromSize_t(found);
+    }
+    kvfs_release(&views);
+    return result;
+}
+
 static PyObject *py_pwrite_hash(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"fd",      "offsets",  "sources", "lengths",
@@ -167,5 +192,6 @@ PyMethodDef kvfs_batch_methods[] = {
     METHOD(copy_hash),     METHOD(copy_verify),  METHOD(verify),         METHOD(pwrite_hash),
     METHOD(pread_verify),  METHOD(sign_entries), METHOD(place_payloads), METHOD(fill_entries),
     METHOD(entry_records), METHOD(pack_summary), METHOD(scan_entries),   METHOD(distinct_keys),
-    METHOD(find_keys),     METHOD(closure),      METHOD(tally),          {NULL, NULL, 0, NULL},
+    METHOD(find_keys),     METHOD(closure),      METHOD(tally),          METHOD(absent),
+    {NULL, NULL, 0, NULL},
 };

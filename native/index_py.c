@@ -178,20 +178,31 @@ static PyObject *index_lookup_device(PyObject *object, PyObject *args, PyObject 
 
 static PyObject *index_match_prefix(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"keys", NULL};
+    static char *names[] = {"keys", "sums", NULL};
     Index *self = (Index *)object;
-    PyObject *keys_object, *result = NULL;
+    PyObject *keys_object, *sums_object = Py_None, *result = NULL;
     struct kvfs_views views = {0};
     size_t count;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O", names, &keys_object) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O", names, &keys_object, &sums_object) ||
         !kvfs_enter(&self->life, "index"))
         return NULL;
     Py_buffer *keys = kvfs_take(&views, keys_object, false);
-    if (keys != NULL && kvfs_count_items(keys, "keys", KVFS_KEY_BYTES, &count)) {
+    bool is_sound = keys != NULL && kvfs_count_items(keys, "keys", KVFS_KEY_BYTES, &count);
+    Py_buffer *sums = NULL;
+    if (is_sound && !Py_IsNone(sums_object)) {
+        sums = kvfs_take(&views, sums_object, true);
+        is_sound = sums != NULL && kvfs_check_items(sums, "sums", sizeof(uint64_t), 2);
+    }
+    if (is_sound) {
         size_t matched;
         Py_BEGIN_ALLOW_THREADS
         matched = kvfs_table_match_prefix(&self->table, keys->buf, count);
         Py_END_ALLOW_THREADS
+        if (sums != NULL) {
+            uint64_t *counts = sums->buf;
+            counts[0] += count;
+            counts[1] += matched;
+        }
         result = PyLong_FromSize_t(matched);
     }
     kvfs_release(&views);

@@ -30,10 +30,12 @@ struct kvfs_notice {
     uint32_t version;
     uint32_t reserved;
     _Atomic uint64_t is_revoked;
+    _Atomic uint64_t freed; /* 0 for ever where the owner does not count */
 };
 
 static_assert(offsetof(struct kvfs_page_header, heartbeat_ns) == 64, "shared between processes");
 static_assert(offsetof(struct kvfs_notice, is_revoked) == 16, "shared between processes");
+static_assert(offsetof(struct kvfs_notice, freed) == 24, "shared between processes");
 
 /* How often this process was forked since the first one attached; asking for its id at every hold
  * would be a system call. */
@@ -369,6 +371,16 @@ void kvfs_lease_page_revoke(struct kvfs_lease_page *page)
     atomic_store_explicit(&page->notice->is_revoked, 1, memory_order_seq_cst);
     /* Before whatever is written next, also by stores that bypass the caches. */
     atomic_thread_fence(memory_order_seq_cst);
+}
+
+void kvfs_lease_page_note_freed(struct kvfs_lease_page *page)
+{
+    atomic_fetch_add_explicit(&page->notice->freed, 1, memory_order_release);
+}
+
+uint64_t kvfs_lease_page_freed(const struct kvfs_lease_page *page)
+{
+    return atomic_load_explicit(&page->notice->freed, memory_order_acquire);
 }
 
 uint64_t kvfs_lease_page_heartbeat_ns(const struct kvfs_lease_page *page)

@@ -4,7 +4,8 @@
  * generation u32; never 0. Two memfds per client:
  *
  *   page    written by the client, read by the owner: a heartbeat, and places (hazard pointers)
- *   notice  written by the owner, read by the client: whether the page has been revoked
+ *   notice  written by the owner, read by the client: whether the page has been revoked, and how
+ *           many segments that the client may have mapped have been freed
  *
  * Client, before it reads:   look the index up; publish the places (full fence); look it up again.
  *                            The same records: the places are held until they are released.
@@ -99,6 +100,12 @@ size_t kvfs_lease_page_places(const struct kvfs_lease_page *page, uint64_t *plac
 
 /* Owner: take all places away; on return the client's next look at the notice says so. */
 void kvfs_lease_page_revoke(struct kvfs_lease_page *page);
+
+/* Owner: tell the client that one more segment of which it may have a map is gone. */
+void kvfs_lease_page_note_freed(struct kvfs_lease_page *page);
+
+/* How many segments are gone since the page was made; what the client compares with before. */
+uint64_t kvfs_lease_page_freed(const struct kvfs_lease_page *page);
 
 /* When the heart last beat, by CLOCK_MONOTONIC; 0 before the first time. The client's word. */
 uint64_t kvfs_lease_page_heartbeat_ns(const struct kvfs_lease_page *page);

@@ -78,6 +78,8 @@ static PyObject *page_get(PyObject *object, void *closure)
         result = PyLong_FromLong(self->page.fd);
     else if (what[0] == 'n')
         result = PyLong_FromLong(self->page.notice_fd);
+    else if (what[0] == 's')
+        result = PyLong_FromUnsignedLongLong(kvfs_lease_page_freed(&self->page));
     else if (what[0] == 'h')
         result = PyLong_FromUnsignedLongLong(kvfs_lease_page_heartbeat_ns(&self->page));
     else
@@ -203,19 +205,30 @@ static PyObject *page_places(PyObject *object, PyObject *args)
     return result;
 }
 
-static PyObject *page_revoke(PyObject *object, PyObject *args)
+/* Call what the owner alone may do. */
+static PyObject *as_owner(LeasePage *self, void (*done)(struct kvfs_lease_page *))
 {
-    LeasePage *self = (LeasePage *)object;
-    (void)args;
     if (!kvfs_enter(&self->life, "lease page"))
         return NULL;
     bool is_client = self->page.is_client;
     if (!is_client)
-        kvfs_lease_page_revoke(&self->page);
+        done(&self->page);
     page_leave(self, kvfs_leave(&self->life));
     if (is_client)
         return kvfs_raise(-EROFS);
     Py_RETURN_NONE;
+}
+
+static PyObject *page_revoke(PyObject *object, PyObject *args)
+{
+    (void)args;
+    return as_owner((LeasePage *)object, kvfs_lease_page_revoke);
+}
+
+static PyObject *page_note_freed(PyObject *object, PyObject *args)
+{
+    (void)args;
+    return as_owner((LeasePage *)object, kvfs_lease_page_note_freed);
 }
 
 static PyObject *page_beat(PyObject *object, PyObject *args, PyObject *kwargs)
@@ -246,6 +259,7 @@ static PyMethodDef methods[] = {
     METHOD(beat, 0),
     {"places", page_places, METH_NOARGS, NULL},
     {"revoke", page_revoke, METH_NOARGS, NULL},
+    {"note_freed", page_note_freed, METH_NOARGS, NULL},
     {"close", page_close, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
@@ -253,6 +267,7 @@ static PyMethodDef methods[] = {
 static PyGetSetDef getters[] = {
     {"fd", page_get, NULL, NULL, (void *)(uintptr_t)"fd"},
     {"notice_fd", page_get, NULL, NULL, (void *)(uintptr_t)"notice_fd"},
+    {"segments_freed", page_get, NULL, NULL, (void *)(uintptr_t)"segments_freed"},
     {"heartbeat_ns", page_get, NULL, NULL, (void *)(uintptr_t)"heartbeat_ns"},
     {"is_revoked", page_get, NULL, NULL, (void *)(uintptr_t)"is_revoked"},
     {NULL, NULL, NULL, NULL, NULL},

@@ -1,5 +1,7 @@
 #include "memory.h"
 
+#include "batch.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
@@ -84,4 +86,34 @@ int kvfs_poison(uintptr_t address, uint64_t nbytes)
      * there, so the registration goes. */
     (void)close(uffd);
     return status;
+}
+
+/* 0 if all pages from address on are in memory, 1 if not, -errno. */
+static int32_t range_absent(uint64_t address, uint64_t length)
+{
+    enum { PAGE = 4096, PAGES_MAX = 1024 };
+    unsigned char pages[PAGES_MAX];
+    uint64_t end = address + length;
+    for (uint64_t at = address & ~(uint64_t)(PAGE - 1); at < end;) {
+        uint64_t count = (end - at + PAGE - 1) / PAGE;
+        if (count > PAGES_MAX)
+            count = PAGES_MAX;
+        if (mincore((void *)(uintptr_t)at, (size_t)count * PAGE, pages) != 0)
+            return -errno;
+        for (uint64_t i = 0; i < count; i++)
+            if (!(pages[i] & 1))
+                return 1;
+        at += count * PAGE;
+    }
+    return 0;
+}
+
+size_t kvfs_absent(const void *addresses, const void *lengths, size_t count, void *statuses)
+{
+    size_t found = 0;
+    for (size_t i = 0; i < count; i++) {
+        int32_t status = range_absent(kvfs_get64(addresses, i), kvfs_get64(lengths, i));
+        found += kvfs_put_status(statuses, i, status);
+    }
+    return found;
 }

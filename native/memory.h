@@ -19,4 +19,9 @@ int kvfs_memfd_seal(int fd, bool is_read_only);
  * Private content of the pages is lost. */
 int kvfs_poison(uintptr_t address, uint64_t nbytes);
 
+/* Say of n mapped ranges of memory files which are wholly in memory: 0 in statuses (int32), 1 if
+ * not, -errno where nothing is mapped. What is not there is a hole, or swapped out; to look for it
+ * allocates nothing, as a read would. Arrays of u64. Returns how many are not 0. */
+size_t kvfs_absent(const void *addresses, const void *lengths, size_t count, void *statuses);
+
 #endif

@@ -163,6 +163,24 @@ static PyObject *py_store(PyObject *module, PyObject *args, PyObject *kwargs)
     return PyLong_FromLong(status);
 }
 
+static PyObject *py_touch(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"address", "nbytes", NULL};
+    PyObject *address_object, *nbytes_object;
+    uint64_t address, nbytes;
+    int32_t status;
+    (void)module;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO", names, &address_object, &nbytes_object) ||
+        !kvfs_parse_u64(address_object, "address", 1, UINTPTR_MAX, &address) ||
+        !kvfs_parse_u64(nbytes_object, "nbytes", 0, UINTPTR_MAX - address, &nbytes) ||
+        !kvfs_need_guard())
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = kvfs_touch((void *)(uintptr_t)address, (size_t)nbytes);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLong(status);
+}
+
 static PyObject *py_write_back(PyObject *module, PyObject *args)
 {
     (void)module;
@@ -196,6 +214,7 @@ PyMethodDef kvfs_misc_methods[] = {
     METHOD(seal_memfd),
     METHOD(poison),
     METHOD(store),
+    METHOD(touch),
     {"write_back", py_write_back, METH_NOARGS, NULL},
     {"cpu_features", py_cpu_features, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},

@@ -16,7 +16,8 @@ static int exec_module(PyObject *module)
         PyModule_AddFunctions(module, kvfs_misc_methods) != 0)
         return -1;
     bool done = kvfs_add_index(module) && kvfs_add_ring(module) && kvfs_add_mapping(module) &&
-                kvfs_add_arena(module) && kvfs_add_lease_page(module);
+                kvfs_add_arena(module) && kvfs_add_lease_page(module) &&
+                kvfs_add_activity(module);
     return done ? 0 : -1;
 }
 

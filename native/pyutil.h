@@ -75,6 +75,7 @@ bool kvfs_add_ring(PyObject *module);
 bool kvfs_add_mapping(PyObject *module);
 bool kvfs_add_arena(PyObject *module);
 bool kvfs_add_lease_page(PyObject *module);
+bool kvfs_add_activity(PyObject *module);
 
 /* Functions, NULL-terminated. */
 extern PyMethodDef kvfs_batch_methods[];

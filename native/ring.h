@@ -1,8 +1,9 @@
 /* A ring of 16-byte access events in a memfd: one producer, one consumer, in any two processes.
  *
- * Event: device u16 | phase u8 | flags u8 | segment u32 | entry u32 | tag u32. When the ring is
- * full, new events are counted as lost, never waited for. The other side may misbehave: positions
- * are masked, and a fill beyond the capacity empties the ring.
+ * Event: device u16 | phase u8 | flags u8 | segment u32 | entry u32 | tag u32. Phases are those of
+ * kvfs.phase: 0 unknown, 1 prefill, 2 decode, 3 background; the tag is 0. When the ring is full,
+ * new events are counted as lost, never waited for. The other side may misbehave: positions are
+ * masked, and a fill beyond the capacity empties the ring.
  *
  * Thread-safety: push and drain may run at the same time; each is serialised with itself by a
  * mutex within a process. Errors are -errno. */

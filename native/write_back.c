@@ -4,6 +4,7 @@
 #include "hash.h"
 #include "status.h"
 
+#include <stdatomic.h>
 #include <string.h>
 
 #if defined(__x86_64__)
@@ -11,7 +12,7 @@
 #include <immintrin.h>
 #endif
 
-enum { LINE = 64 };
+enum { LINE = 64, PAGE = 4096 };
 
 struct store {
     void *target;
@@ -85,4 +86,19 @@ int32_t kvfs_store(void *target, const void *source, size_t nbytes, enum kvfs_wr
     bool is_done = nbytes == 0 || kvfs_guard_run(store_body, &store);
     kvfs_store_fence();
     return is_done ? KVFS_DONE : KVFS_FAULT;
+}
+
+static void touch_body(void *argument)
+{
+    const struct store *range = argument;
+    uintptr_t end = (uintptr_t)range->target + range->nbytes;
+    uintptr_t at = (uintptr_t)range->target;
+    for (; at < end; at = (at & ~(uintptr_t)(PAGE - 1)) + PAGE)
+        (void)atomic_fetch_or((_Atomic volatile uint8_t *)at, 0);
+}
+
+int32_t kvfs_touch(void *target, size_t nbytes)
+{
+    struct store range = {target, NULL, nbytes, KVFS_WRITE_BACK_FENCE};
+    return kvfs_guard_run(touch_body, &range) ? KVFS_DONE : KVFS_FAULT;
 }

@@ -29,4 +29,9 @@ const char *kvfs_write_back_name(enum kvfs_write_back way);
  * could not be touched: what the target then holds is undefined. REQUIRES: the CPU has the way. */
 int32_t kvfs_store(void *target, const void *source, size_t nbytes, enum kvfs_write_back way);
 
+/* Make every page of a range dirty again, without changing a byte whoever stores to it meanwhile:
+ * after a failed fdatasync the kernel takes pages for written that are not. Returns KVFS_DONE, or
+ * KVFS_FAULT if a page could not be touched: the others after it are left out. */
+int32_t kvfs_touch(void *target, size_t nbytes);
+
 #endif

@@ -7,7 +7,7 @@ acknowledged as durable at `end` must have had all of it at `k >= end`.
 - A block is named by its key, and its bytes never change. It must be there if it was acknowledged
   and not released since; whatever is there must have been offered, with these very bytes.
 - A name has a history of values. Legal at a crash are the newest value acknowledged as durable
-  and every value begun since.
+  and every value begun since; and nothing, if the last copy that stays was evicted.
 """
 
 from collections.abc import Iterable
@@ -58,6 +58,7 @@ class _Version:
     value: Value
     begin: int
     durable: int | None = None
+    evicted: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,12 @@ class Oracle:
                 if version.durable is None:
                     version.durable = end
 
+    def evict(self, path: Path, begin: int) -> None:
+        """What the name means may be gone after a crash: it has no copy that stays any more."""
+        version = self.names[path][-1]
+        if version.evicted is None:
+            version.evicted = begin
+
     def value(self, path: Path) -> Value:
         """Return what the name is now, without a crash."""
         return self.names[path][-1].value if path in self.names else None
@@ -142,7 +149,9 @@ class Oracle:
         if not versions:
             return [None]
         durable = [i for i, v in enumerate(versions) if v.durable is not None and v.durable <= k]
-        return [v.value for v in versions[durable[-1] :]]
+        legal = versions[durable[-1] :]
+        is_gone = any(v.evicted is not None and v.evicted <= k for v in legal)
+        return [*(v.value for v in legal), *([None] if is_gone else [])]
 
     def check_blocks(self, found: dict[bytes, bytes], k: int) -> None:
         """Compare the blocks that could be read with the model."""

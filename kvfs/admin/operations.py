@@ -100,7 +100,7 @@ def pool_status(pool: Pool, owner: Owner, question: msg.PoolStatus) -> msg.PoolS
     del question
     figures = pool.statistics()
     devices = _devices(pool)
-    clients, segments, revocations = pool.client_figures()
+    clients, segments, revocations, _ = pool.client_figures()
     return msg.PoolStatusAnswer(
         pool_name=figures.name,
         pool_uuid=figures.uuid,

@@ -17,7 +17,7 @@ def add(verbs: AddCommand) -> None:
     """Define the verbs."""
     add_command(
         verbs, "list", list_devices, "device list",
-        "List the devices of a pool, fastest tier first.",
+        "List the devices of a pool, fastest tier first, and where they are.",
         f"online and offline; {exit_codes(10, 11, 13, 14)}",
     )  # fmt: skip
 
@@ -29,5 +29,5 @@ def list_devices(arguments: argparse.Namespace, console: Console) -> int:
     if console.is_json:
         console.put_json("device list", as_fields(answer))
     else:
-        print_devices(answer.devices, console)
+        print_devices(answer.devices, console, with_places=True)
     return 0

@@ -13,6 +13,7 @@ from kvfs.cli.console import DASH, Column, Console, as_fields, confirm, counted
 from kvfs.cli.options import AddCommand, add_changing, add_command
 from kvfs.cli.runner import EXIT_WRONG, exit_codes
 from kvfs.cli.session import CATALOG_NAME, POOL_VARIABLE, asking, find_pool
+from kvfs.config import parse_device_url
 from kvfs.control_client import ControlClient, owners
 from kvfs.errors import BusyError, UsageError
 
@@ -69,7 +70,6 @@ def create_pool(arguments: argparse.Namespace, console: Console) -> int:
     if not given:
         raise UsageError("no pool given: 'kvfs-admin --pool PATH pool create ...' says where")
     path = Path(given).absolute()
-    from kvfs.config import parse_device_url
     from kvfs.devices.open import free_bytes
     from kvfs.lifecycle import create_pool as create
     from kvfs.lifecycle import plan_devices, require_free
@@ -163,19 +163,23 @@ def _print_status(status: msg.PoolStatusAnswer, console: Console) -> None:
     print_devices(status.devices, console)
 
 
-def print_devices(devices: list[msg.DeviceAnswer], console: Console) -> None:
-    """Print the table of devices, fastest tier first."""
-    rows = [
+def print_devices(
+    devices: list[msg.DeviceAnswer], console: Console, *, with_places: bool = False
+) -> None:
+    """Print the table of devices, fastest tier first; `with_places`: with where each lies."""
+    rows: list[tuple[str, ...]] = [
         (
             str(device.tier), device.name, device.kind, device.state,
             console.size(device.capacity_bytes), console.size(device.used_bytes),
             console.size(device.live_bytes),
             console.size(max(0, device.capacity_bytes - device.used_bytes)),
             str(device.block_count), str(device.failures),
+            *([parse_device_url(device.url).location or DASH] if with_places else []),
         )
         for device in sorted(devices, key=lambda device: (device.tier, device.index))
     ]  # fmt: skip
-    console.table(DEVICE_COLUMNS, rows)
+    columns = (*DEVICE_COLUMNS, Column("where")) if with_places else DEVICE_COLUMNS
+    console.table(columns, rows)
 
 
 def list_pools(arguments: argparse.Namespace, console: Console) -> int:

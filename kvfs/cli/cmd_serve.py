@@ -6,6 +6,7 @@ Layer: L5.
 import argparse
 import logging
 import os
+from typing import TYPE_CHECKING
 
 from kvfs.cli.console import Console
 from kvfs.cli.daemon import EndSignal, Ready
@@ -20,7 +21,11 @@ from kvfs.cli.service import (
     run_service,
     service_of,
 )
+from kvfs.cli.succession import Succession
 from kvfs.cli.takeover import Heirs
+
+if TYPE_CHECKING:
+    from kvfs.pool import Pool
 
 _log = logging.getLogger("kvfs.service")
 
@@ -54,17 +59,22 @@ def run_serve(arguments: argparse.Namespace, console: Console) -> int:
 
 def _serve(service: Service, estate: Estate, ready: Ready, *, has_terminal: bool) -> int:
     """Own the pool until a signal comes, or an heir that takes it."""
-    heirs, end = Heirs(), None
-    while True:
-        with owned(service, estate, heirs=heirs) as pool:
-            if end is None:
-                end = EndSignal(has_terminal=has_terminal)
-                ready()
-            estate.confirm()
-            heirs.open(end.wake)
-            if number := end.wait():
-                _log.info("%s received", number.name)
-            else:
-                _log.info("another process takes %s over", pool.path)
-        if not heirs.has_one or heirs.give(estate, end.fileno()):
-            return 0
+    heirs, made = Heirs(), list[EndSignal]()
+
+    def work(pool: "Pool") -> None:
+        if not made:
+            made.append(EndSignal(has_terminal=has_terminal))
+            ready()
+        (end,) = made
+        estate.confirm()
+        heirs.open(end.wake)
+        if number := end.wait():
+            _log.info("%s received", number.name)
+        else:
+            _log.info("another process takes %s over", pool.path)
+
+    def end_fd() -> int:
+        return made[0].fileno() if made else -1
+
+    Succession(estate, heirs, end_fd=end_fd).run(lambda: owned(service, estate, heirs=heirs), work)
+    return 0

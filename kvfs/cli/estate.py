@@ -70,14 +70,14 @@ class Estate:
         """Return what the service manager has, and have it store what is kept from now on."""
         return cls(notify.inherited(), notify.DescriptorStore())
 
-    def take_lock(self) -> int:
-        """Return the pool's lock, once; -1 if it is to be taken."""
-        fd, self._lock_fd = self._lock_fd, -1
-        return fd
+    def share_lock(self) -> int:
+        """Return another descriptor of the pool's lock; -1 if it is to be taken."""
+        return os.dup(self._lock_fd) if self._lock_fd >= 0 else -1
 
     def keep_lock(self, pool: "Pool") -> None:
-        """Hold the lock of a pool that is about to be closed."""
-        self._lock_fd = pool.share_lock()
+        """Hold the lock of an open pool, until `close`."""
+        if self._lock_fd < 0:
+            self._lock_fd = pool.share_lock()
 
     @property
     def door_fd(self) -> int:

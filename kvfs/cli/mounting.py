@@ -9,6 +9,7 @@ from kvfs.cli.daemon import Ready
 from kvfs.cli.estate import Estate
 from kvfs.cli.respawn import Plan
 from kvfs.cli.service import owned
+from kvfs.cli.succession import Succession
 from kvfs.cli.takeover import Heirs
 from kvfs.fuse import core_messages
 from kvfs.fuse.mount import MountOptions, mount, serve_inherited
@@ -39,8 +40,10 @@ def own_mounted(
     heirs = Heirs(mount=plan.directory)
     passing = Passing(estate.keep_door, stays=plan.stays_mounted)
     waiting: list[Callable[[], None]] = [ready]
+    admit: list[Callable[[], None]] = []
 
     def answers() -> None:
+        admit.pop()()
         while waiting:
             waiting.pop()()
         estate.confirm()
@@ -56,14 +59,16 @@ def own_mounted(
                 passing=passing,
             )  # fmt: skip
 
-    while True:
-        with owned(
-            plan.service, estate, mount=plan.directory, heirs=heirs,
-            is_waited_for=is_respawned or estate.door_fd >= 0,
-        ) as pool:  # fmt: skip
-            passing.door_fd = estate.door_fd
-            serve(pool)
+    def work(pool: Pool) -> None:
+        passing.door_fd = estate.door_fd
+        serve(pool)
         if not passing.is_left:
             estate.keep_door(-1)  # the mount is gone, and its core
-        if not heirs.has_one or heirs.give(estate):
-            return
+
+    Succession(estate, heirs, mount=plan.directory, end_fd=lambda: -1).run(
+        lambda: owned(
+            plan.service, estate, mount=plan.directory, heirs=heirs,
+            is_waited_for=is_respawned or estate.door_fd >= 0, admit=admit,
+        ),
+        work,
+    )  # fmt: skip

@@ -27,7 +27,7 @@ from kvfs.cli.logs import FORMATS, start_logging
 from kvfs.cli.takeover import TIMEOUT_S, Heirs, ask
 from kvfs.config import PoolOptions
 from kvfs.devices.keeper import MEMORY_VERSION
-from kvfs.errors import DeviceError, KvfsError, UsageError
+from kvfs.errors import BusyError, KvfsError, UsageError
 
 if TYPE_CHECKING:
     from kvfs.pool import Pool
@@ -204,12 +204,12 @@ def inheriting(
 @contextmanager
 def owned(
     service: Service, estate: Estate, *, mount: str = "", heirs: Heirs | None = None,
-    is_waited_for: bool = False,
+    is_waited_for: bool = False, admit: "list[Callable[[], None]] | None" = None,
 ) -> "Iterator[Pool]":  # fmt: skip
     """Open the pool, and let others reach it, while the block runs.
 
-    If an heir has come by then, the lock stays in the estate, and what the last flush could not
-    persist is only logged: the heir finds the rest.
+    The lock stays in the estate. If an heir has come by then, whatever fails is only logged once
+    all is closed: the heir finds the rest.
 
     Args:
         service: Which, and how.
@@ -217,6 +217,8 @@ def owned(
         mount: Where it will be mounted; empty if it is not.
         heirs: Who may take it over.
         is_waited_for: By a mount: metrics that cannot be served do not matter.
+        admit: Gets a function that lets clients in, to be called once; without it they are let in
+            at once. What a mount has open is pinned before anybody can put.
 
     Raises:
         KvfsError: As `open_pool`; a door cannot be opened.
@@ -225,29 +227,28 @@ def owned(
 
     pool = open_pool(
         service.pool, options=service.pool_options, allow_moved=service.allow_moved,
-        keeper=estate.keeper, lock_fd=estate.take_lock(),
+        keeper=estate.keeper, lock_fd=estate.share_lock(),
     )  # fmt: skip
+    estate.keep_lock(pool)
     try:
-        with pool, _doors(pool, service, estate, mount, heirs, is_waited_for=is_waited_for):
+        with pool, _doors(pool, service, estate, mount, heirs, admit, is_waited_for=is_waited_for):
             try:
                 with notify.Watchdog(lambda: _take_a_turn(pool)):
                     yield pool
             finally:
-                if heirs is not None and heirs.has_one:
-                    estate.keep_lock(pool)
-                else:
+                if heirs is None or not heirs.has_one:
                     notify.tell_stopping(f"closing {service.pool}")
                 _log.info("closing %s", service.pool, extra={"pool": service.pool})
-    except DeviceError as error:  # everything is closed all the same
-        if heirs is None or not heirs.has_one:
+    except Exception as error:  # everything is closed all the same, but where it says Busy
+        if heirs is None or not heirs.has_one or isinstance(error, BusyError):
             raise
         _log.error("%s is handed over, but: %s", service.pool, error)
 
 
 @contextmanager
 def _doors(
-    pool: "Pool", service: Service, estate: Estate, mount: str, heirs: Heirs | None, *,
-    is_waited_for: bool,
+    pool: "Pool", service: Service, estate: Estate, mount: str, heirs: Heirs | None,
+    admit: "list[Callable[[], None]] | None", *, is_waited_for: bool,
 ) -> Iterator[None]:  # fmt: skip
     """Keep everything open through which others reach the pool. Each door is a context manager.
 
@@ -257,9 +258,16 @@ def _doors(
     from kvfs.control import ControlServer
 
     listener = estate.sockets.pop(_CLIENTS, None)
+    if heirs is not None and listener is not None:
+        heirs.is_activated = True
     with ExitStack() as doors:
         doors.enter_context(ControlServer(pool, mount=mount, heirs=heirs))
-        doors.enter_context(ClientServer(pool, listener=listener))
+        clients = ClientServer(pool, listener=listener)
+        doors.callback(clients.stop)
+        if admit is None:
+            clients.start()
+        else:
+            admit.append(clients.start)
         while estate.sockets:
             name, unused = estate.sockets.popitem()
             _log.warning("socket of the service manager is not used: %s", name)

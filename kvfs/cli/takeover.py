@@ -14,7 +14,7 @@ Layer: L5.
   owns the pool, who may be waiting for it.
 - If the heir goes before it said Taken, the owner opens the pool again, from the memory it still
   has, and goes on. It never does so while the heir may be at work: only once the connection has
-  ended.
+  ended. While it cannot, it waits, for a next heir, too (`kvfs.cli.succession`).
 - If the owner goes, the heir does, too, or finds a pool whose owner has crashed.
 - Over a service manager's store the same descriptors pass without a word (`Estate.of_manager`).
 """
@@ -155,6 +155,7 @@ class Heirs:
 
     Attributes:
         core_version: Of the control protocol that the mount's core speaks; 0: there is none.
+        is_activated: Clients come in by a socket of the service manager's: heirs are refused.
     """
 
     def __init__(self, *, mount: str = "") -> None:
@@ -166,6 +167,7 @@ class Heirs:
         self._wake: Callable[[], None] | None = None
         self._mount = mount
         self.core_version = 0
+        self.is_activated = False
         self._lock = threading.Lock()
         self._is_accepted = False
         self._connection: socket.socket | None = None
@@ -175,16 +177,25 @@ class Heirs:
         """Whether the pool is to be given away."""
         return self._connection is not None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether heirs are accepted, which they are from `open` to `close` or `give`."""
+        return self._wake is not None
+
     def open(self, wake: Callable[[], None]) -> None:
         """Accept heirs. `wake` is called, from another thread: close the pool, then `give`."""
         self._wake = wake
+
+    def close(self) -> None:
+        """Accept none for now. One that was accepted before is to be given the pool."""
+        self._wake = None
 
     def check(self, question: msg.TakeOver) -> msg.TakeOverAnswer:
         """Accept an heir, or raise.
 
         Raises:
             FormatVersionError: It cannot read the memory, or not talk to kvfs-core.
-            RefusedError: It would not serve the mount.
+            RefusedError: It would not serve the mount, or a service manager is to do it.
             BusyError: There is another one.
         """
         if question.memory_version != MEMORY_VERSION:
@@ -192,6 +203,12 @@ class Heirs:
                 f"memory of version {MEMORY_VERSION} cannot be handed to a kvfs that reads version "
                 f"{question.memory_version}; stop this owner, then start the other without "
                 "--takeover: memory starts empty"
+            )
+        if self.is_activated:
+            raise RefusedError(
+                "the service manager listens for this pool's clients, and would start another "
+                "owner: restart the service instead ('systemctl restart kvfs-serve@NAME'), which "
+                "keeps what is warm as well"
             )
         if self._mount:
             self._check_mount(question)

@@ -7,6 +7,7 @@ Layer: L4.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,44 +19,50 @@ from kvfs.clients import messages as msg
 from kvfs.clients.link import Link, u64
 from kvfs.errors import UnavailableError
 from kvfs.keys import KeyArray
+from kvfs.phase import Phase
 from kvfs.units import align_up
 
 
-def fetch(
-    link: Link, namespace_id: int, keys: KeyArray, offsets: Addresses, lengths: Addresses,
-    addresses: Addresses,
-) -> Mask:  # fmt: skip
-    """Copy parts of blocks to memory; return which were copied. Without an owner, none is.
+@dataclass(frozen=True, slots=True)
+class Fetcher:
+    """Reads blocks of a namespace over a session, for a phase of inference."""
 
-    Args:
-        link: The session.
-        namespace_id: Where.
-        keys: (n, 32) uint8; may repeat.
-        offsets: Where in block i its part starts, in bytes.
-        lengths: Of each part; positive.
-        addresses: Where it goes.
-    """
-    good = np.ones(len(keys), np.bool_)
-    try:
-        with link.line() as line:
-            for numbers, starts, sizes, places in _trays(lengths):
-                request = msg.Fetch(
-                    namespace_id, np.ascontiguousarray(keys[numbers]).tobytes(),
-                    u64(offsets[numbers] + starts), u64(sizes),
-                )  # fmt: skip
-                answer, tray = line.fetch(request)
-                got = np.frombuffer(answer.good, np.uint8) > 0
-                if len(got) != len(numbers):
-                    raise UnavailableError("answer of the pool's owner not understood")
-                good[numbers[~got]] = False
-                statuses = np.zeros(len(numbers), np.int32)
-                _native.copy_verify(
-                    addresses[numbers] + starts, places + np.uint64(tray), sizes, None, statuses
-                )
-                good[numbers[statuses != 0]] = False
-    except UnavailableError:
-        return np.zeros(len(keys), np.bool_)
-    return good
+    link: Link
+    namespace_id: int
+    phase: Phase
+
+    def fetch(
+        self, keys: KeyArray, offsets: Addresses, lengths: Addresses, addresses: Addresses
+    ) -> Mask:
+        """Copy parts of blocks to memory; return which were copied. Without an owner, none is.
+
+        Args:
+            keys: (n, 32) uint8; may repeat.
+            offsets: Where in block i its part starts, in bytes.
+            lengths: Of each part; positive.
+            addresses: Where it goes.
+        """
+        good = np.ones(len(keys), np.bool_)
+        try:
+            with self.link.line() as line:
+                for numbers, starts, sizes, places in _trays(lengths):
+                    request = msg.Fetch(
+                        self.namespace_id, np.ascontiguousarray(keys[numbers]).tobytes(),
+                        u64(offsets[numbers] + starts), u64(sizes), int(self.phase),
+                    )  # fmt: skip
+                    answer, tray = line.fetch(request)
+                    got = np.frombuffer(answer.good, np.uint8) > 0
+                    if len(got) != len(numbers):
+                        raise UnavailableError("answer of the pool's owner not understood")
+                    good[numbers[~got]] = False
+                    statuses = np.zeros(len(numbers), np.int32)
+                    _native.copy_verify(
+                        addresses[numbers] + starts, places + np.uint64(tray), sizes, None, statuses
+                    )
+                    good[numbers[statuses != 0]] = False
+        except UnavailableError:
+            return np.zeros(len(keys), np.bool_)
+        return good
 
 
 _Pieces = tuple[npt.NDArray[np.intp], Addresses, Addresses, Addresses]

@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +30,7 @@ STAGING_BYTES: Final = 64 * MIB
 TIMEOUT_S: Final = 120.0  # a put may wait for eviction
 CONNECT_TIMEOUT_S: Final = 10.0
 LINES_MAX: Final = 8
+LOOK_S: Final = 0.5  # between looks at what the owner has freed
 
 
 @dataclass(slots=True, eq=False)
@@ -129,12 +130,17 @@ class Link:
             self._main.close()
             raise
 
-    def wait_lost(self) -> None:
-        """Return when the owner is gone, or the link was closed."""
+    def wait_lost(self, look: Callable[[], None]) -> None:
+        """Return when the owner is gone, or the link was closed; now and then call `look`."""
         with contextlib.suppress(OSError):
-            self._main.settimeout(None)
-            while self._main.recv(4096):
-                pass
+            self._main.settimeout(LOOK_S)
+            is_open = True
+            while is_open:
+                try:
+                    is_open = bool(self._main.recv(4096))
+                except TimeoutError:
+                    with contextlib.suppress(KvfsError):  # it is asked again
+                        look()
         self.is_lost = True
 
     def ask(self, request: msg.Request) -> Any:

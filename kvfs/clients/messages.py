@@ -97,13 +97,15 @@ class Verify(Request, frozen=True):
 class Fetch(Request, frozen=True):
     """Copy parts of blocks to the connection's tray. `offsets`, `lengths`: u64[n], inside blocks.
 
-    They lie there in order, each from the next multiple of TRAY_ALIGNMENT on.
+    They lie there in order, each from the next multiple of TRAY_ALIGNMENT on. `phase`: of
+    inference, see `kvfs.phase`.
     """
 
     namespace_id: Number
     keys: bytes
     offsets: bytes
     lengths: bytes
+    phase: int = 0
 
 
 class Share(Request, frozen=True):
@@ -426,7 +428,7 @@ def failure_of(error: BaseException) -> Failure:
         )
         return Failure(name, printable(str(error)))
     text = f"the pool's owner failed: {type(error).__name__}: {error}; see its log"
-    return Failure("KvfsError", printable(text))
+    return Failure("DeviceError" if isinstance(error, OSError) else "KvfsError", printable(text))
 
 
 def error_of(failure: Failure) -> KvfsError:

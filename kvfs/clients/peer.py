@@ -7,6 +7,8 @@ Layer: L5.
 """
 
 import array
+import errno
+import os
 import socket
 import struct
 import threading
@@ -18,6 +20,7 @@ from kvfs.errors import BusyError, RefusedError
 
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 _SO_PEERGROUPS: Final = 59
+_SO_PEERPIDFD: Final = 77
 _GROUPS_MAX: Final = 65536
 READ: Final = 4
 WRITE: Final = 2
@@ -64,6 +67,28 @@ def peer_of(connection: socket.socket) -> Peer:
     except OSError:
         groups = array.array("I")  # a kernel before 4.13: its own group must do
     return Peer(pid, uid, gid, frozenset(groups))
+
+
+def pidfd_of(connection: socket.socket) -> int | None:
+    """Return a descriptor of the process that connected, readable once it has ended.
+
+    None where the kernel gives none: then its end is that of its connections alone.
+
+    Raises:
+        RefusedError: It has ended already.
+    """
+    gone = RefusedError("the process that connected has ended; connect from one that lives")
+    try:
+        return connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except OSError as error:  # before Linux 6.5
+        if error.errno == errno.ESRCH:
+            raise gone from error
+    try:
+        return os.pidfd_open(peer_of(connection).pid)
+    except ProcessLookupError:
+        raise gone from None
+    except (OSError, ValueError):  # of another container, whose numbers are not ours
+        return None
 
 
 def begin(thread: threading.Thread) -> BusyError | None:

@@ -20,13 +20,14 @@ from kvfs import _native
 from kvfs.backend import Mask
 from kvfs.buffers import Addresses
 from kvfs.clients import messages as msg
-from kvfs.clients.fetching import fetch
+from kvfs.clients.fetching import Fetcher
 from kvfs.clients.segments import Attached, MappedSegment
 from kvfs.engine.index import RECORD, RecordArray
 from kvfs.engine.segment_table import group_by_segment, is_verified
 from kvfs.engine.stitching import Backings, backings_of
 from kvfs.errors import BusyError, KvfsError, LeaseExpiredError, UnavailableError
 from kvfs.keys import KeyArray
+from kvfs.phase import Phase
 from kvfs.units import PAGE
 
 _ATTEMPTS: Final = 3  # copies of one block tried before it is a miss
@@ -47,6 +48,7 @@ class RemoteLease:
     attached: Attached
     places: bytes
     namespace_id: int
+    phase: Phase
     fetched: npt.NDArray[np.intp] = field(default_factory=lambda: np.zeros(0, np.intp))
     parts: list[tuple[MappedSegment, npt.NDArray[np.intp]]] = field(default_factory=list)
 
@@ -101,16 +103,17 @@ class RemoteReader:
                 return count
         return 0
 
-    def touch(self, namespace_id: int, keys: KeyArray) -> int:
+    def touch(self, namespace_id: int, keys: KeyArray, phase: Phase = Phase.UNKNOWN) -> int:
         """Report an access to what is resident, as a copy would; return how much that is."""
         records = self.lookup(namespace_id, keys)
         count = int(np.count_nonzero(records["length"]))
-        self._attached().link.ring.push(records)
+        self._attached().link.ring.push(records, phase)
         return count
 
     def read_into(
-        self, namespace_id: int, keys: KeyArray, addresses: Addresses, lengths: Addresses
-    ) -> Mask:
+        self, namespace_id: int, keys: KeyArray, addresses: Addresses, lengths: Addresses,
+        phase: Phase = Phase.UNKNOWN,
+    ) -> Mask:  # fmt: skip
         """Copy whole blocks to memory, verified; return which were."""
         done = np.zeros(len(keys), np.bool_)
         for _ in range(_ATTEMPTS):
@@ -118,7 +121,7 @@ class RemoteReader:
             if not len(todo):
                 break
             part = keys if len(todo) == len(keys) else np.ascontiguousarray(keys[todo])
-            lease = self._hold(namespace_id, part)
+            lease = self._hold(namespace_id, part, phase)
             try:
                 records = lease.records
                 usable = (records["length"] > 0) & (records["length"] <= lengths[todo])
@@ -139,10 +142,10 @@ class RemoteReader:
                 break
         return done
 
-    def lease(self, namespace_id: int, keys: KeyArray) -> RemoteLease:
+    def lease(self, namespace_id: int, keys: KeyArray, phase: Phase = Phase.UNKNOWN) -> RemoteLease:
         """Hold verified blocks for reading in place."""
         for attempt in range(_ATTEMPTS):
-            lease = self._hold(namespace_id, keys)
+            lease = self._hold(namespace_id, keys, phase)
             try:
                 self._verify_at_owner(lease, namespace_id)
                 bad = self._verify(lease)
@@ -201,7 +204,7 @@ class RemoteReader:
         except UnavailableError:
             return None
 
-    def _hold(self, namespace_id: int, keys: KeyArray) -> RemoteLease:
+    def _hold(self, namespace_id: int, keys: KeyArray, phase: Phase) -> RemoteLease:
         """Look up, hold, and look up again, until both say the same."""
         records, again = np.empty(len(keys), RECORD), np.empty(len(keys), RECORD)
         for look in range(_LOOKS):
@@ -224,14 +227,15 @@ class RemoteReader:
                     page.release(places)
                     continue
                 records["length"][records.view("V64") != again.view("V64")] = 0
-            lease = RemoteLease(records, attached, places, namespace_id)
+            lease = RemoteLease(records, attached, places, namespace_id, phase)
             try:
                 self._map(lease)
+                attached.link.ring.push(_without(records, lease.fetched), phase)
             except BaseException:
                 lease.release()
                 raise
             return lease
-        return RemoteLease(np.zeros(len(keys), RECORD), self._attached(), b"", namespace_id)
+        return RemoteLease(np.zeros(len(keys), RECORD), self._attached(), b"", namespace_id, phase)
 
     def _map(self, lease: RemoteLease) -> None:
         """Find the segments of a lease; what cannot be mapped becomes a miss."""
@@ -252,7 +256,6 @@ class RemoteReader:
             else:
                 records["length"][positions] = 0
         lease.fetched = np.concatenate(fetched)
-        attached.link.ring.push(_without(records, lease.fetched))
 
     def _verify_at_owner(self, lease: RemoteLease, namespace_id: int) -> None:
         """Have the owner verify, from the medium, what no seal vouches for."""
@@ -343,7 +346,8 @@ class RemoteReader:
         if not len(positions):
             return np.zeros(0, np.bool_)
         keys = np.ascontiguousarray(lease.records["key"][positions])
-        return fetch(lease.attached.link, lease.namespace_id, keys, offsets, lengths, addresses)
+        fetcher = Fetcher(lease.attached.link, lease.namespace_id, lease.phase)
+        return fetcher.fetch(keys, offsets, lengths, addresses)
 
     def _report(self, attached: Attached, namespace_id: int, keys: KeyArray) -> None:
         """Tell the owner of blocks that did not hold, so that it drops them."""

@@ -37,6 +37,7 @@ from kvfs.errors import ClosedError, KvfsError, UsageError
 from kvfs.keys import KEY_BYTES, KeyArray
 from kvfs.layout import Layout
 from kvfs.namespace import Namespace
+from kvfs.phase import Phase
 from kvfs.statistics import PoolStatistics
 
 _RETRY_S: Final = 0.05
@@ -139,7 +140,7 @@ class RemotePool:
         return statistics
 
     def close(self) -> None:
-        """Leave the owner; idempotent. Views that are open stay mapped, but are held no more."""
+        """Leave the owner; idempotent. Open views stay mapped, held no more: they say so."""
         if self._closing.is_set():
             return
         self._closing.set()
@@ -195,12 +196,13 @@ class RemotePool:
                 return
             self._attached = Attached(Link(self.path))
         old.link.close()
+        old.forget_all()
         _log.info("attached again: %s", self.path)
 
     def _watch(self) -> None:
         while not self._closing.is_set():
             attached = self._attached
-            attached.link.wait_lost()
+            attached.link.wait_lost(attached.forget_freed)
             attached.link.close()
             wait_s = _RETRY_S
             while self._attached is attached and not self._closing.is_set():
@@ -230,19 +232,20 @@ class RemoteBackend:
         """Return the fastest copy of each block; length 0 for a miss."""
         return self._reader.lookup(namespace_id, keys)
 
-    def touch(self, namespace_id: int, keys: KeyArray) -> int:
+    def touch(self, namespace_id: int, keys: KeyArray, phase: Phase = Phase.UNKNOWN) -> int:
         """Note an access to blocks without reading them; return how many are resident."""
-        return self._reader.touch(namespace_id, keys)
+        return self._reader.touch(namespace_id, keys, phase)
 
     def read_into(
-        self, namespace_id: int, keys: KeyArray, addresses: Addresses, lengths: Addresses
-    ) -> Mask:
+        self, namespace_id: int, keys: KeyArray, addresses: Addresses, lengths: Addresses,
+        phase: Phase = Phase.UNKNOWN,
+    ) -> Mask:  # fmt: skip
         """Copy whole blocks to memory, verified; return which were."""
-        return self._reader.read_into(namespace_id, keys, addresses, lengths)
+        return self._reader.read_into(namespace_id, keys, addresses, lengths, phase)
 
-    def lease(self, namespace_id: int, keys: KeyArray) -> RemoteLease:
+    def lease(self, namespace_id: int, keys: KeyArray, phase: Phase = Phase.UNKNOWN) -> RemoteLease:
         """Hold verified blocks for reading in place; give back with `release`."""
-        return self._reader.lease(namespace_id, keys)
+        return self._reader.lease(namespace_id, keys, phase)
 
     def release(self, lease: RemoteLease) -> None:
         """End a lease; idempotent."""

@@ -4,8 +4,9 @@ Layer: L4.
 
 - What a lease page holds stays as it is; what it does not hold may be written anew at any time, so
   everything is looked up, held, and looked up again before it is read (native/lease_page.h).
-- A segment is mapped at its first use and stays mapped. Of log segments the checksums are read from
-  the summary at their end; of file segments they came with the descriptor.
+- A segment is mapped at its first use and stays mapped until the owner says that it is gone. Of log
+  segments the checksums are read from the summary at their end; of file segments they came with the
+  descriptor.
 """
 
 import os
@@ -23,6 +24,7 @@ from kvfs.clients.link import Link, u64
 from kvfs.devices.base import Backing
 from kvfs.devices.osfs import MEMORY_FILESYSTEMS, filesystem_type
 from kvfs.engine.format import ENTRY, HEADERS_BYTES
+from kvfs.engine.holds import LEASE_SLOTS
 from kvfs.engine.index import RecordArray
 from kvfs.errors import UnavailableError
 from kvfs.keys import KEY_BYTES
@@ -121,6 +123,7 @@ class Attached:
     segments: dict[int, MappedSegment] = field(default_factory=dict)
     fetched: set[int] = field(default_factory=set)  # places that cannot be mapped
     lock: threading.Lock = field(default_factory=threading.Lock)
+    freed_seen: int = 0  # of the page's `segments_freed`
 
     def index(self, namespace_id: int) -> _native.Index:
         """Return the index of a namespace, attached at the first call.
@@ -146,6 +149,39 @@ class Attached:
             if self.indexes.get(namespace_id) is index:
                 del self.indexes[namespace_id]
 
+    def forget_freed(self) -> None:
+        """Unmap what the owner has freed. No system call where nothing was.
+
+        Called several times a second, so that a client that is idle keeps nothing either.
+
+        Raises:
+            KvfsError: The owner gives no answer.
+        """
+        if self.link.page.is_revoked:
+            self.link.close()  # all of it may go; the watcher attaches again
+            return
+        freed = self.link.page.segments_freed  # what is freed from here on is seen next time
+        if freed == self.freed_seen:
+            return
+        with self.lock:
+            known = [*self.segments, *self.fetched]
+        for start in range(0, len(known), LEASE_SLOTS):
+            part = u64(known[start : start + LEASE_SLOTS])
+            self._forget(self.link.ask(msg.Segments(0, b"", part)).gone)
+        self.freed_seen = freed
+
+    def forget_all(self) -> None:
+        """Unmap what no lease holds: the owner was another."""
+        with self.lock:
+            self.segments.clear()
+            self.fetched.clear()
+
+    def _forget(self, gone: bytes) -> None:
+        with self.lock:
+            for place in np.frombuffer(gone, np.uint64).tolist():
+                self.segments.pop(place, None)
+                self.fetched.discard(place)
+
     def find_segments(self, namespace_id: int, places: list[int]) -> None:
         """Map the segments that are not mapped yet; those that are gone stay away."""
         missing = [p for p in places if p not in self.segments and p not in self.fetched]
@@ -164,10 +200,8 @@ class Attached:
                     fresh[one.place] = MappedSegment(one, fds.pop())
             finally:
                 channel.close_all(fds)
+            self._forget(answer.gone)
             with self.lock:
-                for place in np.frombuffer(answer.gone, np.uint64).tolist():
-                    self.segments.pop(place, None)
-                    self.fetched.discard(place)
                 self.segments.update(fresh)
                 self.fetched.update(np.frombuffer(answer.fetched, np.uint64).tolist())
                 while len(self.segments) > SEGMENTS_MAX:

@@ -11,6 +11,8 @@ Layer: L5.
   bounded in number, all and each user's, messages in size and time. Who sends something else is
   told so, if he can be.
 - A thread looks several times a second at what clients read, and frees what they hold no more.
+- A session ends with the process that began it, whoever else has its socket: the accepting thread
+  watches both.
 - The caller holds the pool's lock, so a socket found at start was left by an owner that died.
 
 Concurrency: `_lock` guards the tables of sessions and connections. `stop` ends all connections, so
@@ -26,13 +28,14 @@ import threading
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import msgspec
 
 from kvfs.clients import channel
 from kvfs.clients import messages as msg
-from kvfs.clients.peer import begin, peer_of
+from kvfs.clients.peer import begin, peer_of, pidfd_of
+from kvfs.clients.regions import Regions, SharedFiles
 from kvfs.clients.session import Connection, Session
 from kvfs.errors import (
     BusyError,
@@ -53,6 +56,7 @@ USER_CONNECTIONS_MAX: Final = 256
 TIMEOUT_S: Final = 10.0
 _TICK_S: Final = 0.2
 _RETRY_S: Final = 0.1
+_ENVELOPE_BYTES: Final = 64  # of a reply around its answer
 _log = logging.getLogger("kvfs.clients")
 
 
@@ -90,8 +94,11 @@ class ClientServer:
         self._sessions: dict[bytes, Session] = {}
         self._connections: dict[socket.socket, Session | None] = {}
         self._uids: dict[socket.socket, int] = {}  # who each of them is
+        self._processes: dict[int, Session] = {}  # by pidfd
         self._threads: list[threading.Thread] = []
+        self._files = SharedFiles(pool.store.state.options.client_shared_bytes)
         self._listener: socket.socket | None = None
+        self._watched: select.epoll | None = None  # what the accepting thread waits for
         self._wake_fd = -1  # readable once the accepting thread is to end
         self._is_stopping = threading.Event()
         self._decoder = msgspec.msgpack.Decoder(msg.AnyRequest)
@@ -113,8 +120,11 @@ class ClientServer:
                 raise
         self._listener = listener
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._watched = select.epoll()
+        for fd in (listener.fileno(), self._wake_fd):
+            self._watched.register(fd, select.EPOLLIN)
         self._is_stopping.clear()
-        accept = partial(self._accept, listener)
+        accept = partial(self._accept, listener, self._watched)
         for target, name in ((accept, "kvfs-clients"), (self._tick, "kvfs-clients-tick")):
             thread = threading.Thread(target=target, name=name, daemon=True)
             self._threads.append(thread)
@@ -124,6 +134,8 @@ class ClientServer:
         """Stop listening, end all sessions, remove the socket; idempotent."""
         listener, self._listener = self._listener, None
         if listener is None:
+            if self._given is not None:  # never started
+                self._given.close()
             return
         if self._given is None:
             with contextlib.suppress(OSError), channel.socket_address(self._pool.path) as address:
@@ -137,11 +149,14 @@ class ClientServer:
             threads = list(self._threads)
         for thread in threads:
             thread.join()
+        self._pool.store.state.keep_bytes()
         with self._lock:
             sessions = list(self._sessions.values())
         for session in sessions:
-            self._end(session)
+            self._end(session, is_told=False)
         os.close(self._wake_fd)
+        if self._watched is not None:
+            self._watched.close()
         listener.close()
 
     def statistics(self) -> list[ClientStatistics]:
@@ -194,15 +209,15 @@ class ClientServer:
             except Exception:  # noqa: BLE001 - an edge: the thread must outlive whatever happens
                 _log.exception("clients could not be looked after")
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: socket.socket, watched: select.epoll) -> None:
         """Accept until `stop`. Shutting the listener down would end one that is not ours alone."""
-        poll = select.poll()
-        for fd in (listener.fileno(), self._wake_fd):
-            poll.register(fd, select.POLLIN)
         while True:
-            poll.poll()
+            ready = {fd for fd, _ in watched.poll()}
             if self._is_stopping.is_set():
                 return
+            self._end_dead(ready)
+            if listener.fileno() not in ready:
+                continue
             try:
                 connection, _ = listener.accept()
             except OSError as error:  # out of descriptors or memory: try again
@@ -224,6 +239,28 @@ class ClientServer:
                 self._tell(connection, refusal)
                 connection.close()
 
+    def _end_dead(self, pidfds: set[int]) -> None:
+        """End the sessions whose processes have ended: of those among the descriptors."""
+        with self._lock:
+            for session in [self._processes[fd] for fd in pidfds if fd in self._processes]:
+                _log.info("client has ended: %s", session.name)
+                self._forget_process(session)
+                self._shut(session)
+
+    def _forget_process(self, session: Session) -> None:
+        """Watch a session's process no more; idempotent. REQUIRES: the lock."""
+        pidfd, session.pidfd = session.pidfd, -1
+        if pidfd >= 0:
+            del self._processes[pidfd]
+            os.close(pidfd)  # which takes it out of what is watched, too
+
+    def _shut(self, session: Session) -> None:
+        """Shut down a session's connections, whose threads do the rest. REQUIRES: the lock."""
+        for connection, owner in self._connections.items():
+            if owner is session:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
     def _refusal(self, uid: int) -> BusyError | None:
         """Return why a user gets no connection more, if so. REQUIRES: the lock."""
         if self._is_stopping.is_set() or len(self._connections) >= CONNECTIONS_MAX:
@@ -237,7 +274,9 @@ class ClientServer:
         return None
 
     def _serve(self, connection: socket.socket) -> None:
-        state, session, is_first = Connection(), None, False
+        with self._lock:  # it has the connection by then
+            regions = Regions(self._files, self._uids[connection])
+        state, session, is_first = Connection(regions), None, False
         try:
             session, is_first = self._begin(connection, state)
             while session is not None and self._exchange(connection, state, session):
@@ -253,7 +292,7 @@ class ClientServer:
             state.close()
             with self._lock:
                 del self._connections[connection], self._uids[connection]
-            if is_first and session is not None:
+            if is_first and session is not None and not self._is_stopping.is_set():
                 self._end(session)
             connection.close()
 
@@ -269,7 +308,7 @@ class ClientServer:
                 if session is None or session.peer.uid != peer.uid or session.peer.pid != peer.pid:
                     raise RefusedError("no such session; say Hello first")
                 self._connections[connection] = session
-            self._send(connection, msg.Done(), state)
+            self._send(connection, msgspec.Raw(msgspec.msgpack.encode(msg.Done())), state)
             return session, False
         if not isinstance(request, msg.Hello):
             raise UsageError("say Hello or Join first")
@@ -292,33 +331,61 @@ class ClientServer:
                     )
                 self._sessions[session.token] = session
                 self._connections[connection] = session
-            self._send(connection, session.welcome(state), state)
+                self._watch_process(connection, session)
+            welcome = msgspec.msgpack.encode(session.welcome(state))
+            self._send(connection, msgspec.Raw(welcome), state)
         except BaseException:
             self._end(session)
             raise
         return session, True
 
+    def _watch_process(self, connection: socket.socket, session: Session) -> None:
+        """End a session with its process. REQUIRES: the lock."""
+        pidfd = pidfd_of(connection)
+        if pidfd is not None and self._watched is not None:
+            session.pidfd = pidfd
+            self._processes[pidfd] = session
+            self._watched.register(pidfd, select.EPOLLIN)
+
     def _exchange(self, connection: socket.socket, state: Connection, session: Session) -> bool:
         """Answer one request; False at the end of the connection."""
         try:
-            request = self._receive(connection, state, None)
-            if request is None:
-                return False
-            answer = session.answer(request, state)
-        except KvfsError as error:
-            channel.close_all(state.outgoing)
-            self._reply(connection, msg.Reply(failure=msg.failure_of(error)), ())
-        except OSError:
-            raise
-        except Exception as error:  # noqa: BLE001 - an edge: logged, and answered
-            _log.exception("request of a client failed")
-            channel.close_all(state.outgoing)
-            self._reply(connection, msg.Reply(failure=msg.failure_of(error)), ())
-        else:
-            self._send(connection, answer, state)
+            try:
+                request = self._receive(connection, state, None)
+                if request is None:
+                    return False
+                raw = self._answer(request, state, session)
+            except KvfsError as error:
+                channel.close_all(state.outgoing)
+                self._reply(connection, msg.Reply(failure=msg.failure_of(error)), ())
+            else:
+                self._send(connection, raw, state)
         finally:
             channel.close_all(state.received)
         return True
+
+    def _answer(self, request: msg.Request, state: Connection, session: Session) -> msgspec.Raw:
+        """Return an answer, encoded.
+
+        Raises:
+            KvfsError: It cannot be answered. Whatever else happens, be it of the kind that
+                connections raise, is logged, counted, and becomes one.
+        """
+        try:
+            raw = msgspec.msgpack.encode(session.answer(request, state))
+        except KvfsError:
+            raise
+        except Exception as error:
+            engine = self._pool.store.state
+            with engine.lock:
+                engine.holds.failures += 1
+            _log.exception(
+                "request of a client failed: %s: %s", session.name, type(request).__name__
+            )
+            raise msg.error_of(msg.failure_of(error)) from error
+        if len(raw) > msg.REPLY_BYTES_MAX - _ENVELOPE_BYTES:
+            raise UsageError(f"answer of {len(raw)} bytes; ask for less at once")
+        return msgspec.Raw(raw)
 
     def _receive(
         self, connection: socket.socket, state: Connection, idle_s: float | None
@@ -337,8 +404,7 @@ class ClientServer:
             raise UsageError("a descriptor came with a message that takes none")
         return request
 
-    def _send(self, connection: socket.socket, answer: Any, state: Connection) -> None:
-        raw = msgspec.Raw(msgspec.msgpack.encode(answer))
+    def _send(self, connection: socket.socket, raw: msgspec.Raw, state: Connection) -> None:
         try:
             reply = msg.Reply(answer=raw, fd_count=len(state.outgoing))
             self._reply(connection, reply, tuple(state.outgoing))
@@ -355,16 +421,14 @@ class ClientServer:
         with contextlib.suppress(OSError, KvfsError):
             self._reply(connection, msg.Reply(failure=msg.failure_of(error)), ())
 
-    def _end(self, session: Session) -> None:
+    def _end(self, session: Session, *, is_told: bool = True) -> None:
         """End a session and its other connections."""
         with self._lock:
             self._sessions.pop(session.token, None)
-            for connection, owner in self._connections.items():
-                if owner is session:
-                    with contextlib.suppress(OSError):
-                        connection.shutdown(socket.SHUT_RDWR)
+            self._forget_process(session)
+            self._shut(session)
         with contextlib.suppress(ClosedError):
-            session.end()
+            session.end(is_told=is_told)
 
 
 def _is_bounded(uid: int) -> bool:

@@ -6,8 +6,8 @@ Layer: L5.
   lease page is forgotten, and what it held is free. Other connections join it, one per thread.
 - Everything that a client says is checked here or below: sizes, permissions, kinds of nodes.
 
-Concurrency: each connection is answered by a thread of its own; the engine's lock guards `given`
-and the holder.
+Concurrency: each connection is answered by a thread of its own; the engine's lock guards
+the holder.
 """
 
 import os
@@ -41,6 +41,7 @@ from kvfs.errors import NotFoundError, UsageError
 from kvfs.keys import KEY_BYTES, KeyArray, as_key_array
 from kvfs.layout import Layout
 from kvfs.local import LocalBackend
+from kvfs.phase import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,7 +58,7 @@ _CONTEXTS_MAX: Final = 1000  # of one answer
 class Connection:
     """One connection of a session: what came with a message, what it shares, what goes back."""
 
-    regions: Regions = field(default_factory=Regions)
+    regions: Regions
     tray: Tray | None = None
     received: list[int] = field(default_factory=list)
     outgoing: list[int] = field(default_factory=list)
@@ -82,7 +83,7 @@ class Session:
         self._backend = LocalBackend(pool, peer.uid, peer.gid)
         self._losses = pool.losses.new_listener()
         self._ring = _native.AccessRing(RING_EVENTS)
-        self._given: dict[int, SegmentState] = {}
+        self.pidfd = -1  # the server's
         self._is_ended = False
         self.holder = Holder(self.name, _native.LeasePage(LEASE_SLOTS), pool.clock.monotonic_ns())
         with pool.store.state.lock:
@@ -115,15 +116,21 @@ class Session:
             self.pool.store.reader.touch(events, self.holder.namespaces)
         return len(events)
 
-    def end(self) -> None:
-        """Forget the client, and free what it held; idempotent."""
+    def end(self, *, is_told: bool) -> None:
+        """Forget the client, and free what it held; idempotent.
+
+        A client that `is_told` finds that its views may be other bytes. One whose owner leaves is
+        not: what it has mapped stays as it is.
+        """
         state = self.pool.store.state
         with state.lock:
             if self._is_ended:
                 return
             self._is_ended = True
+            self.drain()  # what it read last counts as well
+            if is_told:
+                self.holder.page.revoke()
             state.holds.remove(self.holder)
-            self._given.clear()
         state.free_drained()
         self.holder.page.close()
         self._ring.close()
@@ -161,8 +168,9 @@ class Session:
     # --- blocks
 
     def _segments(self, request: msg.Segments, connection: Connection) -> msg.SegmentsAnswer:
-        self._namespace(request.namespace_id, READ)
         places = _array(request.places, np.uint64, "places").tolist()
+        if places:  # else it is about what is gone
+            self._namespace(request.namespace_id, READ)
         known = _array(request.known, np.uint64, "places").tolist()
         if len(places) > msg.PLACES_MAX or len(known) > LEASE_SLOTS:
             raise UsageError(f"at most {msg.PLACES_MAX} segments can be asked for at once")
@@ -179,10 +187,11 @@ class Session:
                     answers.append(_describe(place, segment))
                     nbytes += len(answers[-1].digests)
                     connection.outgoing.append(_read_only(segment.handle.fd))
+                    segment.handle.is_shared = True
                 done += 1
                 if nbytes > _DIGESTS_BYTES_MAX:
                     break
-            gone = [place for place in known if self._segment(place) is None]
+            gone = [place for place in known if self._is_gone(place)]
         return msg.SegmentsAnswer(
             answers, done, np.array(gone, np.uint64).tobytes(),
             np.array(fetched, np.uint64).tobytes(),
@@ -195,6 +204,11 @@ class Session:
             return None
         return None if found.status is SegmentStatus.DRAINING else found
 
+    def _is_gone(self, place: int) -> bool:
+        """Say whether there is no such segment; those of others are none."""
+        found = self._segment(place)
+        return found is None or found.namespace_id not in self.holder.namespaces
+
     def _verify(self, request: msg.Verify, connection: Connection) -> msg.VerifyAnswer:
         del connection
         info = self._namespace(request.namespace_id, READ)
@@ -204,7 +218,7 @@ class Session:
             with store.state.activity.during(info.namespace_id):
                 good = store.reader.verify_again(info.namespace_id, keys)
         else:
-            lease = store.lease(info.namespace_id, keys)
+            lease = store.lease(info.namespace_id, keys, phase=Phase.BACKGROUND)
             good = lease.records["length"] > 0
             store.release(lease)
         return msg.VerifyAnswer(good.astype(np.uint8).tobytes())
@@ -220,7 +234,10 @@ class Session:
         if connection.tray is None:
             connection.tray = Tray()
             connection.outgoing.append(connection.tray.descriptor())
-        good = connection.tray.fill(self.pool.store, info.namespace_id, keys, offsets, lengths)
+        phase = Phase(request.phase) if request.phase in set(Phase) else Phase.UNKNOWN
+        good = connection.tray.fill(
+            self.pool.store, info.namespace_id, keys, offsets, lengths, phase
+        )
         return msg.FetchAnswer(good.astype(np.uint8).tobytes())
 
     def _share(self, request: msg.Share, connection: Connection) -> msg.ShareAnswer:
@@ -238,7 +255,7 @@ class Session:
         parents = as_key_array(request.parents) if request.parents else None
         if parents is not None and len(parents) != len(keys):
             raise UsageError(f"{len(keys)} keys need as many parents")
-        addresses, lengths, counts = _ranges(request, connection, len(keys))
+        addresses, lengths, counts = _ranges(request, connection, len(keys), info)
         return msg.PutAnswer(
             self._backend.put(
                 info.namespace_id,
@@ -308,7 +325,7 @@ class Session:
         if node.namespace_id != info.namespace_id:
             raise UsageError("the context belongs to another namespace")
         keys = _keys(request.put.keys, info.namespace_id)
-        addresses, lengths, counts = _ranges(request.put, connection, len(keys))
+        addresses, lengths, counts = _ranges(request.put, connection, len(keys), info)
         if not len(keys) or (lengths[:-1] < info.layout.block_bytes).any():
             raise UsageError("only the last block of a context may be partial")
         tokens = None if request.tokens is None else _array(request.tokens, np.uint32, "tokens")
@@ -415,7 +432,7 @@ def _keys(raw: bytes, namespace_id: int) -> KeyArray:
 
 
 def _ranges(
-    put: msg.Put, connection: Connection, count: int
+    put: msg.Put, connection: Connection, count: int, info: NamespaceInfo
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
     """Return addresses, lengths and token counts of what is to be stored."""
     regions = _array(put.regions, np.uint32, "regions")
@@ -424,6 +441,11 @@ def _ranges(
     counts = _array(put.counts, np.uint32, "token counts")
     if not len(regions) == len(offsets) == len(lengths) == len(counts) == count:
         raise UsageError(f"{count} keys need as many ranges and token counts")
+    if (lengths > info.layout.stride).any():  # before anybody looks at so much memory
+        raise UsageError(
+            f"block size out of range: namespace {info.name}: expected 1 to {info.layout.stride} "
+            f"bytes, found {int(lengths.max())}"
+        )
     return connection.regions.addresses(regions, offsets, lengths), lengths, counts
 
 

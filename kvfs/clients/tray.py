@@ -17,6 +17,7 @@ from kvfs.clients.messages import TRAY_BYTES, tray_places
 from kvfs.engine.reader import Lease
 from kvfs.engine.store import Store
 from kvfs.keys import KeyArray
+from kvfs.phase import Phase
 
 
 class Tray:
@@ -37,7 +38,7 @@ class Tray:
 
     def fill(
         self, store: Store, namespace_id: int, keys: KeyArray, offsets: Addresses,
-        lengths: Addresses,
+        lengths: Addresses, phase: Phase,
     ) -> Mask:  # fmt: skip
         """Copy parts of blocks, see `messages.Fetch`; return which were.
 
@@ -51,9 +52,11 @@ class Tray:
         whole, parts = np.flatnonzero(is_whole), np.flatnonzero(~is_whole)
         if len(whole):  # verified in the same pass
             keys_of = np.ascontiguousarray(keys[whole])
-            good[whole] = store.read_into(namespace_id, keys_of, addresses[whole], lengths[whole])
+            good[whole] = store.read_into(
+                namespace_id, keys_of, addresses[whole], lengths[whole], phase
+            )
         if len(parts):
-            lease = store.lease(namespace_id, np.ascontiguousarray(keys[parts]))
+            lease = store.lease(namespace_id, np.ascontiguousarray(keys[parts]), phase=phase)
             try:
                 good[parts] = _read_parts(
                     store, lease, offsets[parts], lengths[parts], addresses[parts]

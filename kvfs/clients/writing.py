@@ -52,7 +52,10 @@ class SharedMemory:
             return number
 
     def find(self, addresses: Addresses, lengths: Addresses) -> npt.NDArray[np.int64]:
-        """Return which of the shared pieces each range lies in, by position; -1 for none."""
+        """Return which of the shared pieces each range lies in, by position; -1 for none.
+
+        None, too, for what was never written or is swapped out.
+        """
         found = np.full(len(addresses), -1, np.int64)
         for position, one in enumerate(self._shared):
             starts = addresses - np.uint64(one.address)
@@ -60,6 +63,10 @@ class SharedMemory:
             is_inside = (addresses >= np.uint64(one.address)) & (starts <= room)
             is_inside &= lengths <= room - np.minimum(starts, room)
             found[is_inside] = position
+        inside = np.flatnonzero(found >= 0)
+        statuses = np.zeros(len(inside), np.int32)
+        if _native.absent(addresses[inside], lengths[inside], statuses):
+            found[inside[statuses != 0]] = -1  # the owner reads no holes: it is copied, as others
         return found
 
     def pieces(self) -> tuple[Shared, ...]:

@@ -14,7 +14,8 @@ or `"type": "kvfs"`, where kvfs is installed as a plug-in. The options: vllm_opt
 - Whatever fails is a miss, counted and logged; nothing is raised but for options that are wrong,
   and by `shutdown` if a copy to vLLM's memory is still under way.
 - Of a request, vLLM tells keys and their positions: they make the chain that eviction goes by, and
-  the context that the request leaves; see vllm_contexts.
+  the context that the request leaves; see vllm_contexts. What was there when it was first scheduled
+  is its prompt: accesses to that are noted as prefill, to what lies beyond as decode.
 
 What a request may say, in `kv_transfer_params`: `"kvfs.session": "chat/42"` names its context,
 `"kvfs.pin": true` pins it. An orchestrator may say by KV hints: actions of the types `kvfs.pin`,
@@ -41,7 +42,7 @@ from kvfs.connectors.vllm_compat import (
     fingerprint_fields,
     positions_of,
 )
-from kvfs.connectors.vllm_contexts import Chains, Contexts
+from kvfs.connectors.vllm_contexts import Chains, Contexts, by_phase
 from kvfs.connectors.vllm_jobs import Job, Transfers
 from kvfs.connectors.vllm_metrics import COUNTERS, Counts, metric_name
 from kvfs.connectors.vllm_options import Options
@@ -98,6 +99,7 @@ class KvfsTier(SecondaryTierManager):  # type: ignore[misc]
         self._lookups = Lookups(self._find)
         self._notes = Workers("notes", 1)
         self._chains: dict[str, Chains] = {}
+        self._waiting: dict[str, Any] = {}  # requests that were not scheduled yet
         publishes = offloading_spec.kv_events_config.enable_kv_cache_events
         self._events: list[Any] | None = [] if self.options.enable_kv_events and publishes else None
         self._link.namespace()
@@ -108,11 +110,13 @@ class KvfsTier(SecondaryTierManager):  # type: ignore[misc]
         """Follow the hints that came with a request; chunks go to the tier as they are made."""
         for action in _actions_of(req_context):
             self._follow(action, _name_of(req_context))
+        self._waiting[req_context.req_id] = req_context
         return RequestOffloadingContext()
 
     def on_request_finished(self, req_context: Any) -> None:
         """Leave a context, after the request's stores, and forget the request."""
         self._lookups.forget(req_context.req_id)
+        self._waiting.pop(req_context.req_id, None)
         chains = self._chains_of(req_context)
         self._chains.pop(req_context.req_id, None)
         by_group = chains.by_group()
@@ -123,12 +127,15 @@ class KvfsTier(SecondaryTierManager):  # type: ignore[misc]
                 for action in _actions_of(req_context)
             )
             name = _name_of(req_context)
-            self._transfers.after_stores(partial(self._contexts.record, name, by_group, pin=pin))
+            self._transfers.after_stores(
+                partial(self._contexts.record, name, by_group, chains.phase_of, pin=pin)
+            )
 
     def touch(self, keys: Collection[bytes], req_context: Any) -> None:
         """Note an access, for eviction. Dropped while too many notes wait."""
-        del req_context
-        self._note(partial(self._contexts.touch, tuple(keys)))
+        keys = tuple(keys)
+        for phase, at in by_phase(keys, self._chains_of(req_context).phase_of).items():
+            self._note(partial(self._contexts.touch, [keys[i] for i in at], phase))
 
     # --- lookups
 
@@ -140,8 +147,11 @@ class KvfsTier(SecondaryTierManager):  # type: ignore[misc]
         return LookupResult.HIT if found else LookupResult.MISS
 
     def on_schedule_end(self, context: Any) -> None:
-        """Start looking for what was asked in this step."""
-        del context
+        """Start looking for what was asked in this step; prompts of new requests are known now."""
+        for request in context.new_req_ids:
+            req_context = self._waiting.pop(request, None)
+            if req_context is not None:
+                self._chains_of(req_context).end_prompt()
         self._lookups.flush()
 
     # --- jobs
@@ -159,15 +169,22 @@ class KvfsTier(SecondaryTierManager):  # type: ignore[misc]
                 is_load=False,
                 keys=[key for key, _ in chunks],
                 rows=[row for _, row in chunks],
+                phases=[chains.phase_of(key) for key, _ in chunks],
                 parents=[chains.parent(key) for key, _ in chunks],
             )
         )
 
     def submit_load(self, job_metadata: Any) -> None:
         """Queue a load."""
-        rows = [int(row) for row in job_metadata.chunk_ids]
+        chains, keys = self._chains_of(job_metadata.req_context), list(job_metadata.keys)
         self._transfers.load(
-            Job(job_metadata.job_id, is_load=True, keys=list(job_metadata.keys), rows=rows)
+            Job(
+                job_metadata.job_id,
+                is_load=True,
+                keys=keys,
+                rows=[int(row) for row in job_metadata.chunk_ids],
+                phases=[chains.phase_of(key) for key in keys],
+            )
         )
 
     def get_finished_jobs(self) -> Iterable[Any]:

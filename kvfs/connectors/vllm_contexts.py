@@ -12,7 +12,7 @@ import re
 import threading
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Final
 
@@ -23,8 +23,12 @@ from kvfs.connectors.vllm_pool import PoolLink, block_keys
 from kvfs.errors import NotFoundError
 from kvfs.keys import KeyArray
 from kvfs.namespace import Namespace
+from kvfs.phase import PhaseName
 
 Chain = tuple[bytes, ...]
+PREFILL: Final = "prefill"
+DECODE: Final = "decode"
+PhaseOf = Callable[[bytes], PhaseName | None]
 _GROUP_BYTES: Final = 4
 _PART_BYTES: Final = 120
 _PARTS_MAX: Final = 8
@@ -34,17 +38,36 @@ class Chains:
     """The keys of one request in order of their tokens, for each KV cache group.
 
     Fed with all of a request's positions again and again, it looks at the new ones alone.
+
+    vLLM names the chunks of a prompt before it runs it, and further ones as their tokens are made:
+    what is known when `end_prompt` is called is the prompt's, and all beyond is decoded.
     """
 
     def __init__(self) -> None:
         self._groups: dict[int, list[tuple[int, bytes]]] = {}
         self._end_of: dict[bytes, int] = {}
+        self._prompt_end: int | None = None
 
     def update(self, positions: Mapping[bytes, int]) -> None:
         """Take keys that came since the last call; `positions` only grows, in order of arrival."""
         for key, end in islice(positions.items(), len(self._end_of), None):
             self._end_of[key] = end
             insort(self._groups.setdefault(_group_of(key), []), (end, key))
+
+    def end_prompt(self) -> None:
+        """Take what came so far for the whole prompt; the first call counts."""
+        if self._prompt_end is None:
+            self._prompt_end = max(self._end_of.values(), default=0)
+
+    def phase_of(self, key: bytes) -> PhaseName | None:
+        """Return what a chunk is accessed for: "decode" if it holds tokens beyond the prompt.
+
+        None for a key whose position is not known.
+        """
+        end = self._end_of.get(key)
+        if end is None:
+            return None
+        return PREFILL if self._prompt_end is None or end <= self._prompt_end else DECODE
 
     def end_of(self, key: bytes) -> int:
         """Return the position of a key's last token, 0 if it is not known."""
@@ -63,6 +86,14 @@ class Chains:
         return {
             group: tuple(key for _, key in chain) for group, chain in sorted(self._groups.items())
         }
+
+
+def by_phase(keys: Sequence[bytes], phase_of: PhaseOf) -> dict[PhaseName | None, list[int]]:
+    """Return the positions of keys, by what they are accessed for."""
+    positions: dict[PhaseName | None, list[int]] = {}
+    for at, key in enumerate(keys):
+        positions.setdefault(phase_of(key), []).append(at)
+    return positions
 
 
 def _group_of(key: bytes) -> int:
@@ -91,7 +122,9 @@ class Contexts:
         self._names: OrderedDict[str, None] | None = None
         self._stopped = threading.Event()
 
-    def record(self, name: str, chains: Mapping[int, Chain], *, pin: bool) -> None:
+    def record(
+        self, name: str, chains: Mapping[int, Chain], phase_of: PhaseOf, *, pin: bool
+    ) -> None:
         """Note that a finished request used its leading blocks that are stored, and name them.
 
         vLLM does not tell a tier of what it found in faster memory: this is when kvfs hears of it.
@@ -104,7 +137,8 @@ class Contexts:
             try:
                 keys = block_keys(space.info.namespace_id, chain)
                 keys = keys[: space.match_prefix(keys)]
-                space.touch(keys)
+                for phase, at in by_phase(chain[: len(keys)], phase_of).items():
+                    space.touch(keys[at], phase=phase)
                 if self._limit and len(keys):
                     self._write(space, path, keys, pin=pin)
                     self._counts.add("contexts")
@@ -134,10 +168,14 @@ class Contexts:
         if space is not None:
             try:
                 keys = space.context(context_name(self._directory, name), create=False).keys
-                space.touch(keys)
+                space.touch(keys, phase=PREFILL)
                 room = np.empty((1, space.layout.stride), np.uint8)
                 for at in range(len(keys)):
-                    if self._stopped.is_set() or not space.read_into(keys[at : at + 1], room)[0]:
+                    part = keys[at : at + 1]
+                    if (
+                        self._stopped.is_set()
+                        or not space.read_into(part, room, phase="background")[0]
+                    ):
                         break
                 self._counts.add("hints")
             except NotFoundError:
@@ -145,12 +183,12 @@ class Contexts:
             except Exception as error:  # noqa: BLE001 - hints are hints
                 self._counts.failed("prefetching a context", error)
 
-    def touch(self, keys: Sequence[bytes]) -> None:
+    def touch(self, keys: Sequence[bytes], phase: PhaseName | None) -> None:
         """Note an access to blocks."""
         space = self._link.namespace()
         if space is not None:
             try:
-                space.touch(block_keys(space.info.namespace_id, keys))
+                space.touch(block_keys(space.info.namespace_id, keys), phase=phase)
             except Exception as error:  # noqa: BLE001 - a note is not worth more
                 self._counts.failed("noting an access", error)
 

@@ -20,12 +20,14 @@ from typing import Final
 import numpy as np
 
 from kvfs.clock import Clock
+from kvfs.connectors.vllm_contexts import DECODE
 from kvfs.connectors.vllm_metrics import Counts
 from kvfs.connectors.vllm_options import Options
 from kvfs.connectors.vllm_pool import PoolLink, block_keys
 from kvfs.connectors.vllm_work import Task, Workers
 from kvfs.keys import KEY_BYTES
 from kvfs.namespace import Namespace
+from kvfs.phase import PhaseName
 
 _PIECE_BYTES: Final = 32 << 20
 _NOTES_MAX: Final = 4096
@@ -40,6 +42,7 @@ class Job:
         is_load: To vLLM's rows.
         keys: vLLM's keys.
         rows: Where each chunk lies in the primary tier.
+        phases: What each chunk is accessed for.
         parents: Of a store: the key before each in its chain, or None.
         is_done: Of each chunk, whether it was copied (or was there already).
         copy_ns: Time spent copying, by all threads.
@@ -49,6 +52,7 @@ class Job:
     is_load: bool
     keys: Sequence[bytes]
     rows: Sequence[int]
+    phases: Sequence[PhaseName | None]
     parents: Sequence[bytes | None] = ()
     is_done: list[bool] = field(default_factory=list)
     copy_ns: int = 0
@@ -169,6 +173,7 @@ class Transfers:
         self._counts.add("stored_chunks", result.blocks_stored)
         self._counts.add("stored_bytes", result.bytes_stored)
         self._counts.add("present_chunks", result.blocks_deduplicated)
+        self._counts.add("decode_chunks", job.phases.count(DECODE))
 
     def _parents(self, space: Namespace, job: Job) -> np.ndarray:
         """Return the parents that are there; a chunk whose parent was never stored has none.
@@ -197,13 +202,23 @@ class Transfers:
         try:
             space = self._link.namespace()
             if space is not None and start_ns <= deadline_ns:
-                keys = block_keys(space.info.namespace_id, piece.job.keys[piece.start : piece.end])
-                rows = [self._row(row) for row in piece.job.rows[piece.start : piece.end]]
-                done = [bool(one) for one in space.read_into(keys, rows)]
+                self._read(space, piece, done)
         except Exception as error:  # noqa: BLE001 - a load that fails is a miss
             self._counts.failed("loading", error)
         finally:
             self._settle(piece, done, self._clock.monotonic_ns() - start_ns)
+
+    def _read(self, space: Namespace, piece: _Piece, done: list[bool]) -> None:
+        """Copy the chunks of a piece, those of one phase at a time."""
+        job, part = piece.job, slice(piece.start, piece.end)
+        keys = block_keys(space.info.namespace_id, job.keys[part])
+        phases = job.phases[part]
+        for phase in dict.fromkeys(phases):
+            chosen = [at for at, one in enumerate(phases) if one == phase]
+            rows = [self._row(job.rows[piece.start + at]) for at in chosen]
+            read = space.read_into(keys[chosen], rows, phase=phase)
+            for at, is_read in zip(chosen, read, strict=True):
+                done[at] = bool(is_read)
 
     def _row(self, row: int) -> tuple[int, int]:
         return self._address + row * self._row_bytes, self._row_bytes

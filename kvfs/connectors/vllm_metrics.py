@@ -21,6 +21,7 @@ COUNTERS: Final = {
     "stored_chunks": "Chunks written to kvfs.",
     "stored_bytes": "Bytes written to kvfs.",
     "present_chunks": "Chunks that vLLM stored and kvfs had already.",
+    "decode_chunks": "Chunks written, or there already, that hold tokens which vLLM has decoded.",
     "loaded_chunks": "Chunks loaded from kvfs.",
     "loaded_bytes": "Bytes loaded from kvfs.",
     "missed_loads": "Chunks that a lookup had found and a load did not: evicted, damaged or late.",

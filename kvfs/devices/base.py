@@ -120,6 +120,9 @@ class Segment:
         address: Where the payload is mapped in this process, 0 if it is not.
         state: The device's own.
         is_fixed: Nobody can write it any more; it is not to be resumed.
+        is_shared: Another process has a descriptor of it, and may keep it for ever.
+        keeps_bytes: Who has it open may read it on after `free`: the kernel for a mount, or whoever
+            had it of an owner before.
         part: Without `fd`, the part of the device's own descriptor that is the payload; not to be
             handed on.
     """
@@ -133,6 +136,8 @@ class Segment:
     address: int
     state: Any = None
     is_fixed: bool = False
+    is_shared: bool = False
+    keeps_bytes: bool = False
     part: Backing | None = None
 
     @property
@@ -256,8 +261,16 @@ class Device(ABC):
     def free(self, segment: Segment) -> None:
         """Give the segment back and close the handle; a half-made or half-freed one is fine.
 
-        A directory unlinks it; existing maps stay valid. An arena may reuse the memory, so the
-        engine calls this only when no lease is left.
+        A directory unlinks it, and takes the bytes of a shared one (see `clear_freed`). An arena
+        may reuse the memory. So the engine calls this only when no lease is left.
+        """
+
+    def clear_freed(self) -> None:  # noqa: B027 - most devices have nothing to do
+        """Take the bytes of freed segments that others have open still; they read as zeros.
+
+        Of those that are `is_shared` without `keeps_bytes`, so that nobody keeps space that counts
+        as free. Their names are persisted first: one that a crash brings back must not name zeros.
+        Does nothing where there are none. May wait for the medium.
         """
 
     @abstractmethod

@@ -41,7 +41,7 @@ from kvfs.devices.base import (
 )
 from kvfs.devices.dax_copies import SuperblockCopies
 from kvfs.devices.dax_layout import Range
-from kvfs.devices.dax_memory import DaxMemory, fdatasync
+from kvfs.devices.dax_memory import DaxMemory
 from kvfs.devices.dax_source import DaxSource, require_room
 from kvfs.devices.fileless import FilelessDevice
 from kvfs.devices.ledger import Ledger
@@ -115,8 +115,7 @@ class DaxDevice(FilelessDevice):
                 f"too many segments: {info.url}: expected at most {layout.PLACES_MAX}, found "
                 f"{places}; give a larger segment than {format_bytes(info.segment_bytes)}"
             )
-        sync = fdatasync if source.is_file else None
-        memory = self._memory = DaxMemory(source.fd, source.nbytes, sync)
+        memory = self._memory = source.map()
         for first in range(0, places, _LABELS_PER_PAGE):
             self._read_labels(memory, first, min(places, first + _LABELS_PER_PAGE))
         self._free.reverse()  # taken from the end: the first place first

@@ -13,6 +13,7 @@ from kvfs.devices.dax_layout import Copy
 from kvfs.devices.dax_memory import DaxMemory
 from kvfs.devices.dax_source import open_source
 from kvfs.errors import CorruptionError
+from kvfs.units import PAGE
 
 _log = logging.getLogger("kvfs.devices")
 
@@ -69,15 +70,17 @@ class SuperblockCopies:
         """Return the copies that hold, and how many others there are, damaged or unreadable."""
         found, spoiled = [], 0
         for number in range(layout.COPIES):
+            offset = number * layout.COPY_BYTES
             try:
-                area = self._memory.read(number * layout.COPY_BYTES, layout.COPY_BYTES)
+                head = self._memory.read(offset, PAGE)
+                raw = self._memory.read(offset + PAGE, layout.copy_bytes(head))
             except OSError:
                 spoiled += 1
                 continue
-            copy = layout.decode_copy(area)
+            copy = layout.decode_copy(head + raw)
             if copy is not None:
                 found.append(copy)
-            elif layout.is_copy(area):
+            elif layout.is_copy(head):
                 spoiled += 1
         return found, spoiled
 
@@ -89,7 +92,7 @@ def peek_superblock(location: str) -> bytes | None:
         KvfsError, OSError: It cannot be opened, or its superblock is damaged.
     """
     with open_source(location) as source:
-        memory = DaxMemory(source.fd, layout.HEADER_BYTES, None)
+        memory = source.map(layout.HEADER_BYTES)
         try:
             return SuperblockCopies(memory, location).read()
         finally:

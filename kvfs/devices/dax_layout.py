@@ -65,6 +65,13 @@ def encode_copy(copy: Copy) -> bytes:
     return _signed(head).ljust(PAGE, b"\0") + copy.raw
 
 
+def copy_bytes(head: bytes) -> int:
+    """Return how many bytes follow a copy's page; 0 if the page does not hold."""
+    magic, _, nbytes, _ = _COPY.unpack(head[: _COPY.size])
+    holds = magic == _COPY_MAGIC and head[: _COPY.size + 8] == _signed(head[: _COPY.size])
+    return min(nbytes, SUPERBLOCK_BYTES_MAX) if holds else 0
+
+
 def decode_copy(area: bytes) -> Copy | None:
     """Decode a copy from its area; None if it does not hold."""
     head = area[: _COPY.size]

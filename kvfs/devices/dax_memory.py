@@ -5,14 +5,20 @@ Layer: L1.
 - Every verb fences on the thread that stored: no fence of another thread orders this one's
   stores. So on DAX all that was stored is persistent when the verb returns, but for what the
   kernel or the platform still holds back: `persist`.
+- What a failed sync may have dropped, the kernel takes for written; whoever stored it learns
+  nothing if another thread's sync failed. So a sync that failed is made good by the next one: all
+  pages stored to since the last good one are made dirty again. What `persist` returns for is there.
 - A touch of a poisoned or missing page is caught: OSError with EIO, or a status.
 
-Concurrency: none of its own; callers do not write the same bytes at the same time.
+Concurrency: callers do not write the same bytes at the same time. `_sync_lock` admits one sync: a
+failure is reported to one of those that wait for it.
 """
 
 import contextlib
 import errno
 import os
+import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
@@ -21,7 +27,7 @@ import numpy as np
 from kvfs import _native
 from kvfs.devices.base import AddressArray, DigestArray, StatusArray
 from kvfs.devices.dax_layout import Range
-from kvfs.units import MIB, PAGE
+from kvfs.units import MIB, PAGE, align_up
 
 _FAULT: Final = 3  # a status of native batches
 _ZEROS: Final = np.zeros(MIB, np.uint8)
@@ -40,6 +46,9 @@ class DaxMemory:
         """
         self._fd = fd
         self._sync = sync
+        self._sync_lock = threading.Lock()
+        self._unsynced: deque[Range] = deque()
+        self._has_failed = False
         self._arena = _native.Arena(fd, nbytes)
         self.address = self._arena.address
         self.nbytes = nbytes
@@ -53,6 +62,7 @@ class DaxMemory:
         self._check(offset, len(data))
         if _native.store(self.address + offset, data) != 0:
             raise OSError(errno.EIO, "memory fault", f"offset {offset:#x}")
+        self._note_stored(offset, len(data))
 
     def zero(self, offset: int, nbytes: int) -> None:
         """Fill with zeros past the caches.
@@ -74,12 +84,34 @@ class DaxMemory:
         digests: DigestArray, statuses: StatusArray,
     ) -> int:  # fmt: skip
         """Copy to addresses past the caches and hash in one pass; see `_native.copy_hash`."""
-        return _native.copy_hash(targets, sources, lengths, digests, statuses, PAGE)
+        failed = _native.copy_hash(targets, sources, lengths, digests, statuses, PAGE)
+        if self._sync is not None and len(targets):
+            start, end = int(targets.min()), int((targets + lengths).max())
+            self._note_stored(start - self.address, align_up(end - start, PAGE))
+        return failed
 
     def persist(self) -> None:
-        """Make all that was stored survive a power cut."""
-        if self._sync is not None:
+        """Make all that was stored survive a power cut.
+
+        Raises:
+            OSError: The sync failed; nothing is known of what was stored since the last good one.
+        """
+        if self._sync is None:
+            return
+        with self._sync_lock:
+            count = len(self._unsynced)
+            for i in range(count) if self._has_failed else ():
+                self.touch(*self._unsynced[i])
+            self._has_failed = True
             self._sync(self._fd)
+            self._has_failed = False
+            for _ in range(count):
+                self._unsynced.popleft()
+
+    def touch(self, offset: int, nbytes: int) -> None:
+        """Make pages dirty again that a failed sync left clean; a bad one stays what it is."""
+        for page in range(offset // PAGE * PAGE, offset + nbytes, PAGE):
+            _native.touch(self.address + page, PAGE)
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Read.
@@ -109,6 +141,10 @@ class DaxMemory:
         status = np.zeros(1, np.int32)
         _native.copy_verify(one[:1], one[1:2], one[2:], None, status)
         return int(status[0])
+
+    def _note_stored(self, offset: int, nbytes: int) -> None:
+        if self._sync is not None:
+            self._unsynced.append((offset, nbytes))  # after the store: no sync may lie in between
 
     def _check(self, offset: int, nbytes: int) -> None:
         assert 0 <= offset <= offset + nbytes <= self.nbytes, "outside the device"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from kvfs.devices.dax_layout import Range
+from kvfs.devices.dax_memory import DaxMemory, fdatasync
 from kvfs.errors import BusyError, NotFoundError, UsageError
 from kvfs.units import MIB, PAGE, format_bytes
 
@@ -52,6 +53,10 @@ class DaxSource:
     deep_flush: Path | None = None
     location: int = 0
     granularity: int = PAGE
+
+    def map(self, nbytes: int = 0) -> DaxMemory:
+        """Map so many bytes of it, all when missing. The map is the caller's to close."""
+        return DaxMemory(self.fd, nbytes or self.nbytes, fdatasync if self.is_file else None)
 
     def close(self) -> None:
         """Close the descriptor, and let the lock go. To be called once."""

@@ -8,7 +8,8 @@ Layer: L1.
     staging/NAME raw/NNNNNNNNNNNNNNNN     files that may be written, see `directory_files`
     (S slot, G generation, eight hexadecimal digits each)
 
-- A name is never reused, so whoever still maps a freed segment keeps valid bytes.
+- A name is never reused: whoever still maps a freed segment reads its bytes, or zeros, where it was
+  shared with a client. Clients are told; nobody keeps space of the medium by a descriptor.
 - A sidecar is written and persisted before its payload gets its name: a `.file` whose name has
   survived has a `.sum` unless the crash took that name alone; then no header holds and the engine
   frees it. A `.sum` alone is reaped.
@@ -26,6 +27,7 @@ lock is held during I/O.
 
 import contextlib
 import errno
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -58,6 +60,7 @@ from kvfs.devices.ledger import Ledger
 from kvfs.devices.reflink import Extent
 
 WRITE_ATOMIC_BYTES: Final = 512
+_log = logging.getLogger("kvfs.devices")
 
 
 class DirectoryDevice(DirectoryFiles):
@@ -90,6 +93,7 @@ class DirectoryDevice(DirectoryFiles):
             write_atomic_bytes=WRITE_ATOMIC_BYTES,
             cloning=files.cloning(),
         )
+        self._freed: list[File] = []  # without a name, to be cleared once that is persisted
         super().__init__(files, Ledger(name, capacity_bytes))
 
     # --- superblock
@@ -137,7 +141,9 @@ class DirectoryDevice(DirectoryFiles):
             state = OpenFile(self._files.open(f"{stem}.file"), f"{stem}.file", f"{stem}.sum")
         else:
             state = OpenFile(self._files.open(f"{stem}.seg", writable=True), f"{stem}.seg")
-        return self._handle(name.slot, name.generation, self._opened(state))
+        found = self._handle(name.slot, name.generation, self._opened(state))
+        found.keeps_bytes = True  # views of clients outlive an owner, and his successor is no party
+        return found
 
     def write_payloads(
         self, segment: Segment, offsets: AddressArray, sources: AddressArray,
@@ -201,6 +207,23 @@ class DirectoryDevice(DirectoryFiles):
         the file is never in neither.
         """
         self._check_open()
+        with self._lock:
+            freed, self._freed = self._freed, []
+        try:
+            self._sync_names()
+        except BaseException:
+            with self._lock:
+                self._freed += freed
+            raise
+        for file in freed:
+            self._clear(file)
+
+    def clear_freed(self) -> None:
+        """Persist names, if there is anything to clear."""
+        if self._freed:
+            self.persist_names()
+
+    def _sync_names(self) -> None:
         if self._is_raw_changed:
             self._is_raw_changed = False
             try:
@@ -212,13 +235,16 @@ class DirectoryDevice(DirectoryFiles):
             self._files.sync_directory(folder)
 
     def free(self, segment: Segment) -> None:
-        """Unlink the segment and close the handle; maps of it stay valid.
+        """Unlink the segment and close the handle; what is shared is cleared later.
 
         The payload goes first: a sidecar alone is reaped at the next open.
         """
         self._check_open()
         state: OpenFile = segment.state
-        self._unlink(state.path)
+        if segment.is_shared and not segment.keeps_bytes:
+            self._unlink_to_clear(state.path)
+        else:
+            self._unlink(state.path)
         if state.sidecar_path:
             self._unlink(state.sidecar_path)
         self.release(segment)
@@ -274,6 +300,8 @@ class DirectoryDevice(DirectoryFiles):
     def close(self) -> None:
         """Close all descriptors and the filesystem; idempotent."""
         if not self._is_closed:
+            with contextlib.suppress(OSError):  # then whoever has them open keeps their space
+                self.clear_freed()
             self._close_handles()
             self._files.close()
 
@@ -284,6 +312,31 @@ class DirectoryDevice(DirectoryFiles):
         file = self._files.open(state.sidecar_path, writable=writable)
         try:
             yield file, os.fstat(file.fd).st_size
+        finally:
+            file.close()
+
+    def _unlink_to_clear(self, path: str) -> None:
+        """Unlink what is shared; a failure leaves it as it was. Nothing if it is gone already."""
+        try:
+            file = self._files.open(path, writable=True)
+        except FileNotFoundError:
+            return
+        try:
+            self._unlink(path)
+        except BaseException:
+            file.close()
+            raise
+        with self._lock:
+            self._freed.append(file)
+
+    def _clear(self, file: File) -> None:
+        try:
+            file.clear()
+        except OSError as error:
+            _log.warning(
+                "%s: a freed segment takes space as long as a client has it open; end such clients "
+                "to get it back: %s", self.info.name, error,
+            )  # fmt: skip
         finally:
             file.close()
 

@@ -6,6 +6,7 @@ This is the seam at which tests record, reorder, drop and tear writes: everythin
 device does to its medium goes through here. Paths are relative to the root; "." is the root.
 """
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -28,6 +29,7 @@ SEGMENTS: Final = "segments"
 STAGING: Final = "staging"
 RAW: Final = "raw"
 READ_BYTES_MAX: Final = 64 * MIB
+_PUNCH_HOLE: Final = 0x03  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _NO_LEASES: Final = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP, errno.ENOLCK)
 SEGMENT_FILE: Final = re.compile(r"([0-9a-f]{8})-([0-9a-f]{8})\.(seg|file|sum)\Z")
 RAW_FILE: Final = re.compile(r"[0-9a-f]{16}\Z")
@@ -75,6 +77,10 @@ class File(ABC):
     @abstractmethod
     def resize(self, nbytes: int) -> None:
         """Set the size; new bytes are zero."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Give the space of the whole file back: it reads as zeros, and keeps its size."""
 
     @abstractmethod
     def sync(self) -> None:
@@ -197,6 +203,14 @@ class OSFile(File):
     def resize(self, nbytes: int) -> None:
         """Call ftruncate."""
         os.ftruncate(self.fd, nbytes)
+
+    def clear(self) -> None:
+        """Call fallocate; not ftruncate, as maps of what is cut off end in SIGBUS."""
+        nbytes = max(1, os.fstat(self.fd).st_size)
+        library = ctypes.CDLL(None, use_errno=True)
+        if library.fallocate(self.fd, _PUNCH_HOLE, ctypes.c_int64(0), ctypes.c_int64(nbytes)) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, f"fallocate: {os.strerror(code)}")
 
     def sync(self) -> None:
         """Call fdatasync."""

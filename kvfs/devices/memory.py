@@ -64,6 +64,15 @@ def available_bytes() -> int:
     return available
 
 
+def require_available(name: str, wanted_bytes: int, available_bytes: int) -> None:
+    """Raise NoSpaceError if there is less memory than a device wants; both in bytes."""
+    if wanted_bytes > available_bytes:
+        raise NoSpaceError(
+            f"not enough memory: {name}: {format_bytes(wanted_bytes)} asked for, "
+            f"{format_bytes(available_bytes)} available; give the device a smaller size"
+        )
+
+
 class MemoryDevice(MemoryFiles):
     """Volatile memory; the memfds can be handed to others."""
 
@@ -117,7 +126,8 @@ class MemoryDevice(MemoryFiles):
         super().__init__(Ledger(name, capacity_bytes), kept)
         try:
             self._inherit()
-            self._require_available()
+            wanted = self.info.capacity_bytes - self._ledger.used_bytes
+            require_available(name, wanted, available_bytes())
         except BaseException:
             self.close()
             raise
@@ -156,15 +166,6 @@ class MemoryDevice(MemoryFiles):
         self._ledger.put(sidecar_key(state.key), sidecar_bytes)
         self._segments[slot, generation] = state
         return state
-
-    def _require_available(self) -> None:
-        wanted = self.info.capacity_bytes - self._ledger.used_bytes
-        available = available_bytes()
-        if wanted > available:
-            raise NoSpaceError(
-                f"not enough memory: {self.info.name}: {format_bytes(wanted)} asked for, "
-                f"{format_bytes(available)} available; give the device a smaller size"
-            )
 
     def _populate(self, progress: Progress | None) -> None:
         free_bytes = max(0, self.info.capacity_bytes - self._ledger.used_bytes)

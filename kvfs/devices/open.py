@@ -7,7 +7,7 @@ of the process (the soft limit of descriptors, raised to the hard one).
 import contextlib
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
@@ -20,7 +20,7 @@ from kvfs.devices.dax_source import open_source, size_of
 from kvfs.devices.directory import DirectoryDevice
 from kvfs.devices.filesystem import SEGMENTS, SUPERBLOCK
 from kvfs.devices.keeper import Keeper
-from kvfs.devices.memory import MemoryDevice, Progress
+from kvfs.devices.memory import MemoryDevice, Progress, available_bytes, require_available
 from kvfs.devices.osfs import OSFileSystem, nearest_existing
 from kvfs.errors import CorruptionError, UsageError
 from kvfs.units import PAGE, format_bytes
@@ -192,6 +192,20 @@ def free_bytes(url: DeviceURL) -> int | None:
         return None
     found = os.statvfs(nearest_existing(url.location))
     return found.f_bavail * found.f_frsize
+
+
+def require_memory(devices: Iterable[tuple[str, DeviceURL]]) -> None:
+    """Refuse devices, by their names, that want more memory in all than there is; takes none.
+
+    Raises:
+        NoSpaceError: The message says how much there is.
+    """
+    available: int | None = None
+    for name, url in devices:
+        if url.scheme == "dram":
+            available = available_bytes() if available is None else available
+            require_available(name, url.size_bytes, available)
+            available -= url.size_bytes
 
 
 def location_of(device: Device) -> int:

@@ -106,6 +106,10 @@ class WrapperDevice(Device):
         """Forward."""
         self._call("free", 0, lambda: self.inner.free(segment))
 
+    def clear_freed(self) -> None:
+        """Forward."""
+        self._call("clear_freed", 0, self.inner.clear_freed)
+
     def release(self, segment: Segment) -> None:
         """Forward."""
         self._call("release", 0, lambda: self.inner.release(segment))

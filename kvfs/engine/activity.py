@@ -9,53 +9,49 @@ Layer: L3.
 - A process that was forked from the owner is no owner: its operations are refused.
 """
 
-import os
 import threading
-from types import TracebackType
 from typing import Final
 
-from kvfs.clock import Clock
+from kvfs import _native
+from kvfs.clock import Clock, SystemClock
 from kvfs.errors import BusyError, ClosedError, NotFoundError
-from kvfs.metrics import Histogram
 
 EVERYTHING: Final = 0  # the namespace of operations that concern all of them
 
 
 class Activity:
-    """Counts operations; `lock` is the engine's."""
+    """Counts operations; `lock` is the engine's, which only those who wait need.
+
+    Counting itself is native: `_native.Gate`.
+    """
 
     def __init__(self, lock: threading.RLock, clock: Clock) -> None:
-        self._lock = lock
-        self._clock = clock
         self._condition = threading.Condition(lock)
-        self._running: dict[int, int] = {}
-        self._ended: set[int] = set()
+        now = None if isinstance(clock, SystemClock) else clock.monotonic_ns
+        self._gate = _native.Gate(now, self._refuse, self._wake)
         self._is_closed = False
-        self._pid = os.getpid()
+        self._during = self._gate.during
 
     def require(self) -> None:
         """Raise ClosedError unless the pool is open in this process."""
-        if self._is_closed:
-            raise ClosedError("the pool is closed")
-        if os.getpid() != self._pid:
-            raise ClosedError("the pool belongs to the parent process: open it after the fork")
+        self._gate.require(EVERYTHING)
 
     def during(
-        self, namespace_id: int = EVERYTHING, histogram: Histogram | None = None
-    ) -> "Operation":
+        self, namespace_id: int = EVERYTHING, histogram: _native.Histogram | None = None
+    ) -> _native.Operation:
         """Count an operation while the block runs, and in the end how long it took.
 
-        The block's begin raises:
+        Entered and left by the same thread, once. The block's begin raises:
             ClosedError: The pool is closed, or was opened before a fork.
             NotFoundError: The namespace was destroyed.
         """
-        return Operation(self, namespace_id, histogram)
+        return self._during(namespace_id, histogram)
 
     def end(self, namespace_id: int) -> None:
         """Refuse new operations on a namespace, and wait for those under way."""
         with self._condition:
-            self._ended.add(namespace_id)
-            self._condition.wait_for(lambda: namespace_id not in self._running)
+            self._gate.end(namespace_id)
+            self._wait_until_none(None, namespace_id)
 
     def close(self, timeout_s: float) -> None:
         """Refuse new operations, and wait for those under way.
@@ -65,54 +61,35 @@ class Activity:
         """
         with self._condition:
             self._is_closed = True
-            if not self._condition.wait_for(lambda: not self._running, timeout_s):
-                count = sum(self._running.values())
+            self._gate.close()
+            if not self._wait_until_none(timeout_s):
+                count = self._gate.running()
                 raise BusyError(
                     f"{count} operations are still at work after {timeout_s:.0f} s; "
                     "the devices stay open until the process ends"
                 )
 
+    def _wait_until_none(self, timeout_s: float | None, *namespace_id: int) -> bool:
+        """Wait for the operations on a namespace, or all. REQUIRES: the condition.
 
-class Operation:
-    """One operation under way. A class, not a generator: half the time of a short lookup was that.
+        From the announcement on, whoever ends the last operation takes the lock to wake us.
+        """
+        self._gate.wait(1)
+        try:
+            return self._condition.wait_for(
+                lambda: not self._gate.running(*namespace_id), timeout_s
+            )
+        finally:
+            self._gate.wait(-1)
 
-    Entered and left by the same thread, once.
-    """
+    def _wake(self) -> None:
+        with self._condition:
+            self._condition.notify_all()
 
-    __slots__ = ("_activity", "_begin_ns", "_histogram", "_namespace_id")
-
-    def __init__(self, activity: Activity, namespace_id: int, histogram: Histogram | None) -> None:
-        self._activity = activity
-        self._namespace_id = namespace_id
-        self._histogram = histogram
-
-    def __enter__(self) -> None:
-        activity, namespace_id = self._activity, self._namespace_id
-        activity.require()
-        with activity._lock:
-            if activity._is_closed:
-                raise ClosedError("the pool is closed")
-            if namespace_id in activity._ended:
-                raise NotFoundError(f"namespace was destroyed: {namespace_id:#x}")
-            running = activity._running
-            running[namespace_id] = running.get(namespace_id, 0) + 1
-        self._begin_ns = activity._clock.monotonic_ns()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:  # fmt: skip
-        activity, namespace_id = self._activity, self._namespace_id
-        histogram = self._histogram
-        took_ns = activity._clock.monotonic_ns() - self._begin_ns
-        with activity._lock:
-            running = activity._running
-            left = running[namespace_id] - 1
-            if left:
-                running[namespace_id] = left
-            else:
-                del running[namespace_id]
-                activity._condition.notify_all()
-            if histogram is not None:  # as `note` does, without a call
-                histogram.counts[took_ns.bit_length()] += 1
-                histogram.sum_ns += took_ns
+    def _refuse(self, namespace_id: int) -> None:
+        """Say why an operation is refused."""
+        if self._is_closed:
+            raise ClosedError("the pool is closed")
+        if self._gate.is_forked:
+            raise ClosedError("the pool belongs to the parent process: open it after the fork")
+        raise NotFoundError(f"namespace was destroyed: {namespace_id:#x}")

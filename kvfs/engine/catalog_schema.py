@@ -335,7 +335,8 @@ def checked_deadline_ms(value: bytes) -> int:
     text = value.decode("ascii", "replace")
     if not text.isdecimal() or not DEADLINE_MS_MIN <= int(text) <= DEADLINE_MS_MAX:
         raise UsageError(
-            f"deadline_ms {text[:32]!r}: expected {DEADLINE_MS_MIN} to {DEADLINE_MS_MAX}"
+            f"deadline_ms {text[:32]!r}: expected a whole number of milliseconds, "
+            f"{DEADLINE_MS_MIN} to {DEADLINE_MS_MAX}"
         )
     return int(text)
 
@@ -343,7 +344,7 @@ def checked_deadline_ms(value: bytes) -> int:
 def checked_retention(value: str) -> Retention:
     """Return a retention, or raise UsageError."""
     if value not in ("cache", "durable"):
-        raise UsageError(f"retention {value!r}: expected 'cache' or 'durable'")
+        raise UsageError(f"retention {value[:32]!r}: expected 'cache' or 'durable'")
     return "durable" if value == "durable" else "cache"
 
 

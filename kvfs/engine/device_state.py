@@ -62,6 +62,7 @@ class DeviceState:
         self.failures_max: int | None = None  # the pool's; so many, and the device leaves service
         self.is_offline = False
         self.is_held: Callable[[SegmentState], bool] = lambda _: False  # by a client; the pool's
+        self.note_freed: Callable[[SegmentState], None] = lambda _: None  # tells clients
         self._clock = clock
         self._next_generation = superblock.generation_limit
         self._next_slot = 0
@@ -213,7 +214,18 @@ class DeviceState:
                 _log.warning("segment cannot be freed: %s: %s", self.info.name, error)
                 return False
             del self.segments[state.handle.slot]
+            self.note_freed(state)
         return True
+
+    def clear_freed(self) -> None:
+        """Give back the space of what was freed under clients' descriptors. Without any lock."""
+        try:
+            self.device.clear_freed()
+        except ClosedError:
+            return
+        except OSError as error:  # tried again with the next
+            self.note_failure()
+            _log.warning("freed segments keep their space: %s: %s", self.info.name, error)
 
     def waiting(self) -> list[SegmentState]:
         """Return the segments that could not be given back, though no lease is left here."""

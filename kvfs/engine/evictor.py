@@ -150,6 +150,7 @@ class Evictor:
                 return self._run(device, nbytes)
             finally:
                 self._owner = 0
+                device.clear_freed()  # whoever waits for room is to find it
 
     def drop(self, namespace_id: int, keys: KeyArray) -> int:
         """Drop blocks on all devices, free segments left empty; return the copies dropped."""

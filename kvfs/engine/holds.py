@@ -67,6 +67,7 @@ class Holds:
         self._share = share
         self._holders: list[Holder] = []
         self.revoked = 0  # pages, since open
+        self.failures = 0  # requests of clients that met what nobody expected, since open
 
     def add(self, holder: Holder) -> None:
         """Let a client hold segments from now on; it has not seen an index yet."""
@@ -91,6 +92,13 @@ class Holds:
             segment.namespace_id in holder.namespaces and holder.page.is_held(place)
             for holder in self._holders
         )
+
+    def note_freed(self, segment: SegmentState) -> None:
+        """Tell the clients that may have a segment mapped that it is gone."""
+        if segment.handle.is_shared:
+            for holder in self._holders:
+                if segment.namespace_id in holder.namespaces:
+                    holder.page.note_freed()
 
     def snapshot(self) -> set[tuple[int, int]]:
         """Return (namespace, place) of what is held just now, for choosing."""

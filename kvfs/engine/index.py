@@ -77,9 +77,12 @@ class BlockIndex:
             self._table.lookup_device(keys, device, found)
         return found
 
-    def match_prefix(self, keys: KeyArray) -> int:
-        """Return how many leading keys are resident."""
-        return self._table.match_prefix(keys)
+    def match_prefix(self, keys: KeyArray, sums: npt.NDArray[np.uint64] | None = None) -> int:
+        """Return how many leading keys are resident.
+
+        `sums`, if given, grows by the number of keys and of what was found.
+        """
+        return self._table.match_prefix(keys, sums)
 
     def remove(self, records: RecordArray) -> int:
         """Remove exactly these copies; one that has been replaced since stays."""

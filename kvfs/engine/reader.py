@@ -22,6 +22,7 @@ from kvfs.engine.segment_table import SegmentState, group_by_segment, is_verifie
 from kvfs.engine.state import EngineState
 from kvfs.engine.stitching import Backings, backings_of
 from kvfs.keys import KeyArray
+from kvfs.phase import Phase
 from kvfs.units import PAGE
 
 _ATTEMPTS = 3  # copies of one block tried before it is a miss
@@ -79,9 +80,10 @@ class Reader:
         return records
 
     def lease(
-        self, namespace_id: int, keys: KeyArray, *, verify: bool = True, device: int | None = None
-    ) -> Lease:
-        """Look up blocks and hold their segments until `release`.
+        self, namespace_id: int, keys: KeyArray, *, verify: bool = True, device: int | None = None,
+        phase: Phase = Phase.UNKNOWN,
+    ) -> Lease:  # fmt: skip
+        """Look up blocks and hold their segments until `release`; an access, for `phase`.
 
         With `verify`, copies that do not hold what their entry says are dropped; a block without
         a good copy is reported as a miss. With `device`, only copies there count, unverified.
@@ -91,7 +93,7 @@ class Reader:
         with self._state.lock:
             lease = Lease(index.lookup(keys, device))
             self._hold(lease)
-        self._touch(lease)
+        self._touch(lease, phase)
         if verify:
             found = lease.parts.copy()
             self._verify_held(lease, namespace_id, keys)
@@ -126,8 +128,9 @@ class Reader:
             lease.segments.clear()
 
     def read_into(
-        self, namespace_id: int, keys: KeyArray, addresses: AddressArray, lengths: AddressArray
-    ) -> Mask:
+        self, namespace_id: int, keys: KeyArray, addresses: AddressArray, lengths: AddressArray,
+        phase: Phase = Phase.UNKNOWN,
+    ) -> Mask:  # fmt: skip
         """Copy whole blocks to memory, verifying checksums in the same pass.
 
         Args:
@@ -135,6 +138,7 @@ class Reader:
             keys: (n, 32) uint8.
             addresses: Where block i goes; room for `lengths[i]` bytes.
             lengths: Bytes of room; a block that is longer is a miss.
+            phase: What for.
 
         Returns:
             Which blocks were copied. The memory of a failed one holds unspecified bytes.
@@ -146,7 +150,7 @@ class Reader:
             if not len(todo):
                 break
             part = keys if len(todo) == len(keys) else np.ascontiguousarray(keys[todo])
-            lease = self.lease(namespace_id, part, verify=False)
+            lease = self.lease(namespace_id, part, verify=False, phase=phase)
             try:
                 records = lease.records
                 there = records["length"] > 0
@@ -226,7 +230,7 @@ class Reader:
 
     def verify_again(self, namespace_id: int, keys: KeyArray) -> Mask:
         """Verify blocks that did not hold for a client, known or not; drop bad ones."""
-        lease = self.lease(namespace_id, keys, verify=False)
+        lease = self.lease(namespace_id, keys, verify=False, phase=Phase.BACKGROUND)
         try:
             lease.records["flags"] &= ~np.uint16(VERIFIED)
             return self.verified(lease.records)
@@ -234,18 +238,26 @@ class Reader:
             self.release(lease)
 
     def touch(self, events: EventArray, namespaces: set[int]) -> None:
-        """Note reads that a client reports; what names nothing of its namespaces is passed over."""
+        """Note accesses that a client reports, by their phases.
+
+        What names nothing of its namespaces is passed over; a phase that is none is UNKNOWN.
+        """
         now_ns = self._state.clock.monotonic_ns()
+        phases = np.where(events["phase"] < len(Phase), events["phase"], Phase.UNKNOWN)
         places = events["device"].astype(np.uint64) << np.uint64(32) | events["segment"]
         with self._state.lock:
             for place in np.unique(places):
                 segment = self._state.segment_at(int(place) >> 32, int(place) & 0xFFFFFFFF)
                 if segment is None or segment.namespace_id not in namespaces:
                     continue
-                entries = events["entry"][places == place]
-                entries = entries[entries < segment.entry_count]
-                segment.last_access_ns = now_ns
-                segment.accessed_ns[entries] = now_ns
+                here = (places == place) & (events["entry"] < segment.entry_count)
+                accesses = self._state.counters[segment.namespace_id].accesses
+                for phase in np.unique(phases[here]).tolist():
+                    entries = events["entry"][here & (phases == phase)]
+                    accesses[phase] += len(entries)
+                    if phase != Phase.BACKGROUND:
+                        segment.last_access_ns = now_ns
+                        segment.accessed_ns[entries] = now_ns
 
     def verified(self, records: RecordArray) -> Mask:
         """Verify the payloads that were not verified yet; drop bad ones. Misses are False.
@@ -291,8 +303,14 @@ class Reader:
             bad = bad[(others["length"] > 0) & ~good]
         records[bad] = np.zeros(1, RECORD)[0]
 
-    def _touch(self, lease: Lease) -> None:
-        """Note that the blocks were read."""
+    def _touch(self, lease: Lease, phase: Phase) -> None:
+        """Note that the blocks were accessed; for eviction, too, unless in the background."""
+        if not lease.parts:
+            return
+        count = sum(len(part.positions) for part in lease.parts)
+        self._state.counters[lease.parts[0].segment.namespace_id].accesses[phase] += count
+        if phase is Phase.BACKGROUND:
+            return
         now_ns = self._state.clock.monotonic_ns()
         for part in lease.parts:
             part.segment.last_access_ns = now_ns

@@ -69,7 +69,7 @@ class EngineState:
         self.holds = Holds(self.options.client_timeout_s, self.options.client_share)
         for device in self.devices:
             device.failures_max = self.options.device_failures_max
-            device.is_held = self.holds.is_held
+            device.is_held, device.note_freed = self.holds.is_held, self.holds.note_freed
         self.activity = Activity(self.lock, self.clock)
         self.counters = Counters(max(self._by_index, default=0) + 1)
 
@@ -220,7 +220,19 @@ class EngineState:
                 for segment in device.waiting():
                     device.discard(segment)
                     freed += segment.handle.slot not in device.segments
+        for device in self.devices:
+            device.clear_freed()
         return freed
+
+    def keep_bytes(self) -> None:
+        """Leave their bytes to whoever has segments open now, also when they are freed.
+
+        For the end of serving: views of clients stay valid, and are not asked for any more.
+        """
+        with self.lock:
+            for device in self.devices:
+                for segment in device.segments.values():
+                    segment.handle.keeps_bytes = True
 
     def mark_dead(self, records: RecordArray) -> None:
         """Count the entries that these records name as dead. REQUIRES: `lock`; not in the index."""

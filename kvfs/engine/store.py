@@ -31,6 +31,7 @@ from kvfs.engine.store_files import StoreFiles
 from kvfs.engine.writer import Writer
 from kvfs.errors import BusyError, DeviceError, NoSpaceError, UsageError
 from kvfs.keys import KEY_BYTES, KeyArray
+from kvfs.phase import Phase
 from kvfs.statistics import DeviceStatistics
 
 _CLOSE_TIMEOUT_S = 30.0
@@ -111,11 +112,8 @@ class Store(StoreFiles):
     def match_prefix(self, namespace_id: int, keys: KeyArray) -> int:
         """Return how many leading keys are resident."""
         tally = self.state.counters[namespace_id]
-        with self.state.activity.during(namespace_id, tally.times["match_prefix"]):
-            matched = self.state.index(namespace_id).match_prefix(keys)
-        tally.prefix_asked += len(keys)
-        tally.prefix_matched += matched
-        return matched
+        with self.state.activity.during(namespace_id, tally.prefix_times):
+            return self.state.index(namespace_id).match_prefix(keys, tally.prefix)
 
     def removals(self, namespace_id: int) -> int:
         """Return a number; while it stays the same, what was resident before still is."""
@@ -123,25 +121,27 @@ class Store(StoreFiles):
             return self.state.index(namespace_id).removals
 
     def read_into(
-        self, namespace_id: int, keys: KeyArray, addresses: Addresses, lengths: Addresses
-    ) -> Mask:
+        self, namespace_id: int, keys: KeyArray, addresses: Addresses, lengths: Addresses,
+        phase: Phase = Phase.UNKNOWN,
+    ) -> Mask:  # fmt: skip
         """Copy whole blocks to memory, verified; returns which were."""
         times = self.state.counters[namespace_id].times
         with self.state.activity.during(namespace_id, times["read_into"]):
-            return self.reader.read_into(namespace_id, keys, addresses, lengths)
+            return self.reader.read_into(namespace_id, keys, addresses, lengths, phase)
 
     def lease(
-        self, namespace_id: int, keys: KeyArray, *, verify: bool = True, device: int | None = None
-    ) -> Lease:
+        self, namespace_id: int, keys: KeyArray, *, verify: bool = True, device: int | None = None,
+        phase: Phase = Phase.UNKNOWN,
+    ) -> Lease:  # fmt: skip
         """Hold blocks for reading in place; give back with `release`. See Reader.lease."""
         times = self.state.counters[namespace_id].times
         with self.state.activity.during(namespace_id, times["lease"]):
-            return self.reader.lease(namespace_id, keys, verify=verify, device=device)
+            return self.reader.lease(namespace_id, keys, verify=verify, device=device, phase=phase)
 
-    def touch(self, namespace_id: int, keys: KeyArray) -> int:
+    def touch(self, namespace_id: int, keys: KeyArray, phase: Phase = Phase.UNKNOWN) -> int:
         """Note an access to blocks, as reading them would; return how many are resident."""
         with self.state.activity.during(namespace_id):
-            lease = self.reader.lease(namespace_id, keys, verify=False)
+            lease = self.reader.lease(namespace_id, keys, verify=False, phase=phase)
             self.reader.release(lease)
             return int(np.count_nonzero(lease.records["length"]))
 

@@ -153,7 +153,7 @@ class FileOperations(Opening):
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         """Read; a short answer is the end of the file."""
         is_for_cache, off = bool(off & FOR_CACHE), off & ~FOR_CACHE
-        handle = await self._own(fh)
+        handle = self._own(fh)
         if is_for_cache and isinstance(handle, ReadHandle | WritingHandle) and handle.is_direct:
             self._require_own_cache(handle)
         data: bytes | bytearray | memoryview

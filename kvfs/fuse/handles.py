@@ -151,7 +151,10 @@ class DirectoryHandle:
 
 @dataclass(slots=True, eq=False)
 class FormerHandle:
-    """A file that was opened by an owner which died; the kernel has it open still."""
+    """A file that a former owner opened and this one cannot: it was written, or is gone.
+
+    The kernel has it open still.
+    """
 
     inode: int
     is_writing: bool

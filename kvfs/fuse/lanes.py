@@ -217,6 +217,8 @@ class Lanes(LanePlans):
                 self.has_passthrough = False
                 _log.info("passthrough is off from now on: %s", error)
             return False
+        if view is None:  # the kernel may read it on when mount and lease have ended
+            plan.lease.parts[0].segment.handle.keeps_bytes = True
         installed = _Installed(
             Lane.PASSTHROUGH, len(plan.reader.keys), 0, lease=plan.lease, view=view
         )

@@ -13,6 +13,7 @@ Layer: L5.
 import contextlib
 import errno
 import functools
+import logging
 import os
 from collections import deque
 from collections.abc import Callable
@@ -24,10 +25,11 @@ import trio
 from pyfuse3 import FileHandleT, FileInfo, FUSEError
 
 from kvfs.engine.catalog_schema import Node
-from kvfs.errors import LeaseExpiredError, UnavailableError
+from kvfs.errors import KvfsError, LeaseExpiredError, UnavailableError
 from kvfs.files import WriteHandle
 from kvfs.fuse.attributes import Timeouts, entry_of
 from kvfs.fuse.core import Core
+from kvfs.fuse.core_messages import OpenFile
 from kvfs.fuse.handles import (
     RAW,
     FormerHandle,
@@ -61,6 +63,7 @@ _BY_HANDLE: Final = frozenset(
     ("read", "write", "flush", "release", "fsync", "readdir", "releasedir", "fsyncdir", "fallocate")
 )
 _T = TypeVar("_T")
+_log = logging.getLogger("kvfs.fuse")
 
 
 class Opening(pyfuse3.Operations):
@@ -127,11 +130,33 @@ class Opening(pyfuse3.Operations):
         return found
 
     def restore(self, core: Core) -> None:
-        """Take over the files that the kernel has open since a former owner."""
+        """Take over the files that the kernel has open since a former owner, and pin what is read.
+
+        Before a request is answered, and clients are let in: nothing was evicted meanwhile.
+        """
         for file in core.client.open_files():
             is_writing = file.flags & os.O_ACCMODE != os.O_RDONLY
-            former = FormerHandle(file.inode, is_writing, file.is_passthrough)
-            self._handles.put(file.fh, former)
+            handle: Handle | None = None if is_writing else self._opened_again(file)
+            if handle is None:
+                handle = FormerHandle(file.inode, is_writing, file.is_passthrough)
+            elif not file.is_passthrough:
+                _close_former(core, file.fh)
+            self._handles.put(file.fh, handle)
+
+    def _opened_again(self, file: OpenFile) -> ReadHandle | None:
+        """Open what a former owner had open for a reader; None if that is not there any more."""
+        try:
+            node = self._files.current(self._pool.catalog.node(node_of(file.inode)))
+            reader = self._files.open_read(node)
+        except KvfsError as error:
+            _log.info("open file is lost to its reader: inode %d: %s", file.inode, error)
+            return None
+        if not is_version(file.fh, reader.version):
+            self._files.close_read(reader)
+            return None
+        handle = ReadHandle(file.inode, node, reader, identity_of(reader, node))
+        handle.is_passthrough = file.is_passthrough
+        return handle
 
     # --- internals
 
@@ -409,8 +434,8 @@ class Opening(pyfuse3.Operations):
         if self.lanes is None:
             return
         for number, other in self._handles.items():
-            if isinstance(other, FormerHandle) and other.inode == inode:
-                await self._runner.run(self._close_former, number)
+            if isinstance(other, FormerHandle) and other.inode == inode and self._core is not None:
+                await self._runner.run(_close_former, self._core, number)
             if isinstance(other, ReadHandle) and other.inode == inode and not other.is_passthrough:
                 await self._runner.run(self.lanes.close, number)
 
@@ -423,39 +448,21 @@ class Opening(pyfuse3.Operations):
 
     # --- handles of a former owner
 
-    async def _own(self, number: int) -> Handle:
-        """Return a handle; one that reads and was opened by a former owner is opened again.
+    def _own(self, number: int) -> Handle:
+        """Return a handle that was opened here, or opened again (`restore`).
 
         Raises:
-            UnavailableError: It wrote, or its content is gone.
+            UnavailableError: It wrote.
+            LeaseExpiredError: Its content is gone.
         """
-        former = self._handles[number]
-        if not isinstance(former, FormerHandle):
-            return former
-        if former.is_writing:
-            raise UnavailableError("file was being written when its owner died; write it again")
-        node = await self._node(node_of(former.inode))
-        reader = await self._runner.run(
-            self._files.open_read, node, nbytes=node.size_bytes, undo=self._files.close_read
-        )
-        if self._handles[number] is not former or not is_version(number, reader.version):
-            await self._runner.run(self._files.close_read, reader)
-            if self._handles[number] is former:
-                raise LeaseExpiredError(f"content was replaced: {node.name!r}; open it again")
-            return await self._own(number)
-        identity = identity_of(reader, node)
-        handle = ReadHandle(former.inode, node, reader, identity)
-        handle.is_passthrough = former.is_passthrough
-        self._handles.put(number, handle)
-        if not handle.is_passthrough:
-            await self._runner.run(self._close_former, number)
+        handle = self._handles[number]
+        if isinstance(handle, FormerHandle):
+            if handle.is_writing:
+                raise UnavailableError("file was being written when its owner died; write it again")
+            raise LeaseExpiredError(
+                f"content was removed or replaced: inode {handle.inode}; open it again"
+            )
         return handle
-
-    def _close_former(self, number: int) -> None:
-        """Take from a handle the table that a former owner has installed."""
-        if self._core is not None:
-            with contextlib.suppress(OSError, UnavailableError):  # it is as true as ever
-                self._core.client.close_lane(number)
 
     # --- virtual files
 
@@ -476,6 +483,12 @@ class Opening(pyfuse3.Operations):
             return bytes(self._files.read(reader, 0, reader.size_bytes))
         finally:
             self._files.close_read(reader)
+
+
+def _close_former(core: Core, number: int) -> None:
+    """Take from a handle the table that a former owner has installed."""
+    with contextlib.suppress(OSError, UnavailableError):  # it is as true as ever
+        core.client.close_lane(number)
 
 
 def _release(lanes: Lanes) -> Callable[[Plan | None], None]:

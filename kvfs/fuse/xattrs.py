@@ -18,6 +18,7 @@ attribute of that name, which is not listed, goes on from that position of the f
 
 import errno
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -29,10 +30,12 @@ import pyfuse3
 from kvfs.engine.catalog_schema import DEADLINE_ATTRIBUTE, RAW_ATTRIBUTE, Node, Origin
 from kvfs.engine.index import RecordArray
 from kvfs.engine.segment_table import group_by_segment
+from kvfs.errors import UsageError
 from kvfs.pool import Pool
 from kvfs.tree import Tree
 from kvfs.units import PAGE
 
+_log = logging.getLogger("kvfs.fuse")
 USER: Final = b"user."
 PREFIX: Final = b"user.kvfs."
 RETENTION: Final = b"user.kvfs.retention"
@@ -95,11 +98,21 @@ class Xattrs:
     def set(self, node: Node, name: bytes, value: bytes) -> None:
         """Set an attribute that is kept, or a namespace's retention.
 
+        Why a value of kvfs's own is refused is logged: the caller sees no more than EINVAL.
+
         Raises:
             FUSEError: ENOTSUP: any other attribute.
             UsageError: Not "cache" or "durable".
             KvfsError: As `Tree.set_attribute`.
         """
+        try:
+            self._set(node, name, value)
+        except UsageError as error:
+            if name.startswith(PREFIX):
+                _log.warning("%s of %r was not set: %s", os.fsdecode(name), node.name, error)
+            raise
+
+    def _set(self, node: Node, name: bytes, value: bytes) -> None:
         if self._is_kept(name):
             self._tree.set_attribute(node, name, value)
             return

@@ -107,7 +107,7 @@ static struct write_lane *acquire_writer(struct core *core, uint64_t fh)
 {
     struct lane *lane = files_acquire(&core->files, fh);
     if (lane != NULL && lane->kind != LANE_WRITE) {
-        lane_release(lane);
+        files_leave(&core->files, fh, lane);
         lane = NULL;
     }
     return lane == NULL ? NULL : write_lane_of(lane);
@@ -123,7 +123,7 @@ int64_t write_credit(struct core *core, struct message *message, struct answer *
     if (lane == NULL)
         return -ENOENT;
     atomic_store(&lane->credit, credit);
-    lane_release(&lane->lane);
+    files_leave(&core->files, message->argument, &lane->lane);
     return 0;
 }
 
@@ -161,7 +161,7 @@ int64_t digests(struct core *core, struct message *message, struct answer *answe
     if (lane == NULL)
         return -ENOENT;
     put_digests(lane, load32(message->payload), answer);
-    lane_release(&lane->lane);
+    files_leave(&core->files, message->argument, &lane->lane);
     return 0;
 }
 

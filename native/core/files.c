@@ -114,6 +114,17 @@ struct lane *files_acquire(struct files *files, uint64_t fh)
     return lane;
 }
 
+/* Take the lane of a file away. REQUIRES: the lock, for writing. */
+static struct lane *take_lane(struct files *files, struct file *file)
+{
+    struct lane *lane = file->lane;
+    file->lane = NULL;
+    if (file->is_left)
+        atomic_fetch_sub(&files->left_count, 1);
+    file->is_left = false;
+    return lane;
+}
+
 /* Wait until a closed lane has no users. */
 static bool wait_unused(const struct lane *lane, int64_t wait_ms)
 {
@@ -142,10 +153,9 @@ int files_close(struct files *files, uint64_t fh, int64_t wait_ms, struct lane *
     struct file **link = find_link(files, fh);
     if (*link != NULL && (*link)->lane == closed) {
         backing = (*link)->backing;
-        (*link)->lane = NULL;
+        *lane = take_lane(files, *link);
         (*link)->backing = NULL;
         drop_if_unused(files, link);
-        *lane = closed;
     }
     pthread_rwlock_unlock(&files->lock);
     if (backing != NULL)
@@ -222,26 +232,29 @@ static struct lane *take_released(struct files *files, struct file *file,
     *backing = file->backing;
     file->backing = NULL;
     struct lane *lane = file->lane;
-    if (lane == NULL || atomic_load(&lane->users) > 0)
+    if (lane == NULL)
         return NULL;
     bool is_wanted = lane->kind == LANE_WRITE &&
                      lane->generation == atomic_load(&files->generation);
     /* A table that is being filled, or a close that waits, is the control thread's. */
     if (is_wanted || !lane->is_served || lane->is_closed)
         return NULL;
-    file->lane = NULL;
-    return lane;
+    if (!file->is_left)
+        atomic_fetch_add(&files->left_count, 1);
+    file->is_left = true;
+    /* A user that is still there sees the count after it has left; else it has left before. */
+    return atomic_load(&lane->users) > 0 ? NULL : take_lane(files, file);
 }
 
-void files_released(struct files *files, uint64_t fh)
+static void release(struct files *files, uint64_t fh, uint32_t opens)
 {
     struct lane *lane = NULL;
     struct backing *backing = NULL;
     pthread_rwlock_wrlock(&files->lock);
     struct file **link = find_link(files, fh);
     if (*link != NULL) {
-        if ((*link)->open_count > 0)
-            (*link)->open_count--;
+        if ((*link)->open_count >= opens)
+            (*link)->open_count -= opens;
         lane = take_released(files, *link, &backing);
         drop_if_unused(files, link);
     }
@@ -252,13 +265,26 @@ void files_released(struct files *files, uint64_t fh)
         backings_release(files->backings, backing);
 }
 
+void files_released(struct files *files, uint64_t fh)
+{
+    release(files, fh, 1);
+}
+
+void files_leave(struct files *files, uint64_t fh, struct lane *lane)
+{
+    atomic_fetch_sub(&lane->users, 1);
+    /* From here on the lane may be gone. */
+    if (atomic_load(&files->left_count) > 0)
+        release(files, fh, 0);
+}
+
 /* What an owner installed for an open that it never answered. REQUIRES: the lock, for writing. */
 static void drop_unopened(struct files *files, struct file **link)
 {
     struct file *file = *link;
     if (file->lane != NULL && atomic_load(&file->lane->users) == 0) {
-        file->lane->destroy(file->lane);
-        file->lane = NULL;
+        struct lane *lane = take_lane(files, file);
+        lane->destroy(lane);
     }
     if (file->backing != NULL)
         backings_release(files->backings, file->backing);

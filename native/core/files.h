@@ -22,6 +22,7 @@ struct file {
     bool is_directory;
     struct lane *lane;
     struct backing *backing;
+    bool is_left; /* released while its lane was in use: whoever leaves it last drops it */
 };
 
 struct files {
@@ -29,6 +30,7 @@ struct files {
     struct file *buckets[FILE_BUCKETS];
     unsigned count;
     atomic_uint generation; /* counts owners */
+    atomic_uint left_count; /* files that are left */
     struct backings *backings;
 };
 
@@ -51,8 +53,12 @@ struct lane *files_building(struct files *files, uint64_t fh);
 /* From now on files_acquire finds it. */
 void files_serve(struct files *files, uint64_t fh);
 
-/* Count the caller as a user of the handle's lane, or NULL: give it back by lane_release. */
+/* Count the caller as a user of the handle's lane, or NULL: give it back by files_leave. */
 struct lane *files_acquire(struct files *files, uint64_t fh);
+
+/* Stop using it. The kernel may have released the handle meanwhile: it hears of an answer before
+ * the reader that gave it is done. Then the last user does what files_released could not. */
+void files_leave(struct files *files, uint64_t fh, struct lane *lane);
 
 /* Close the lane of a handle and wait for its users. 0 with *lane (NULL: it had none), to be
  * destroyed by the caller, or -EBUSY: try again. Gives the backing back. */

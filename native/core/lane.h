@@ -1,7 +1,7 @@
 /* A lane: how the core itself serves a file handle.
  *
- * Whoever uses a lane counts itself in `users`; a closed lane takes no further users, so that
- * closing waits for those that are there. */
+ * Whoever uses a lane counts itself in `users` (files_acquire, files_leave); a closed lane takes no
+ * further users, so that closing waits for those that are there. */
 #ifndef CORE_LANE_H
 #define CORE_LANE_H
 
@@ -21,10 +21,5 @@ struct lane {
     atomic_bool is_broken; /* written by an owner that died: EIO until it is released */
     void (*destroy)(struct lane *lane);
 };
-
-static inline void lane_release(struct lane *lane)
-{
-    atomic_fetch_sub_explicit(&lane->users, 1, memory_order_release);
-}
 
 #endif

@@ -82,7 +82,7 @@ static void note_change(struct core *core, const struct pending_request *request
             return;
         if (lane->kind == LANE_WRITE)
             write_lane_break_hash(write_lane_of(lane));
-        lane_release(lane);
+        files_leave(&core->files, request->fh, lane);
     } else if (request->opcode == FUSE_SETATTR && is_done && request->argument != UINT64_MAX) {
         files_for_writers(&core->files, request->nodeid, set_size, request->argument);
     }

@@ -134,7 +134,7 @@ static bool serve_broken(struct core *core, const struct reader *reader,
     if (lane == NULL)
         return false;
     bool is_broken = atomic_load(&lane->is_broken);
-    lane_release(lane);
+    files_leave(&core->files, fh, lane);
     if (is_broken)
         (void)device_reply_error(reader->device, request->header.unique, EIO);
     return is_broken;

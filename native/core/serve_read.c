@@ -292,6 +292,6 @@ bool serve_read(struct core *core, struct reader *reader, const struct request *
     } else {
         is_answered = serve_staging(core, reader, write_lane_of(lane), header, &in);
     }
-    lane_release(lane);
+    files_leave(&core->files, in.fh, lane);
     return is_answered;
 }

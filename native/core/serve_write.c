@@ -55,7 +55,7 @@ bool serve_write(struct core *core, struct reader *reader, const struct request 
         else
             write_lane_note(lane, in.offset, data, in.size);
     }
-    lane_release(base);
+    files_leave(&core->files, in.fh, base);
     return is_answered;
 }
 
@@ -93,7 +93,7 @@ static int check_fallocate(struct core *core, const struct fuse_fallocate_in *in
     struct lane *lane = files_acquire(&core->files, in->fh);
     bool is_broken = lane != NULL && atomic_load(&lane->is_broken);
     if (lane != NULL)
-        lane_release(lane);
+        files_leave(&core->files, in->fh, lane);
     return is_broken ? EIO : 0;
 }
 

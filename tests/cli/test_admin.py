@@ -70,6 +70,18 @@ def test_create_tells_what_does_not_fit(root, capsys):
     assert "free; it will be full before" in done.err
 
 
+def test_create_refuses_memory_that_is_not_there(root, capsys):
+    for dry in ((), ("--dry-run",)):
+        done = Admin(capsys, root / "new")("pool", "create", "dram:?size=900TiB", *dry)
+        assert (done.code, done.out) == (12, "")
+        assert "not enough memory: dram0: 900.0 TiB asked for" in done.err
+        two = ("dram:?size=64MiB&segment=16MiB", "dram:?size=900TiB&name=large")
+        done = Admin(capsys, root / "new")("pool", "create", *two, *dry)
+        assert done.code == 12
+        assert "not enough memory: large: 900.0 TiB" in done.err
+    assert not (root / "new").exists()
+
+
 def test_create_needs_a_place(root, capsys):
     assert command.main(["pool", "create", url(root)]) == 2
     assert "no pool given" in capsys.readouterr().err
@@ -104,6 +116,13 @@ def test_status_of_a_sick_pool(admin, owned):
     assert done.code == 3
     assert done.out == "kv0: online: device dir0 failed 2 writes or persists\n"
     assert "action" in admin("pool", "status").out
+
+
+def test_devices_are_listed_with_their_places(admin, root):
+    head, line = admin("device", "list").out.splitlines()[:2]
+    assert head.split()[-1] == "where"
+    assert line.split()[-1] == str(root / "dev")
+    assert "where" not in admin("pool", "status").out
 
 
 def test_status_exact_and_without_header(admin):

@@ -369,9 +369,31 @@ def test_socket_of_the_service_manager_outlives_its_owner(pool_path):
                     if count == 1:
                         fill(pool, 1)
                 service.line_with("serving")
+                refused = run("serve", "--takeover", pool_path)
+                assert refused.returncode == 16
+                assert "systemctl restart" in refused.stderr
                 service.end()
                 assert service.process.returncode == 0
             assert (pool_path / "clients.sock").exists()
+
+
+def test_an_owner_that_is_restarted_is_waited_for(pool_path, request):
+    """By an engine, which would become an owner that serves nobody."""
+    with Serving(pool_path) as service:
+        service.line_with("serving")
+        service.end(signal.SIGKILL)
+    later = threading.Timer(0.5, lambda: run("serve", pool_path))
+    later.start()
+    with kvfs.open_pool(pool_path, restart_s=DEADLINE_S) as pool:
+        assert isinstance(pool, kvfs.RemotePool)
+    later.join()
+    (entry,) = owners()
+    request.addfinalizer(lambda: end_if_there(entry.pid))
+    os.kill(entry.pid, signal.SIGKILL)
+    wait_for(entry.pid)
+    with kvfs.open_pool(pool_path, restart_s=0.1) as pool:  # nobody comes
+        assert isinstance(pool, kvfs.Pool)
+        assert not (pool_path / "clients.sock").exists()
 
 
 @pytest.mark.parametrize("text", ["x", ":9105", "70000", "1.2.3.4:", "-1", "127.0.0.1:x"])

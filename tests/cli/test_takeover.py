@@ -24,6 +24,7 @@ from kvfs.config import PoolOptions
 from kvfs.control_client import owners
 from kvfs.devices.keeper import MEMORY_VERSION
 from kvfs.errors import BusyError, FormatVersionError, RefusedError, UnavailableError
+from kvfs.lifecycle import open_pool
 from tests.cli.helpers import Admin
 from tests.cli.test_mount import DEADLINE_S, run, wait_for
 from tests.cli.test_serve import Serving, end_if_there, scrape
@@ -46,7 +47,7 @@ if stage == "answer":
     takeover._receive_all = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 estate = takeover.ask(path, question, 60)
 if stage == "open":
-    pool = open_pool(path, keeper=estate.keeper, lock_fd=estate.take_lock())
+    pool = open_pool(path, keeper=estate.keeper, lock_fd=estate.share_lock())
     space = pool.namespace("warm")
     keys, _ = space.keys(range(1000, 1080))
     import numpy as np
@@ -309,3 +310,69 @@ def test_what_was_lost_does_not_keep_the_rest_from_passing_on(path, expected_war
     with owned(service, heir) as pool:
         assert pool.namespace("warm").match_prefix(keys) == COUNT
     heir.close()
+
+
+class TestCannotBeOpenedAgain:
+    """The heir has failed, and left a pool that the old owner cannot open."""
+
+    @pytest.fixture
+    def stranded(self, path, serving, warm) -> Serving:
+        estate = takeover.ask(path, QUESTION, DEADLINE_S)
+        (path.parent / "dev").rename(path.parent / "gone")
+        estate.close()
+        serving.line_with("cannot be opened again")
+        return serving
+
+    def test_opens_it_once_it_can(self, path, stranded, warm, capsys):
+        admin = Admin(capsys, path)
+        wait_until(lambda: "keeps memory" in admin("pool", "status").err, "its door", DEADLINE_S)
+        with pytest.raises(BusyError, match=f"held by pid {stranded.process.pid}"):
+            kvfs.open_pool(path)
+        (path.parent / "gone").rename(path.parent / "dev")
+        stranded.line_with("open again")
+        warm.check()
+        status = Admin(capsys, path)("pool", "status", "--json").json
+        assert (status["owner_pid"], status["problems"]) == (stranded.process.pid, [])
+        with Serving(path, "--takeover") as heir:
+            heir.line_with("serving")
+            assert stranded.process.wait(DEADLINE_S) == 0
+            warm.check()
+
+    def test_gives_all_to_the_next_heir(self, path, stranded, warm):
+        failed = run("serve", "-f", "--takeover", path)  # which cannot open it either
+        assert failed.returncode == 10, failed.stderr
+        stranded.line_with("cannot be opened again")
+        heir = asked(path)
+        assert len(heir.keeper.names()) > COUNT * 65536 >> 24
+        (path.parent / "gone").rename(path.parent / "dev")
+        with open_pool(path, keeper=heir.keeper, lock_fd=heir.share_lock()) as pool:
+            heir.confirm()
+            assert stranded.process.wait(DEADLINE_S) == 0
+            found = np.zeros_like(warm.data)
+            assert pool.namespace("warm").read_into(warm.keys, found).all()
+            assert (found == warm.data).all()
+        heir.close()
+
+    def test_is_told_to_end(self, path, stranded, warm):
+        said = stranded.end()
+        assert stranded.process.returncode == 10, said
+        (path.parent / "gone").rename(path.parent / "dev")
+        with kvfs.open_pool(path) as pool:
+            assert not pool.namespace("warm").match_prefix(warm.keys)
+
+
+def asked(path: Path) -> Estate:
+    """Take over from an owner that is between two attempts, and has no door for a moment."""
+    found: list[Estate] = []
+
+    def is_given() -> bool:
+        with contextlib.suppress(BusyError, UnavailableError):
+            estate = takeover.ask(path, QUESTION, DEADLINE_S)
+            if estate.keeper.names():
+                found.append(estate)
+            else:
+                estate.close()
+        return bool(found)
+
+    wait_until(is_given, "the estate", DEADLINE_S)
+    return found[0]

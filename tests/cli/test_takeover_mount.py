@@ -15,9 +15,9 @@ import pytest
 import kvfs
 from kvfs.admin import messages as msg
 from kvfs.cli import takeover
-from kvfs.control_client import owners
+from kvfs.control_client import ControlClient, owners
 from kvfs.devices.keeper import MEMORY_VERSION
-from kvfs.errors import FormatVersionError
+from kvfs.errors import FormatVersionError, UnavailableError
 from kvfs.fuse import core_messages, mountpoint
 from tests.cli.manager import Manager
 from tests.cli.test_mount import DEADLINE_S, point, run, wait_for  # noqa: F401
@@ -68,6 +68,9 @@ def check():
     assert os.pread(fds["small"], len(small), 0) == small
     step = 1 << 20
     assert b"".join(os.pread(fds["large"], step, at) for at in range(0, len(large), step)) == large
+def forget():
+    for fd in fds.values():
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 def write():
     global fd
     fd = os.open(f"{point}/half", os.O_CREAT | os.O_RDWR)
@@ -180,6 +183,23 @@ def test_open_files_pass_on(mounted, reader, point, request):  # noqa: F811
         assert pool.recovery.problems == []
 
 
+def test_what_is_open_is_not_evicted(mounted, reader, point, request):  # noqa: F811
+    """Neither before its first read under the new owner, nor when many others are put."""
+    pid = owner_of(mounted, request)
+    take_over(mounted, point)
+    wait_for(pid)
+    with kvfs.open_pool(mounted) as client:
+        space = client.namespace("warm", LAYOUT)
+        data = np.zeros((COUNT, 65536), np.uint8)
+        for number in range(1, 200):  # more than the pool can hold
+            data[:, :8] = np.frombuffer(number.to_bytes(8, "little"), np.uint8)
+            keys, _ = space.keys(np.arange(4 * COUNT) + number * 1000)
+            space.put(keys, data, durability="none")
+        assert client.statistics().counters["segments_evicted"] > 0
+    assert reader("forget") == "done"
+    assert reader("check") == "done"
+
+
 def test_a_crash_after_an_upgrade(mounted, reader, point, request):  # noqa: F811
     """The core starts the next owner by the command of the last."""
     take_over(mounted, point)
@@ -253,6 +273,33 @@ def test_an_heir_that_dies(mounted, reader, point, stage, request):  # noqa: F81
     assert reader("check") == "done"  # by the core, whoever its owner is
     assert (point / "small").read_bytes() == SMALL  # waits for the owner, which comes back
     (point / "new").write_bytes(SMALL)
+    assert owner_of(mounted, request) == pid
+    take_over(mounted, point)
+    wait_for(pid)
+    assert reader("check") == "done"
+
+
+def test_an_owner_that_cannot_open_it_again(mounted, reader, point, request):  # noqa: F811
+    pid = owner_of(mounted, request)
+    question = msg.TakeOver(MEMORY_VERSION, core_messages.VERSION, str(point))
+    estate = takeover.ask(mounted, question, DEADLINE_S)
+    catalog, aside = mounted / "catalog.sqlite", mounted / "aside"
+    catalog.rename(aside)
+    estate.close()
+
+    def is_told() -> bool:
+        client = ControlClient.connect(mounted)
+        if client is None:
+            return False
+        with client, pytest.raises(UnavailableError) as caught:
+            client.ask(msg.Hello())
+        return "keeps memory and mount" in str(caught.value)
+
+    wait_until(is_told, "its door", DEADLINE_S)
+    aside.rename(catalog)
+    assert (point / "small").read_bytes() == SMALL  # waits for the owner
+    assert reader("forget") == "done"
+    assert reader("check") == "done"
     assert owner_of(mounted, request) == pid
     take_over(mounted, point)
     wait_for(pid)

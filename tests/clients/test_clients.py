@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import kvfs
+from kvfs.phase import Phase
 from tests.clients.support import BLOCK, LAYOUT, child, client, payloads, served, tokens
 
 DRAM = "dram:?size=128MiB&segment=16MiB"
@@ -303,6 +304,45 @@ def test_reads_of_clients_count_as_accesses(tmp_path) -> None:
             pass  # the server's tick
         assert (segment.accessed_ns[: segment.entry_count] > before).sum() == 1
         assert server.statistics()[0].uid == os.getuid()
+
+
+def test_phases_of_clients_reach_the_owner(tmp_path) -> None:
+    with served(tmp_path, DRAM) as (pool, _):
+        with client(tmp_path) as remote:
+            space = remote.namespace("n", LAYOUT)
+            keys, _ = space.keys(tokens(8, 1))
+            space.put(keys, payloads(8, 1))
+            record = space.lookup(keys)[0]
+            segment = pool.store.state.segment_of(
+                0, int(record["segment"]), int(record["generation"])
+            )
+            accessed = segment.accessed_ns.copy()
+            with space.view(keys[:1], phase="background"):
+                pass
+            space.read_into(keys, np.zeros((8, BLOCK), np.uint8), phase="background")
+            ids = space.info.namespace_id
+            counts = pool.store.state.counters[ids].accesses
+            while counts[Phase.BACKGROUND] < 9:
+                pass  # the server's tick
+            assert (segment.accessed_ns == accessed).all()
+            assert space.read_into(keys, np.zeros((8, BLOCK), np.uint8), phase="prefill").all()
+            space.touch(keys[:3], phase="decode")
+            space.touch(keys[:2])
+        while pool.client_figures()[0]:
+            pass  # what a client read last counts after its end
+        assert counts == [2, 8, 3, 9]
+
+
+def test_a_phase_that_is_none_is_unknown(tmp_path) -> None:
+    with served(tmp_path, DRAM) as (pool, _), client(tmp_path) as remote:
+        space = remote.namespace("n", LAYOUT)
+        keys, _ = space.keys(tokens(2, 1))
+        space.put(keys, payloads(2, 1))
+        remote.link().ring.push(space.lookup(keys), 77)
+        counts = pool.store.state.counters[space.info.namespace_id].accesses
+        while not any(counts):
+            pass  # the server's tick
+        assert counts == [2, 0, 0, 0]
 
 
 def test_second_process_gets_a_client(tmp_path) -> None:

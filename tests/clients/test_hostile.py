@@ -524,3 +524,45 @@ def test_other_users_may_what_the_mode_says(place, mode, expected) -> None:
         expected[2] = "3"
     with child(OTHER_USER, str(pool.path), oct(mode), str(ROOT)) as process:
         assert process.communicate()[0].split("\n")[:-1] == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(OSError(5, "Input/output error"), kvfs.DeviceError), (TimeoutError("slow"), kvfs.DeviceError),
+     (ConnectionResetError(), kvfs.DeviceError), (MemoryError(), kvfs.KvfsError),
+     (ZeroDivisionError("bug"), kvfs.KvfsError)],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)  # fmt: skip
+def test_whatever_fails_in_the_owner_is_answered(
+    place, monkeypatch, caplog, error, kind, expected_warnings
+) -> None:
+    expected_warnings.append("request of a client failed")
+    pool, _ = place
+    main, joined = begin(pool)
+
+    def fail(*_arguments, **_options) -> None:
+        raise error
+
+    monkeypatch.setattr(pool, "flush", fail)
+    for count in (1, 2):
+        with pytest.raises(kind, match=f"owner failed: {type(error).__name__}.*see its log"):
+            ask(joined, msg.Flush())
+        assert pool.client_figures()[3] == count
+    assert "Flush" in caplog.text
+    monkeypatch.undo()
+    for connection in (joined, main):  # both go on
+        ask(connection, msg.Flush())
+    joined.close()
+    main.close()
+
+
+def test_an_answer_that_is_too_long_is_one_failure(place, monkeypatch) -> None:
+    pool, _ = place
+    main, joined = begin(pool)
+    monkeypatch.setattr(msg, "REPLY_BYTES_MAX", 600)
+    with pytest.raises(kvfs.UsageError, match="ask for less at once"):
+        ask(joined, msg.Status())
+    monkeypatch.undo()
+    ask(joined, msg.Status())
+    joined.close()
+    main.close()

@@ -11,6 +11,7 @@ import kvfs
 from kvfs.clients.server import ClientServer
 from kvfs.lifecycle import open_pool
 from tests.clients.support import BLOCK, LAYOUT, child, client, payloads, served, tokens
+from tests.fuse.mounting import wait_until
 
 DRAM = "dram:?size=128MiB&segment=16MiB"
 OWNER = """
@@ -116,7 +117,8 @@ def start_holder(pool, keys):
 
 
 def waiting(pool) -> int:
-    return sum(len(device.waiting()) for device in pool.store.state.devices)
+    with pool.store.state.lock:
+        return sum(len(device.waiting()) for device in pool.store.state.devices)
 
 
 def test_a_dead_client_holds_nothing(tmp_path) -> None:
@@ -206,3 +208,64 @@ def test_restart_leaves_no_segment_behind(tmp_path) -> None:
         assert waiting(pool) == 0
     kill(holder)
     assert os.path.exists(tmp_path / "pool")
+
+
+HEIR = """
+import os, signal, sys, numpy as np, kvfs
+from kvfs.clients import link
+pool = kvfs.open_pool(sys.argv[1])
+space = pool.namespace("n")
+keys = np.frombuffer(bytes.fromhex(sys.argv[2]), np.uint8).reshape(-1, 32)
+view = space.view(keys)
+read_end, write_end = os.pipe()
+if os.fork() == 0:
+    os.close(write_end)
+    os.write(1, b"holds\\n")
+    sys.stdin.readline()  # has inherited every socket, and keeps them open
+    os._exit(0)
+os.close(read_end)
+signal.pause()
+"""
+
+
+def test_a_dead_client_holds_nothing_though_its_child_has_the_sockets(tmp_path) -> None:
+    with served(tmp_path, DRAM) as (pool, server):
+        space = pool.namespace("n", LAYOUT)
+        keys, _ = space.keys(tokens(20, 1))
+        space.put(keys, payloads(20, 1))
+        with pool.store.state.lock:
+            device = pool.store.state.devices[0]
+            device.full.append(device.logs.pop(space.info.namespace_id))
+        pool.flush()
+        holder = child(HEIR, str(pool.path), keys.tobytes().hex())
+        assert holder.stdout.readline() == "holds\n"
+        pool.store.drop(space.info.namespace_id, keys)
+        assert waiting(pool) == 1
+        holder.kill()
+        wait_until(lambda: not waiting(pool), "leases of a dead client")
+        wait_until(lambda: not server._connections, "its connections")
+        assert not server.statistics()
+        assert not server._processes
+        holder.stdin.close()  # and the child ends
+        holder.wait()
+        holder.stdout.close()
+
+
+@pytest.mark.parametrize("kernel", ["before 6.5", "of a container"])
+def test_a_client_without_a_pidfd_of_its_socket(tmp_path, monkeypatch, kernel) -> None:
+    """By its number instead; and where that is not known, its socket must do."""
+    monkeypatch.setattr("kvfs.clients.peer._SO_PEERPIDFD", 1 << 20)
+    if kernel == "of a container":
+        monkeypatch.setattr(os, "pidfd_open", _refuse)
+    with served(tmp_path, DRAM) as (pool, server):
+        space = pool.namespace("n", LAYOUT)
+        keys, _ = space.keys(tokens(20, 1))
+        space.put(keys, payloads(20, 1))
+        holder = start_holder(pool, keys)
+        assert len(server._processes) == (kernel == "before 6.5")
+        kill(holder)
+        wait_until(lambda: not server.statistics(), "the end of the session")
+
+
+def _refuse(_pid: int) -> int:
+    raise OSError(22, "Invalid argument")

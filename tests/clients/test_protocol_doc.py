@@ -6,8 +6,9 @@ from pathlib import Path
 
 import msgspec
 
-from kvfs.clients import channel, server, session
+from kvfs.clients import channel, regions, server, session
 from kvfs.clients import messages as msg
+from kvfs.config import PoolOptions
 from kvfs.engine.holds import LEASE_SLOTS
 
 TEXT = (Path(__file__).parents[2] / "docs/PROTOCOL.md").read_text()
@@ -29,6 +30,7 @@ def test_every_request_has_an_answer_and_is_answered() -> None:
 
 
 def test_bounds() -> None:
+    mine = PoolOptions().client_shared_bytes
     for text in (
         f"Version: {msg.VERSION}.",
         f"| {msg.REQUEST_BYTES_MAX >> 20} MiB each |",
@@ -40,5 +42,7 @@ def test_bounds() -> None:
         f"| {server.SESSIONS_MAX}, {server.CONNECTIONS_MAX:,} |",
         f"| {server.USER_SESSIONS_MAX}, {server.USER_CONNECTIONS_MAX} |",
         f"| {server.TIMEOUT_S:.0f} s |",
+        f"| {regions.USER_FILES_MAX:,}, `PoolOptions.client_shared_bytes` ({mine >> 40} TiB) |",
+        f"| {regions.SHARED_BYTES_MAX >> 40} TiB |",
     ):
         assert text in TEXT, text

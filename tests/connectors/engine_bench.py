@@ -105,8 +105,18 @@ class Bench:
             given = [tier.lookup(key, request) for key in keys]
             if answers.RETRY not in given:
                 return [answer is answers.HIT for answer in given]
-            tier.on_schedule_end(None)
+            self.step(tier)
             time.sleep(0.001)
+
+    def step(self, tier: Any, *new: Any) -> None:
+        """End a step, in which these requests were scheduled for the first time."""
+        names = [request.req_id for request in new]
+        tier.on_schedule_end(self.vllm.ScheduleEndContext(names, ()))
+
+    def extend(self, request: Any, keys: list[bytes]) -> None:
+        """Name further chunks of a request, as vLLM does when it has made their tokens."""
+        for at, key in enumerate(keys, len(request._offload_key_positions) + 1):
+            request.set_offload_key_position(key, at * CHUNK)
 
     def close(self) -> None:
         while self.tiers:

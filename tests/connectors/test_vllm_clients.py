@@ -2,7 +2,9 @@
 
 import mmap
 import os
+import re
 import signal
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +49,37 @@ def test_engines_share_a_served_pool(bench: Bench) -> None:
             (context,) = pool.namespace(one._link.name).contexts()
             assert (context.name, context.resident_blocks) == ("requests/a", 6)
         owner.end()
+
+
+def test_phases_reach_the_owner_through_the_ring(bench: Bench) -> None:
+    prompt, answer = bench.keys(3), bench.keys(2, seed=1)
+    with Serving(bench.path, "--metrics", "127.0.0.1:0") as owner:
+        address = owner.line_with("http://")
+        owner.line_with("serving")
+        tier, request = bench.tier(), bench.request("a", prompt)
+        tier.on_new_request(request)
+        bench.step(tier, request)
+        bench.store(tier, prompt, [0, 1, 2], request)
+        bench.extend(request, answer)
+        bench.store(tier, answer, [3, 4], request)
+        assert bench.load(tier, [*answer, *prompt], [5, 6, 7, 8, 9], request).success
+        tier.on_request_finished(request)
+        tier.drain_jobs()
+        name = tier._link.name
+        bench.close()
+        wanted = {"unknown": 0, "prefill": 6, "decode": 4, "background": 0}
+        while _accesses(address, name) != wanted:
+            pass  # what a client read is heard of several times a second, and at its end
+        owner.end()
+
+
+def _accesses(line: str, namespace: str) -> dict[str, int]:
+    """Return the owner's `kvfs_accesses_total` by phase."""
+    (address,) = re.findall(r"http://[\w.:/]+", line)
+    with urllib.request.urlopen(address) as answer:
+        text = answer.read().decode()
+    found = re.findall(rf'kvfs_accesses_total{{namespace="{namespace}",phase="(\w+)"}} (\d+)', text)
+    return {phase: int(count) for phase, count in found}
 
 
 def test_owner_reads_rows_where_they_are(bench: Bench) -> None:

@@ -186,3 +186,74 @@ def test_notes_that_nobody_takes_are_dropped(bench: Bench, monkeypatch: pytest.M
         tier.touch(bench.keys(1), request)
     gate.set()
     settle(tier)
+
+
+def test_what_is_known_when_a_request_is_scheduled_is_its_prompt() -> None:
+    first, second, third, last = (bytes([n]) * 32 + bytes(4) for n in range(4))
+    chains = Chains()
+    assert chains.phase_of(first) is None  # vLLM did not name it
+    chains.update({first: 64})
+    assert chains.phase_of(first) == "prefill"  # nothing was decoded yet
+    chains.update({first: 64, second: 128})
+    chains.end_prompt()
+    chains.update({first: 64, second: 128, third: 192})
+    chains.end_prompt()
+    chains.update({first: 64, second: 128, third: 192, last: 256})
+    assert [chains.phase_of(key) for key in (first, second, third, last)] == [
+        "prefill", "prefill", "decode", "decode",
+    ]  # fmt: skip
+    short = Chains()
+    short.end_prompt()  # less than a chunk
+    short.update({first: 64})
+    assert short.phase_of(first) == "decode"
+
+
+def accesses(tier: Any) -> dict[str, int]:
+    space = tier._link.namespace()
+    counted = space.pool.store.state.counters[space.info.namespace_id].accesses
+    return dict(zip(("unknown", "prefill", "decode", "background"), counted, strict=True))
+
+
+def test_prompt_and_answer_are_noted_by_their_phases(bench: Bench) -> None:
+    tier, prompt, answer = bench.tier(), bench.keys(3), bench.keys(2, seed=1)
+    request = bench.request("a", prompt)
+    tier.on_new_request(request)
+    assert bench.found(tier, prompt, request) == [False] * 3
+    bench.step(tier, request)  # vLLM has named the chunks of the prompt, and runs it
+    bench.store(tier, prompt, [0, 1, 2], request)
+    bench.extend(request, answer)
+    bench.store(tier, answer, [3, 4], request)
+    assert counts(tier)["decode_chunks"] == 2
+    assert accesses(tier) == {"unknown": 0, "prefill": 0, "decode": 0, "background": 0}
+    # Preempted: what it had computed comes back, the answer so far, too.
+    assert bench.load(tier, [*answer, *prompt], [5, 6, 7, 8, 9], request).success
+    assert (bench.rows[[7, 8, 9, 5, 6]] == bench.rows[:5]).all()
+    assert accesses(tier) == {"unknown": 0, "prefill": 3, "decode": 2, "background": 0}
+    tier.touch([*prompt, *answer, *bench.keys(1, seed=2)], request)
+    tier._notes.wait_idle()
+    assert accesses(tier) == {"unknown": 0, "prefill": 6, "decode": 4, "background": 0}
+    tier.on_request_finished(request)
+    settle(tier)
+    assert accesses(tier) == {"unknown": 0, "prefill": 9, "decode": 6, "background": 0}
+
+    # A conversation that goes on: the former answer is prompt now.
+    later = bench.request("b", [*prompt, *answer])
+    tier.on_new_request(later)
+    bench.found(tier, [*prompt, *answer], later)
+    assert bench.load(tier, [*prompt, *answer], [5, 6, 7, 8, 9], later).success
+    bench.step(tier, later)
+    assert accesses(tier) == {"unknown": 0, "prefill": 14, "decode": 6, "background": 0}
+    assert "decode_chunks" not in counts(tier)
+    tier.on_request_finished(later)
+    settle(tier)
+    assert tier._waiting == {}
+
+
+def test_reading_ahead_is_for_a_prompt_and_in_the_background(bench: Bench) -> None:
+    tier, keys = bench.tier(), bench.keys(3)
+    run(bench, tier, "a", keys, kv_transfer_params={"kvfs.session": "s"})
+    before = accesses(tier)
+    run(bench, tier, "b", [], kv_hints=hints(bench, ("kvfs.prefetch", {"session": "s"})))
+    after = accesses(tier)
+    assert after["prefill"] - before["prefill"] == 3
+    assert after["background"] - before["background"] == 3

@@ -20,8 +20,8 @@ from kvfs.keys import KEY_BYTES, NO_PARENT
 from kvfs.layout import Layout
 from kvfs.namespace import Context, Namespace
 from kvfs.tree import Tree
+from tests.crash.events import Journal
 from tests.crash.medium import Medium
-from tests.crash.simfs import Journal
 from tests.crash.verify import check_world
 from tests.crash.world import (
     SEGMENT_BYTES,
@@ -29,6 +29,7 @@ from tests.crash.world import (
     Geometry,
     World,
     file_names,
+    files_of,
     names_of,
     resident_keys,
 )
@@ -49,8 +50,9 @@ class Bench:
         self.random = random.Random(seed)
         self.seed = seed
         self.oracle = Oracle()
-        self.journal = Journal()
-        self.world = World(geometry or Geometry(), journal=self.journal)
+        geometry = geometry or Geometry()
+        self.journal = Journal(geometry.kinds)
+        self.world = World(geometry, journal=self.journal)
         if options is not None:
             self.world.options = options
         self.may_evict = False
@@ -89,6 +91,9 @@ class Bench:
             assert expected or not others, f"{len(others)} blocks were dropped"
             assert may_lose or not lost & self._protected(), "protected blocks were dropped"
             self.oracle.release(lost, begin)
+            for path, keys in files_of(self.pool).items() if lost else ():
+                if not lost.isdisjoint(keys) and self.oracle.value(path) is not None:
+                    self.oracle.evict(path, begin)
             for path in (files | self.publishing) - file_names(self.pool):
                 if self.oracle.value(path) is not None:
                     assert expected, f"file {path} lost its name"
@@ -326,7 +331,7 @@ class Bench:
             node = catalog.resolve(root, name)
             if node is None:
                 node = Tree(self.pool).create_file(root, name, 0o644, 0, 0)
-            if 0 < nbytes <= _LARGE_FILE:
+            if 0 < nbytes <= (_LARGE_FILE if self.world.geometry.takes_files else nbytes):
                 self.unpublished[path] = FileValue(content)
             else:
                 self.unpublished.pop(path, None)
@@ -432,8 +437,8 @@ class Bench:
         image = medium.image(choice, catalog, {})
         position, options = self.now, self.world.options
         self.close()
-        self.journal, self.start = Journal(image.disks, image.catalog), 0
-        self.base = Medium.of(image.disks, image.catalog)
+        self.journal = Journal(self.world.geometry.kinds, image.disks, image.catalog)
+        self.start, self.base = 0, Medium.of(self.journal)
         clock = self.world.clock
         self.world = World(self.world.geometry, options, clock, self.journal)
         self.world.recover(image.disks, image.catalog)

@@ -23,7 +23,7 @@ class History:
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         self.random = bench.random
-        bench.may_evict = sum(bench.world.geometry.disks) < 16
+        bench.may_evict = bench.world.geometry.is_small
         retention = self.random.choice(("cache", "cache", "durable"))
         self.spaces = [("s", SMALL, "cache"), ("t", self.random.choice((SMALL, LARGE)), retention)]
         self.steps: list[tuple[int, Step]] = [

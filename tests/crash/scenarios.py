@@ -1,7 +1,7 @@
 """What is crashed: small histories that together touch every kind of write."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from unittest import mock
 
 from kvfs.config import PoolOptions
@@ -15,11 +15,12 @@ Play = Callable[[Bench], None]
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A history on a pool of some shape."""
+    """A history on a pool of some shape. `has_files`: it needs a device that takes files."""
 
     name: str
     geometry: Geometry
     play: Play
+    has_files: bool = False
 
     def run(self, seed: str) -> Bench:
         """Play it; the caller closes the bench."""
@@ -34,30 +35,62 @@ class Scenario:
 
 HISTORIES_PER_TURN = 8
 OPTIONS = PoolOptions(device_failures_max=1000)
+DOMAINS = ("block", "pmem", "page", "volatile")
+_FRAMES = 6
 SCENARIOS: dict[str, Scenario] = {}
 
 
 def scenario_named(name: str) -> Scenario:
-    """Return a scenario by name; 'history-N' is the random history number N."""
-    if name.startswith("history-"):
-        number = int(name.partition("-")[2])
+    """Return a scenario by name: 'DOMAIN/SCENARIO', in the domain of block devices without one.
+
+    'history-N' is the random history number N.
+    """
+    domain, _, wanted = name.rpartition("/")
+    if wanted.startswith("history-"):
+        number = int(wanted.partition("-")[2])
         geometry = history.GEOMETRIES[number % len(history.GEOMETRIES)]
-        return Scenario(name, geometry, history.play)
-    return SCENARIOS[name]
+        has_files = number // len(history.GEOMETRIES) % 2 == 1
+        found = Scenario(wanted, geometry, history.play, has_files)
+    else:
+        found = SCENARIOS[wanted]
+    return replace(found, name=name, geometry=_in_domain(found, domain or "block"))
 
 
-def names_of_turn(turn: int) -> list[str]:
-    """Return the scenarios to walk in a turn: all that are written down, and new random ones."""
+def _in_domain(scenario: Scenario, domain: str) -> Geometry:
+    """Return the pool of a scenario with disks of another domain.
+
+    - "block": directories on disks.
+    - "pmem": mapped memory that stays, alone, or beside directories of the same size for files.
+    - "page": files in place of that memory.
+    - "volatile": memory that a power cut takes, before directories.
+    """
+    geometry, count = scenario.geometry, len(scenario.geometry.disks)
+    if domain in ("pmem", "page"):
+        disks = geometry.disks * 2 if scenario.has_files else geometry.disks
+        return replace(geometry, disks=disks, dax=count, are_files=domain == "page")
+    if domain == "volatile":
+        return replace(geometry, frames=geometry.frames or _FRAMES)
+    assert domain == "block", f"no such domain: {domain}"
+    return geometry
+
+
+def names_of_turn(turn: int, domains: Sequence[str] = DOMAINS) -> list[str]:
+    """Return the scenarios to walk in a turn: all that are written down, and new random ones.
+
+    Each in every one of these domains.
+    """
     first = turn * HISTORIES_PER_TURN
-    return [*SCENARIOS, *(f"history-{i}" for i in range(first, first + HISTORIES_PER_TURN))]
+    names = [*SCENARIOS, *(f"history-{i}" for i in range(first, first + HISTORIES_PER_TURN))]
+    return [f"{domain}/{name}" for name in names for domain in domains]
 
 
-def scenario(*disks: int, frames: int = 0) -> Callable[[Play], Play]:
+def scenario(*disks: int, frames: int = 0, has_files: bool = False) -> Callable[[Play], Play]:
     """Register a scenario on a pool with disks of so many segments, and frames of memory."""
 
     def register(function: Play) -> Play:
         name = function.__name__
-        SCENARIOS[name] = Scenario(name, Geometry(disks or (16,), frames), function)
+        geometry = Geometry(disks or (16,), frames)
+        SCENARIOS[name] = Scenario(name, geometry, function, has_files)
         return function
 
     return register
@@ -126,6 +159,19 @@ def evict(bench: Bench) -> None:
         chains.append(bench.put(space, 8, "async"))
         bench.flush()
     bench.put(space, 6, "sync")
+
+
+@scenario(5)
+def evict_shared(bench: Bench) -> None:
+    """Eviction of segments that clients have open: their bytes are taken, too."""
+    space = bench.space()
+    bench.may_evict = True
+    for _ in range(6):
+        bench.put(space, 8, "sync")
+        for device in bench.pool.store.state.devices:
+            for segment in device.segments.values():
+                segment.handle.is_shared = True
+    bench.flush()
 
 
 @scenario(5)
@@ -279,6 +325,27 @@ def failing_sync(bench: Bench) -> None:
 
 
 @scenario()
+def failing_sync_beside_others(bench: Bench) -> None:
+    """A persist that fails while other segments wait for theirs, and while names change."""
+    one, two = bench.space("one"), bench.space("two")
+    for _ in range(2):
+        bench.put(one, 2, "async")
+        bench.put(two, 2, "async")
+        bench.world.disks[0].failing_syncs = 1
+        try:
+            bench.flush_failing()
+        except KvfsError:
+            pass
+        else:
+            raise AssertionError("the failure was not reported")
+        bench.flush()
+        bench.put(two, 1)
+    bench.put(one, 12, "async")
+    bench.put(one, 5)
+    bench.sync()
+
+
+@scenario()
 def namespaces(bench: Bench) -> None:
     """Namespaces that come and go; one comes back under the same name, with another id."""
     one = bench.space("one")
@@ -291,7 +358,7 @@ def namespaces(bench: Bench) -> None:
     bench.put(bench.space("two"), 1)
 
 
-@scenario()
+@scenario(has_files=True)
 def small_files(bench: Bench) -> None:
     """Files that go into the log: written, published, written again, removed."""
     space = bench.space()
@@ -311,7 +378,7 @@ def small_files(bench: Bench) -> None:
     bench.sync()
 
 
-@scenario()
+@scenario(has_files=True)
 def large_files(bench: Bench) -> None:
     """Files that become segments of their own: adopted, replaced, removed."""
     space = bench.space()
@@ -328,7 +395,7 @@ def large_files(bench: Bench) -> None:
     bench.sync()
 
 
-@scenario()
+@scenario(has_files=True)
 def copied_files(bench: Bench) -> None:
     """Files that somebody could still write: a copy becomes the segment."""
     space = bench.space()
@@ -341,7 +408,7 @@ def copied_files(bench: Bench) -> None:
     bench.sync()
 
 
-@scenario()
+@scenario(has_files=True)
 def renamed_files(bench: Bench) -> None:
     """Files written under another name and renamed over the old one."""
     space = bench.space()
@@ -360,7 +427,7 @@ def renamed_files(bench: Bench) -> None:
     bench.sync()
 
 
-@scenario(6)
+@scenario(6, has_files=True)
 def evicted_files(bench: Bench) -> None:
     """A full disk of files and blocks: files are whole or absent."""
     space = bench.space()
@@ -372,7 +439,7 @@ def evicted_files(bench: Bench) -> None:
         bench.sync()
 
 
-@scenario()
+@scenario(has_files=True)
 def raw_files(bench: Bench) -> None:
     """Files outside the log: made, written in place, made of others, renamed over, removed."""
     space = bench.space()
@@ -401,7 +468,7 @@ def raw_files(bench: Bench) -> None:
     bench.put(bench.space("other"), 1)
 
 
-@scenario(6)
+@scenario(6, has_files=True)
 def raw_file_on_a_full_disk(bench: Bench) -> None:
     """Eviction around a raw file, which stays."""
     space = bench.space()

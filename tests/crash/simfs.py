@@ -1,122 +1,34 @@
 """A filesystem in memory that writes down all that is done to it.
 
 Files are memfds, so that native reads, writes and maps work as on a real one. Every change goes
-into a `Journal`, shared by all devices and the catalog of a pool, so that one sequence orders
-everything. `tests.crash.medium` turns a prefix of that sequence into what a power cut may leave.
+into the journal.
 """
 
 import ctypes
 import errno
 import os
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from kvfs import _native
 from kvfs.devices.filesystem import RAW, SEGMENTS, STAGING, File, FileSystem, is_own_name
 from kvfs.units import PAGE, align_up
-
-LOCATION = 0x10CA7104
-
-
-@dataclass(frozen=True, slots=True)
-class Create:
-    disk: int
-    inode: int
-    path: str
-
-
-@dataclass(frozen=True, slots=True)
-class Write:
-    disk: int
-    inode: int
-    offset: int
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Resize:
-    disk: int
-    inode: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sync:
-    disk: int
-    inode: int
-
-
-@dataclass(frozen=True, slots=True)
-class FailedSync:
-    """A sync that failed: `kept` of the pending operations reached the medium, no other will."""
-
-    disk: int
-    inode: int
-    kept: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Rename:
-    disk: int
-    inode: int
-    source: str
-    target: str
-
-
-@dataclass(frozen=True, slots=True)
-class Unlink:
-    disk: int
-    inode: int
-    path: str
-
-
-@dataclass(frozen=True, slots=True)
-class SyncNames:
-    disk: int
-    folder: str
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """A committed transaction of the catalog; `image` is the whole database after it."""
-
-    image: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class SyncCatalog:
-    """All commits so far survive."""
-
-
-Event = (
-    Create | Write | Resize | Sync | FailedSync | Rename | Unlink | SyncNames | Commit | SyncCatalog
+from tests.crash.events import (
+    Create,
+    Event,
+    FailedSync,
+    Journal,
+    Rename,
+    Resize,
+    Sync,
+    SyncNames,
+    Unlink,
+    Write,
 )
 
-
-@dataclass(slots=True)
-class Journal:
-    """What was done to all media of a pool, in order; `before`: the disks it began with."""
-
-    before: tuple[dict[str, bytes], ...] = ()
-    catalog: bytes | None = None
-    events: list[Event] = field(default_factory=list)
-
-    def add(self, event: Event) -> None:
-        self.events.append(event)
-
-    def __len__(self) -> int:
-        return len(self.events)
-
-    def last_commit(self) -> bytes | None:
-        """Return the catalog's database as it is now."""
-        commits = (event.image for event in reversed(self.events) if isinstance(event, Commit))
-        return next(commits, self.catalog)
-
-
-def folder_of(path: str) -> str:
-    return path.rpartition("/")[0] or "."
+LOCATION = 0x10CA7104
 
 
 @dataclass(slots=True, eq=False)
@@ -177,6 +89,11 @@ class SimFile(File):
     def resize(self, nbytes: int) -> None:
         os.ftruncate(self.fd, nbytes)
         self._files.note(Resize(self._files.disk, self._inode.number, nbytes))
+
+    def clear(self) -> None:
+        nbytes = os.fstat(self.fd).st_size
+        for size in (0, nbytes):
+            self.resize(size)
 
     def sync(self) -> None:
         self._files.sync_inode(self._inode)
@@ -348,19 +265,26 @@ class SimFileSystem(FileSystem):
         return os.pread(inode.fd, os.fstat(inode.fd).st_size, 0)
 
 
+def used_pages(raw: bytes) -> list[int]:
+    """Return the numbers of the whole pages that are not zero."""
+    whole = len(raw) // PAGE
+    pages = np.frombuffer(raw, np.uint64, whole * PAGE // 8).reshape(whole, PAGE // 8)
+    return np.flatnonzero(pages.any(axis=1)).tolist()
+
+
+def fill_pages(fd: int, pages: dict[int, bytes]) -> None:
+    """Write pages by number, those that follow each other at once."""
+    run: list[int] = []
+    for page in [*sorted(pages), -1]:
+        if run and page != run[-1] + 1:
+            os.pwrite(fd, b"".join(pages[number] for number in run), run[0] * PAGE)
+            run = []
+        run.append(page)
+
+
 def _fill(fd: int, raw: bytes) -> None:
     """Write the pages that hold something, so that the rest stays a hole."""
     os.ftruncate(fd, len(raw))
-    whole = len(raw) // PAGE
-    if not whole:
-        os.pwrite(fd, raw, 0)
-        return
-    pages = np.frombuffer(raw, np.uint64, whole * PAGE // 8).reshape(whole, -1)
-    used = np.flatnonzero(pages.any(axis=1))
-    if len(used):
-        cuts = np.flatnonzero(np.diff(used) > 1) + 1
-        for run in np.split(used, cuts):
-            start, end = int(run[0]) * PAGE, (int(run[-1]) + 1) * PAGE
-            os.pwrite(fd, raw[start:end], start)
+    fill_pages(fd, {page: raw[page * PAGE : (page + 1) * PAGE] for page in used_pages(raw)})
     if len(raw) % PAGE:
-        os.pwrite(fd, raw[whole * PAGE :], whole * PAGE)
+        os.pwrite(fd, raw[len(raw) // PAGE * PAGE :], len(raw) // PAGE * PAGE)

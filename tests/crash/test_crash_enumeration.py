@@ -31,13 +31,35 @@ _ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "part", [PART, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"]
 )
-def test_every_crash_point_recovers(part: int) -> None:
-    """Two processes, because states are independent; the command repeats it."""
+def test_every_crash_point_of_a_disk_recovers(part: int) -> None:
+    states = ["--states", str(STATES // part), "--part", str(part)]
+    enumerate_states("--domains", "block", "--randoms", "3", *states)
+
+
+@pytest.mark.crash
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "sample",
+    [
+        pytest.param((2, 60, 1000), id="some"),
+        pytest.param((3, 1, 40), id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_every_scenario_recovers_in_every_domain(sample: tuple[int, int, int]) -> None:
+    """Memory that stays, and memory that does not: all scenarios once, of their states a sample."""
+    randoms, part, deep = sample
+    enumerate_states(
+        "--domains", "pmem,page,volatile", "--turn", "1", "--turns", "1", "--states", "0",
+        "--randoms", str(randoms), "--part", str(part), "--deep", str(deep),
+    )  # fmt: skip
+
+
+def enumerate_states(*arguments: str) -> None:
+    """Run the enumerator; two processes, because states are independent."""
     faulthandler.cancel_dump_traceback_later()  # nothing hangs: it takes a minute or two
-    command = [sys.executable, "-m", "tests.crash.run", "--seed", "1", "--randoms", "3"]
+    command = [sys.executable, "-m", "tests.crash.run", "--seed", "1", "--jobs", "2"]
     done = subprocess.run(
-        [*command, "--states", str(STATES // part), "--part", str(part), "--jobs", "2",
-         "--checked", "3"],
+        [*command, "--checked", "3", *arguments],
         cwd=_ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     print(done.stdout)

@@ -22,7 +22,8 @@ from kvfs.engine.log import (
 from kvfs.engine.segment_table import SegmentState, SegmentStatus
 from kvfs.errors import DeviceError, PoisonedError
 from kvfs.units import PAGE
-from tests.crash.simfs import Journal, SimFileSystem, Sync, SyncNames, Write
+from tests.crash.events import Journal, Sync, SyncNames, Write
+from tests.crash.simfs import SimFileSystem
 
 SEGMENT = 4 << 20
 SLOT, GENERATION = 3, 8

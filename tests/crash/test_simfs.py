@@ -14,8 +14,9 @@ from tests.conformance.device_suite import (
     DeviceSuite,
     Opener,
 )
+from tests.crash.events import Commit, Journal, SyncCatalog
 from tests.crash.medium import Medium
-from tests.crash.simfs import Commit, Journal, SimFileSystem, SyncCatalog
+from tests.crash.simfs import SimFileSystem
 
 
 class TestSimulatedDisk(DeviceSuite):

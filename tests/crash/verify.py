@@ -1,17 +1,18 @@
 """Recovering from an image and comparing what is found with the oracle."""
 
+import ctypes
 import os
 
 import numpy as np
 
 from kvfs import _native
-from kvfs.devices.base import Device
+from kvfs.devices.base import Device, Segment
 from kvfs.engine.catalog import Catalog
 from kvfs.engine.checker import Severity, check_devices
 from kvfs.pool import Pool
 from kvfs.units import PAGE
+from tests.crash.events import Journal
 from tests.crash.medium import Image
-from tests.crash.simfs import Journal
 from tests.crash.world import Geometry, World, names_of
 from tests.invariants import check_engine
 from tests.oracle import NamespaceValue, Oracle
@@ -58,11 +59,11 @@ def _read_copied(pool: Pool, namespace_id: int, keys: np.ndarray) -> Found:
 
 
 def _read_leased(pool: Pool, namespace_id: int, keys: np.ndarray) -> Found:
-    """Read through the descriptors that views map."""
+    """Read through the descriptors that views map, or where the owner has it mapped."""
     lease = pool.store.lease(namespace_id, keys)
     try:
-        fds = {
-            (s.handle.device_index, s.handle.slot, s.handle.generation): s.handle.fd
+        handles = {
+            (s.handle.device_index, s.handle.slot, s.handle.generation): s.handle
             for s in lease.segments
         }
         found = {}
@@ -70,11 +71,18 @@ def _read_leased(pool: Pool, namespace_id: int, keys: np.ndarray) -> Found:
             nbytes = int(record["length"])
             if nbytes:
                 place = (int(record["device"]), int(record["segment"]), int(record["generation"]))
-                raw = os.pread(fds[place], nbytes, int(record["page"]) * PAGE)
-                found[record["key"].tobytes()] = raw
+                found[record["key"].tobytes()] = _bytes_of(
+                    handles[place], int(record["page"]) * PAGE, nbytes
+                )
         return found
     finally:
         pool.store.release(lease)
+
+
+def _bytes_of(handle: Segment, offset: int, nbytes: int) -> bytes:
+    if handle.fd >= 0:
+        return os.pread(handle.fd, nbytes, offset)
+    return ctypes.string_at(handle.address + offset, nbytes)
 
 
 def check_crashed(image: Image, geometry: Geometry) -> None:

@@ -10,6 +10,9 @@ import numpy as np
 from kvfs.clock import ManualClock
 from kvfs.config import PoolOptions
 from kvfs.devices.base import Device
+from kvfs.devices.dax import DaxDevice
+from kvfs.devices.dax_layout import HEADER_BYTES
+from kvfs.devices.dax_source import ALIGNMENT
 from kvfs.devices.directory import DirectoryDevice
 from kvfs.devices.memory import MemoryDevice
 from kvfs.engine.catalog import Catalog
@@ -18,8 +21,11 @@ from kvfs.engine.device_state import DeviceState
 from kvfs.engine.recovery import Owner, claim_device, format_device
 from kvfs.layout import Layout
 from kvfs.pool import Pool
-from tests.crash.medium import Files
-from tests.crash.simfs import LOCATION, Commit, Journal, SimFileSystem, SyncCatalog
+from kvfs.units import align_up
+from tests.crash.domain import Files
+from tests.crash.events import Commit, Journal, SyncCatalog
+from tests.crash.simdax import SimDax
+from tests.crash.simfs import LOCATION, SimFileSystem
 from tests.oracle import ContextValue, FileValue, NamespaceValue, Value
 from tests.oracle import Path as Name
 
@@ -32,10 +38,33 @@ OWNER = Owner(bytes(range(16)), bytes(16), 4242)
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The devices of a pool: segments on each disk, and frames of memory (0: none)."""
+    """The devices of a pool: segments on each disk, and frames of memory (0: none).
+
+    The last `dax` of the disks are mapped memory that stays, or files in its place, the others
+    directories.
+    """
 
     disks: tuple[int, ...] = (16,)
     frames: int = 0
+    dax: int = 0
+    are_files: bool = False
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kind of each disk, as in a journal."""
+        mapped = "file" if self.are_files else "dax"
+        return ("dir",) * (len(self.disks) - self.dax) + (mapped,) * self.dax
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the disks of a kind are so few segments that a random history fills them."""
+        pairs = list(zip(self.kinds, self.disks, strict=True))
+        return any(sum(n for k, n in pairs if k == kind) < 16 for kind in set(self.kinds))
+
+    @property
+    def takes_files(self) -> bool:
+        """Whether a disk takes files; else all go into the log."""
+        return "dir" in self.kinds
 
 
 @dataclass(slots=True, eq=False)
@@ -46,7 +75,7 @@ class World:
     options: PoolOptions = field(default_factory=lambda: PoolOptions(device_failures_max=1000))
     clock: ManualClock = field(default_factory=ManualClock)
     journal: Journal | None = None
-    disks: list[SimFileSystem] = field(default_factory=list)
+    disks: list[SimFileSystem | SimDax] = field(default_factory=list)
     _pool: Pool | None = None
 
     @property
@@ -56,7 +85,7 @@ class World:
 
     def format(self) -> None:
         """Make a new pool on empty disks."""
-        self.disks = [SimFileSystem(i, self.journal) for i in range(len(self.geometry.disks))]
+        self.restore(tuple({} for _ in self.geometry.disks))
         catalog = self._catalog(None)
         states = []
         for device in self._devices():
@@ -75,9 +104,16 @@ class World:
 
     def restore(self, files: tuple[Files, ...]) -> None:
         """Make disks that hold these files."""
-        self.disks = [
-            SimFileSystem.restore(found, i, self.journal) for i, found in enumerate(files)
-        ]
+        self.disks = []
+        for number, (kind, found) in enumerate(zip(self.geometry.kinds, files, strict=True)):
+            if kind != "dir":
+                segments = self.geometry.disks[number] * SEGMENT_BYTES
+                nbytes = align_up(HEADER_BYTES + segments, ALIGNMENT)
+                self.disks.append(
+                    SimDax.restore(found, nbytes, number, self.journal, is_file=kind == "file")
+                )
+            else:
+                self.disks.append(SimFileSystem.restore(found, number, self.journal))
 
     def open(self, catalog: bytes | None) -> None:
         """Open the pool on its disks."""
@@ -91,8 +127,7 @@ class World:
 
     def open_parts(self, catalog: bytes | None) -> tuple[list[Device], Catalog]:
         """Open persistent devices and catalog without making a pool of them."""
-        devices = [device for device in self._devices() if device.info.is_persistent]
-        return devices, self._catalog(catalog)
+        return self._lasting_devices(), self._catalog(catalog)
 
     def abandon(self) -> None:
         """Let go of all descriptors, as a killed process does: nothing is flushed."""
@@ -135,17 +170,7 @@ class World:
         )
 
     def _devices(self) -> list[Device]:
-        made: list[Device] = []
-        for number, segments in enumerate(self.geometry.disks):
-            device = DirectoryDevice(
-                self.disks[number],
-                index=number,
-                uuid=uuid.UUID(int=0xD15C << 32 | number),
-                capacity_bytes=segments * SEGMENT_BYTES,
-                segment_bytes=SEGMENT_BYTES,
-                name=f"dir{number}",
-            )
-            made.append(device)
+        made = self._lasting_devices()
         if self.geometry.frames:
             number = len(made)
             memory = MemoryDevice(
@@ -156,6 +181,24 @@ class World:
                 name="dram0",
             )
             made.append(memory)
+        return made
+
+    def _lasting_devices(self) -> list[Device]:
+        made: list[Device] = []
+        for number, disk in enumerate(self.disks):
+            kind, medium = self.geometry.kinds[number], disk
+            make = DirectoryDevice
+            if isinstance(disk, SimDax):
+                make, medium = DaxDevice, disk.source()
+            device = make(
+                medium,
+                index=number,
+                uuid=uuid.UUID(int=0xD15C << 32 | number),
+                capacity_bytes=self.geometry.disks[number] * SEGMENT_BYTES,
+                segment_bytes=SEGMENT_BYTES,
+                name=f"{kind}{number}",
+            )
+            made.append(device)
         return made
 
 
@@ -195,6 +238,18 @@ def names_of(pool: Pool) -> dict[Name, Value]:
                 shown = tuple(tokens.tolist()) if tokens is not None else None
                 found[info.name, path] = ContextValue(keys, shown, node.is_pinned)
     return found
+
+
+def files_of(pool: Pool) -> dict[Name, set[bytes]]:
+    """Return the names of all published files with the keys of their blocks."""
+    return {
+        (info.name, pool.catalog.path_of(node.node_id).partition("/")[2]): {
+            key.tobytes() for key in pool.catalog.keys(node.node_id)
+        }
+        for info in pool.catalog.namespaces()
+        for node in pool.walk(info.root_node_id)
+        if node.origin is Origin.FILE and node.state is NodeState.ACTIVE
+    }
 
 
 def file_names(pool: Pool) -> set[Name]:

@@ -77,6 +77,7 @@ def shared(
     require_fuse()
     options = {"core": request.param}
     mounted = MountedPool(tmp_path_factory.mktemp("shared"), dir_mib=1024, mount_options=options)
+    mounted.expected_log.append(r"user\.kvfs\.raw of 'f' was not set")  # test_tree.test_errnos
     mounted.start()
     try:
         yield mounted

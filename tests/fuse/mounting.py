@@ -181,6 +181,11 @@ class MountedPool:
         if entry_at(self.path) is not None:
             detach(self.path)
 
+    @property
+    def log(self) -> str:
+        """What the mount's owner has logged so far."""
+        return self._log_path.read_text()
+
     def check_log(self) -> None:
         surprises = [
             line

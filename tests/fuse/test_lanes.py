@@ -99,6 +99,25 @@ def test_large_file_is_read_by_the_kernel(pool: Pool, lanes: Lanes, core: FakeCo
     pool.files.close_read(reader)
 
 
+def test_what_the_kernel_reads_keeps_its_bytes(pool: Pool, lanes: Lanes, core: FakeCore) -> None:
+    """Also when it is freed after the mount has ended, and a client has it open, too."""
+    data = random.Random(2).randbytes(9 * MIB + 5)
+    reader = pool.files.open_read(make_file(pool, "f", data))
+    assert install(lanes, 5, reader) is Lane.PASSTHROUGH
+    fd = os.dup(core.backings[5])
+    state = pool.store.state
+    for segment in (s for d in state.devices for s in d.segments.values()):
+        segment.handle.is_shared = True
+    lanes.close(5)
+    pool.files.close_read(reader)
+    state.names.forget_files(reader.keys)
+    pool.store.drop(reader.namespace_id, reader.keys)
+    state.free_drained()
+    assert os.fstat(fd).st_nlink == 0
+    assert os.pread(fd, len(data) + 1, 0) == data
+    os.close(fd)
+
+
 def test_file_is_verified_before_the_kernel_reads_it(tmp_path: Path, core: FakeCore) -> None:
     (tmp_path / "device").mkdir()
     url = f"dir:{tmp_path / 'device'}?size=128MiB&segment=16MiB"

@@ -117,6 +117,12 @@ def test_namespace_attributes(area: Path) -> None:
 
 
 def test_retention_can_be_set(mounted: MountedPool) -> None:
+    refused = "user.kvfs.{0} of 'ns' was not set: {0} {1}: expected {2}"
+    reasons = [
+        refused.format("retention", "'forever'", "'cache' or 'durable'"),
+        refused.format("deadline_ms", "'5'", "a whole number of milliseconds, 10 to 3600000"),
+    ]
+    mounted.expected_log += [re.escape(reason) for reason in reasons]
     path = mounted.path / "ns"
     path.mkdir()
     assert xattr(path, "retention") == "cache"
@@ -124,6 +130,9 @@ def test_retention_can_be_set(mounted: MountedPool) -> None:
     assert xattr(path, "retention") == "durable"
     with pytest.raises(OSError, match=r"[Ii]nvalid"):
         os.setxattr(path, "user.kvfs.retention", b"forever")
+    with pytest.raises(OSError, match=r"[Ii]nvalid"):
+        os.setxattr(path, "user.kvfs.deadline_ms", b"5")
+    assert [reason for reason in reasons if reason not in mounted.log] == []
     with pytest.raises(FileExistsError):
         os.setxattr(path, "user.kvfs.retention", b"cache", os.XATTR_CREATE)
     with pytest.raises(OSError, match="not supported"):

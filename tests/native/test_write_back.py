@@ -1,6 +1,8 @@
 """Small stores that are written back line by line."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,3 +49,39 @@ def test_a_page_that_is_not_there_is_a_fault() -> None:
     source.release()
     arena.close()
     os.close(fd)
+
+
+def test_a_touch_changes_no_byte_and_stops_at_a_fault() -> None:
+    fd = _native.memfd("truncated", 3 * PAGE, is_final=False)
+    arena = _native.Arena(fd, 3 * PAGE)
+    data = random_bytes(1, 2 * PAGE).tobytes()
+    assert _native.store(arena.address, data) == 0
+    os.truncate(fd, 2 * PAGE)
+    assert _native.touch(arena.address, 2 * PAGE) == 0
+    assert _native.touch(arena.address + 5, 0) == 0
+    assert _native.touch(arena.address + PAGE + 7, PAGE) == 3
+    assert bytes(memoryview(arena)[: 2 * PAGE]) == data
+    arena.close()
+    os.close(fd)
+
+
+def test_a_touch_makes_a_clean_page_dirty(tmp_path: Path) -> None:
+    """Seen by the file's time, which the first store into a clean page changes."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(2 * PAGE))
+    with path.open("r+b") as file:
+        arena = _native.Arena(file.fileno(), 2 * PAGE)
+
+        def is_dirtied_by(change: Callable[[], int]) -> bool:
+            assert _native.store(arena.address + PAGE, b"dirty") == 0
+            os.fsync(file.fileno())
+            os.utime(path, ns=(0, 0))
+            assert change() == 0
+            return path.stat().st_mtime_ns != 0
+
+        by_store = is_dirtied_by(lambda: _native.store(arena.address + PAGE, b"dirty"))
+        by_touch = is_dirtied_by(lambda: _native.touch(arena.address + PAGE + 9, 1))
+        arena.close()
+    if not by_store:
+        pytest.skip("this filesystem writes nothing back, so it keeps no account of dirty pages")
+    assert by_touch

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 from uuid import UUID
 
 import numpy as np
@@ -443,3 +444,54 @@ def test_labels_that_cannot_be_read_cost_their_places(
     with pytest.raises(NoSpaceError):
         device.create(1, 2, b"a")
     device.close()
+
+
+# --- a file whose sync fails
+
+
+def test_what_a_failed_sync_left_is_synced_by_the_next(path: Path) -> None:
+    """The kernel reports a failure once, and takes the pages for written from then on."""
+    fails = [OSError(errno.EIO, "injected")]
+
+    def sync(fd: int) -> None:
+        if fails:
+            raise fails.pop()
+        os.fdatasync(fd)
+
+    with path.open("r+b") as file:
+        memory = DaxMemory(file.fileno(), 4 * MIB, sync)
+        memory.store(3 * PAGE + 100, b"stored")
+        memory.zero(MIB, PAGE)
+        with mock.patch.object(memory, "touch", wraps=memory.touch) as touch:
+            with pytest.raises(OSError, match="injected"):
+                memory.persist()
+            memory.store(0, b"later")
+            memory.persist()
+            assert touch.call_args_list == [
+                mock.call(3 * PAGE + 100, 6), mock.call(MIB, PAGE), mock.call(0, 5),
+            ]  # fmt: skip
+            touch.reset_mock()
+            memory.store(0, b"again")
+            memory.persist()
+            touch.assert_not_called()
+        assert memory.read(3 * PAGE + 100, 6) == b"stored"
+        memory.close()
+
+
+def test_a_sync_that_fails_again_forgets_nothing(path: Path) -> None:
+    fails = [OSError(errno.EIO, "injected"), OSError(errno.EIO, "injected")]
+    with path.open("r+b") as file:
+        memory = DaxMemory(file.fileno(), 4 * MIB, lambda _fd: raise_one(fails))
+        memory.store(PAGE, b"stored")
+        for _ in range(2):
+            with pytest.raises(OSError, match="injected"):
+                memory.persist()
+        with mock.patch.object(memory, "touch") as touch:
+            memory.persist()
+        touch.assert_called_once_with(PAGE, 6)
+        memory.close()
+
+
+def raise_one(failures: list[OSError]) -> None:
+    if failures:
+        raise failures.pop()

@@ -69,6 +69,10 @@ class SpyFile(OSFile):
             raise
         super().write(offset, data)
 
+    def clear(self) -> None:
+        self._files.note("clear", self._path)
+        super().clear()
+
     def sync(self) -> None:
         self._files.note("sync", self._path)
         super().sync()
@@ -465,3 +469,82 @@ def test_a_descriptor_that_can_write_keeps_the_seal_off(tmp_path: Path) -> None:
     os.close(foreign)
     assert device.seal_staging(staging, is_shared=False)
     device.close()
+
+
+# --- segments that others have open
+
+
+def test_bytes_go_after_the_name_is_gone_for_good(
+    device: DirectoryDevice, files: SpyFileSystem
+) -> None:
+    """A crash between must not bring a name back that vouches for zeros."""
+    path = "segments/00000001-00000002.seg"
+    segment = device.create(1, 2, b"")
+    device.write_tail(segment, PAGE, b"x" * PAGE)
+    segment.is_shared = True
+    other = os.open(f"/proc/self/fd/{segment.fd}", os.O_RDONLY)
+    files.events.clear()
+    files.failures = {("sync_directory", "segments"): errno.EIO}
+    device.free(segment)
+    with pytest.raises(OSError, match="Input/output"):
+        device.clear_freed()
+    assert os.pread(other, PAGE, SEGMENT - PAGE) == b"x" * PAGE
+    files.failures = {}
+    device.clear_freed()
+    assert files.events == [
+        ("unlink", path),
+        ("sync_directory", "segments"),
+        ("sync_directory", "segments"),
+        ("sync_directory", "staging"),
+        ("clear", path),
+    ]
+    assert os.fstat(other).st_blocks == 0
+    assert os.fstat(other).st_size == SEGMENT
+    device.clear_freed()
+    assert len(files.events) == 5
+    os.close(other)
+
+
+@pytest.mark.parametrize("how", ["attached", "kept", "not shared"])
+def test_bytes_that_somebody_may_need_stay(
+    device: DirectoryDevice, files: SpyFileSystem, how: str
+) -> None:
+    segment = device.create(1, 2, b"")
+    if how == "attached":
+        device.release(segment)
+        segment = device.attach(SegmentName(1, 2, False, SEGMENT))
+    segment.is_shared = how != "not shared"
+    segment.keeps_bytes |= how == "kept"
+    device.free(segment)
+    files.events.clear()
+    device.clear_freed()
+    assert not files.events
+
+
+def test_a_shared_segment_that_cannot_be_unlinked_keeps_its_bytes(
+    device: DirectoryDevice, files: SpyFileSystem
+) -> None:
+    path = "segments/00000001-00000002.seg"
+    segment = device.create(1, 2, b"")
+    segment.is_shared = True
+    files.failures = {("unlink", path): errno.EIO}
+    with pytest.raises(OSError, match="Input/output"):
+        device.free(segment)
+    device.persist_names()
+    assert ("clear", path) not in files.events
+    files.failures = {}
+    device.free(segment)
+    device.persist_names()
+    assert files.events[-1] == ("clear", path)
+
+
+def test_space_that_cannot_be_given_back_is_reported(
+    device: DirectoryDevice, files: SpyFileSystem, expected_warnings: list[str]
+) -> None:
+    expected_warnings.append("end such clients to get it back")
+    segment = device.create(1, 2, b"")
+    segment.is_shared = True
+    files.failures = {("clear", "segments/00000001-00000002.seg"): errno.EOPNOTSUPP}
+    device.free(segment)
+    device.persist_names()
+    assert device.used_bytes == 0

@@ -11,7 +11,7 @@ import kvfs
 from kvfs.errors import DeviceError, UnavailableError, UsageError
 from kvfs.exporter import Address, Exporter, parse_address
 from kvfs.exposition import render
-from kvfs.metrics import BUCKETS, Counters, Histogram, Tally
+from kvfs.metrics import Counters, Histogram, Tally
 from tests.unit.engine_bench import SPACE, chain, disk, flip
 
 # --- counters
@@ -24,7 +24,7 @@ def test_histogram():
     assert {bits: count for bits, count in enumerate(histogram.counts) if count} == {
         0: 1, 1: 1, 10: 1, 11: 1, 41: 1,
     }  # fmt: skip
-    assert len(histogram.counts) == BUCKETS
+    assert len(histogram.counts) == 64
     assert histogram.count == 5
     assert histogram.sum_ns == 1 + 1023 + 1024 + (1 << 40)
 
@@ -64,10 +64,12 @@ def test_a_tally_adds_all_it_has():
     sums.add(one)
     sums.add(one)
     for name in Tally.__slots__:
-        if name not in ("devices", "times"):
+        if name not in ("devices", "times", "prefix_times"):
             mine, theirs = np.asarray(getattr(sums, name)), np.asarray(getattr(one, name))
             assert theirs.any(), name
             assert (mine == 2 * theirs).all(), name
+    assert sums.times["lease"].sum_ns == 14
+    assert sums.prefix_times is sums.times["match_prefix"]
 
 
 # --- where things happen

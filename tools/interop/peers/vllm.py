@@ -25,7 +25,7 @@ import vllm_interface
 
 from interop.cases import Case, CaseError, Figures, Peer, Place
 from interop.driver import require, tell
-from interop.peers import vllm_shared, vllm_tier
+from interop.peers import vllm_phases, vllm_shared, vllm_tier
 from interop.peers.vllm_manager import unzipped
 from interop.peers.vllm_tier import beside, make_pool
 from interop.site import BUILD, TOOLS, Site, venv_of
@@ -49,6 +49,8 @@ def _cases(site: Site) -> Iterator[Case]:
     yield Case("kvfs tier in the manager of 0.33.0", Place.MOUNT, partial(_manage, site))
     yield Case("kvfs tier, engine replaced: prompts and answers", Place.MOUNT,
                partial(_tier, site))  # fmt: skip
+    yield Case("kvfs tier, prompt and answer by phase at the owner", Place.MOUNT,
+               partial(_phases, site))  # fmt: skip
     yield Case("kvfs tier, two engines at once, the owner killed", Place.MOUNT,
                partial(_shared, site))  # fmt: skip
     yield Case("examples/vllm/chat.py twice", Place.MOUNT, partial(_example, site))
@@ -83,6 +85,10 @@ def _tier(site: Site) -> Figures:
 
 def _shared(site: Site) -> Figures:
     return vllm_shared.run(site, checkpoint(site), ENV)
+
+
+def _phases(site: Site) -> Figures:
+    return vllm_phases.run(site, checkpoint(site), ENV)
 
 
 def _example(site: Site) -> Figures:

@@ -56,7 +56,7 @@ def run(site: Site, model: Path, env: dict[str, str]) -> Figures:
     command = (str(site.python), "-m", module)
     site.drive("vllm_shared", "alone", str(model), "", str(folder), timeout_s=_WAIT_S, env=here)
     with contextlib.ExitStack() as stack:
-        owner = stack.enter_context(_owner(site, pool))
+        owner = stack.enter_context(served(site, pool))
         engines = {
             name: stack.enter_context(
                 site.started(*command, name, str(model), str(pool), str(folder), env=here)
@@ -74,7 +74,7 @@ def run(site: Site, model: Path, env: dict[str, str]) -> Figures:
         before = _answered(folder)
         wait("answers without an owner", lambda: _is_beyond(_answered(folder), before, 2))
         missing = _answered(folder)
-        owner = stack.enter_context(_owner(site, pool))
+        owner = stack.enter_context(served(site, pool))
         (folder / "back").touch()
         for process in engines.values():
             process.wait(_WAIT_S)
@@ -91,9 +91,9 @@ def run(site: Site, model: Path, env: dict[str, str]) -> Figures:
 
 
 @contextlib.contextmanager
-def _owner(site: Site, pool: Path) -> Iterator[Process]:
+def served(site: Site, pool: Path, *options: str) -> Iterator[Process]:
     """Serve a pool; what is left of it ends with the context."""
-    serve = (sys.executable, "-m", "kvfs.cli.kvfs", "serve", "--foreground", str(pool))
+    serve = (sys.executable, "-m", "kvfs.cli.kvfs", "serve", "--foreground", *options, str(pool))
     with site.started(*serve) as process:
         _wait("a pool that is served", partial(_is_served, pool), {"owner": process})
         yield process
@@ -127,9 +127,14 @@ def _wait(what: str, is_there: Callable[[], bool], engines: dict[str, Process]) 
         time.sleep(_POLL_S)
 
 
+def wait_no_clients(site: Site, pool: Path, owner: Process) -> None:
+    """Wait until the owner of a pool has seen all its clients end."""
+    _wait("no clients", lambda: not _status(site, pool)["clients"], {"owner": owner})
+
+
 def _end_owner(site: Site, pool: Path, owner: Process) -> int:
     """End the owner, once the engines are gone; return how many segments they still held."""
-    _wait("no clients", lambda: not _status(site, pool)["clients"], {"owner": owner})
+    wait_no_clients(site, pool, owner)
     held = int(_status(site, pool)["client_segments"])
     owner.popen.send_signal(signal.SIGTERM)
     owner.wait(_WAIT_S)

@@ -84,15 +84,18 @@ def main() -> None:
         answers = [ask(llm, encode(llm, text), _ANSWER) for text in prompts()]
         longer = answers[1]["ids"] + answers[1]["tokens"] + encode(llm, _FOLLOW_UP)
         reply = ask(llm, longer, _REPLY, session=_SESSION)
+        settle(llm)
         llm.llm_engine.engine_core.shutdown()
         counts = counters(llm)
         Path(told).write_text(json.dumps({"answers": answers, "longer": longer, "reply": reply}))
-        tell({"chunks stored": counts.get("stored_chunks", 0)})
+        tell({"chunks stored": counts.get("stored_chunks", 0),
+              "decoded chunks stored": counts.get("decode_chunks", 0)})  # fmt: skip
     else:
         former = json.loads(Path(told).read_text())
         # The conversation first: nothing of it is in this engine's memory yet.
         reply = ask(llm, former["longer"], _REPLY, session=_SESSION)
         answers = [ask(llm, one["ids"], _ANSWER) for one in former["answers"]]
+        settle(llm)
         counts = counters(llm)
         llm.llm_engine.engine_core.shutdown()
         prompt, cached = len(former["answers"][1]["ids"]), reply["cached"]
@@ -167,8 +170,8 @@ def ask(llm: Any, ids: list[int], count: int, session: str = "") -> dict[str, An
             "cached": int(output.num_cached_tokens or 0)}  # fmt: skip
 
 
-def forget(llm: Any) -> None:
-    """Let what is stored be stored, then drop vLLM's own copies, in its cache and host memory."""
+def settle(llm: Any) -> None:
+    """Let what is stored be stored: only then does vLLM tell a tier that a request has finished."""
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler  # of an engine in this process
     deadline = time.monotonic() + _SETTLE_S_MAX
@@ -176,6 +179,11 @@ def forget(llm: Any) -> None:
         require(time.monotonic() < deadline, "vLLM does not end its stores")
         engine.step()
         time.sleep(STEP_S)
+
+
+def forget(llm: Any) -> None:
+    """Let what is stored be stored, then drop vLLM's own copies, in its cache and host memory."""
+    settle(llm)
     require(bool(llm.reset_prefix_cache(reset_connector=True)), "vLLM's own copies stay")
 
 
