@@ -9,6 +9,7 @@
 #                of wheels as file:///path (tools/install_torch.sh)
 #   PEER         which peers `make interop` runs, with commas; all without it
 #   INTEROP_ARGS more for it, e.g. --json FILE
+#   LAB_ARGS     more for `make lab`, e.g. '--only devices --step conformance'
 #   BENCH        which benches `make bench` runs, e.g. mount; all without it
 #   SEED         seed of `make test-crash`
 #   WERROR       ON: warnings of the C compiler are errors, as in CI
@@ -27,6 +28,7 @@ WERROR ?= OFF
 PYTEST_ARGS ?=
 PEER ?=
 INTEROP_ARGS ?=
+LAB_ARGS ?=
 BENCH ?=
 
 NATIVE := native/CMakeLists.txt \
@@ -126,6 +128,18 @@ interop: setup ## other engines, on a mount or with a plug-in: make interop PEER
 
 bench-vllm: setup ## time to first token in vLLM, by tier (venv of make interop, 12 GB of memory)
 	PYTHONPATH=tools $(BIN)/python -m interop.ttft $(INTEROP_ARGS)
+
+# The first run fetches 190 MB of Debian's packages into build/lab, unpacked 450 MB; nothing is
+# installed, and neither KVM nor root is needed. docs/LAB.md says what it boots and shows.
+.PHONY: lab lab-cuts lab-shell
+lab: setup ## a guest with CXL, NVDIMM and NVMe: device suite, mounts, poison, 5 power cuts (20 min)
+	PYTHONPATH=tools $(BIN)/python -m lab $(LAB_ARGS)
+
+lab-cuts: setup ## 50 power cuts in the guest (long)
+	PYTHONPATH=tools $(BIN)/python -m lab --only cuts --cuts 50 $(LAB_ARGS)
+
+lab-shell: setup ## a prompt in the guest
+	PYTHONPATH=tools $(BIN)/python -m lab --shell
 
 wheel: $(VENV)/.dependencies ## build the wheel, try it in a fresh venv from another directory
 	rm -rf dist build/wheel-venv

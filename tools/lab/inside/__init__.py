@@ -1,0 +1,4 @@
+"""What runs in the guest.
+
+Layer: tool.
+"""
