@@ -12,6 +12,7 @@
 #   LAB_ARGS     more for `make lab`, e.g. '--only devices --step conformance'
 #   BENCH        which benches `make bench` runs, e.g. mount; all without it
 #   SEED         seed of `make test-crash`
+#   JOBS         how many processes run the tests; a test file stays in one of them
 #   WERROR       ON: warnings of the C compiler are errors, as in CI
 
 SHELL := /bin/bash
@@ -25,6 +26,7 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 SEED ?= 1
 WERROR ?= OFF
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PYTEST_ARGS ?=
 PEER ?=
 INTEROP_ARGS ?=
@@ -90,13 +92,13 @@ lint: setup ## ruff, mypy, layers, house rules, FORMAT.md
 
 .PHONY: test test-all test-fuse test-crash test-asan test-tsan check ci
 test: lint ## the gate: lint and every test that takes no minutes
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-all: lint ## the gate and the slow tests
 	$(BIN)/pytest --slow $(PYTEST_ARGS)
 
 test-fuse: setup ## only the tests of the mount; fails where FUSE is missing
-	KVFS_REQUIRE_FUSE=1 $(BIN)/pytest -m fuse $(PYTEST_ARGS)
+	KVFS_REQUIRE_FUSE=1 $(BIN)/pytest -n $(JOBS) --dist loadfile -m fuse $(PYTEST_ARGS)
 
 test-crash: setup ## enumerate crash points: make test-crash SEED=7
 	$(BIN)/python -m tests.crash.run --seed $(SEED)
