@@ -191,6 +191,10 @@ class DaxDevice(FilelessDevice):
         try:
             while True:
                 place = self._take_place()
+                if memory.faults(_label_offset(place), layout.LABEL_BYTES):
+                    self._lose(place)
+                    place = -1
+                    continue
                 memory.persist()
                 try:
                     memory.zero(self._start(place), nbytes)
@@ -393,6 +397,11 @@ class DaxDevice(FilelessDevice):
             self._ledger.put(_bad_key(place), self.info.segment_bytes)
         else:
             self._free.append(place)
+
+    def _lose(self, place: int) -> None:
+        """Take a place that was free out of use: its label cannot be kept."""
+        self._ledger.put(_bad_key(place), self.info.segment_bytes)
+        _log.warning("a place of %s is lost: its label cannot be read", self.info.name)
 
     def _note(self, ranges: list[Range], place: int) -> None:
         """Remember bad ranges of a place that is in use, or taken."""

@@ -3,7 +3,7 @@
 Layer: L3.
 
 - A block that cannot be read back is dropped from the index and counted; the caller sees a miss.
-  Another copy is tried first.
+  Another copy is tried first. It is not dropped if time, descriptors or memory ran out.
 - Payloads of segments without a seal header (and of poisoned ones) are verified from the medium,
   past the page cache, before they are first served; others at the first read of this process
   (`PoolOptions.verify_reads`).
@@ -31,6 +31,10 @@ _SCRATCH_BYTES = 32 << 20
 Mask = npt.NDArray[np.bool_]
 EventArray = npt.NDArray[np.void]
 _FAULT = 3  # a status of native batches: memory cannot be read
+# What says nothing of the blocks: a device that stalls, a process without descriptors or memory.
+_TRANSIENT = [-code for code in (
+    errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR,
+)]  # fmt: skip
 EVENT = np.dtype([
     ("device", "<u2"), ("phase", "u1"), ("flags", "u1"), ("segment", "<u4"), ("entry", "<u4"),
     ("tag", "<u4"),
@@ -503,8 +507,8 @@ class Reader:
         tally = self._state.counters[namespace_id]
         for device, status in zip(records["device"].tolist(), statuses.tolist(), strict=True):
             (tally.bad_checksums if status == 1 else tally.bad_reads)[device] += 1
-        records = records[statuses != -errno.ETIMEDOUT]  # a device that stalls has them still
-        statuses = statuses[statuses != -errno.ETIMEDOUT]
+        is_gone = ~np.isin(statuses, _TRANSIENT)
+        records, statuses = records[is_gone], statuses[is_gone]
         if not len(records):
             return
         self._state.note_faults(records[statuses == _FAULT])

@@ -449,6 +449,26 @@ def test_labels_that_cannot_be_read_cost_their_places(
     device.close()
 
 
+def test_a_place_whose_label_went_bad_is_passed_by(expected_warnings: list[str]) -> None:
+    """One page has the labels of 64 places: the next ones are used, until there are none."""
+    expected_warnings += ["is lost: its label cannot be read"]
+    fd = os.memfd_create("kvfs-dax")
+    os.truncate(fd, layout.HEADER_BYTES + 66 * MIB)
+    device = DaxDevice(
+        open_source(f"/proc/self/fd/{fd}"), index=1, uuid=_DEVICE, capacity_bytes=66 * MIB,
+        segment_bytes=MIB, name="pm0",
+    )  # fmt: skip
+    first = device.create(0, 1, b"a")
+    poison_or_skip(first.address - layout.HEADER_BYTES + layout.LABELS_OFFSET)
+    for slot in (1, 2):
+        assert put(device, device.create(slot, 1, b"a"), 0, b"data") == 0
+    assert device.used_bytes == 66 * MIB
+    with pytest.raises(NoSpaceError):
+        device.create(3, 1, b"a")
+    device.close()
+    os.close(fd)
+
+
 # --- a file whose sync fails
 
 

@@ -279,9 +279,10 @@ def test_closing_a_device_that_stalls(tmp_path: Path, way: str) -> None:
             device.close()
 
 
-def test_a_stalled_read_keeps_the_blocks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [errno.ETIMEDOUT, errno.EMFILE, errno.ENOMEM])
+def test_a_read_that_could_not_be_made_keeps_the_blocks(tmp_path: Path, code: int) -> None:
     """It is a miss, after three tries; the device has them still."""
-    faults = [Fault(Verb.READ, operation="read_payloads", code=errno.ETIMEDOUT, times=3)]
+    faults = [Fault(Verb.READ, operation="read_payloads", code=code, times=3)]
     pool = create_pool(tmp_path / "pool", [f"dir:{tmp_path / 'kv'}?size=64MiB&segment=16MiB"],
                        options=PoolOptions(copy_to_dram=False))  # fmt: skip
     space = pool.namespace("test", Layout(token_shape=(4 * KIB,), block_tokens=1))
