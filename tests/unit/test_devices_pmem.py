@@ -15,7 +15,7 @@ from kvfs.devices import open as opening
 from kvfs.devices import pmem
 from kvfs.devices.base import SegmentName
 from kvfs.devices.directory import DirectoryDevice
-from kvfs.devices.filesystem import OSFile
+from kvfs.devices.osfile import OSFile
 from kvfs.devices.open import open_device
 from kvfs.devices.pmem import PmemFile, PmemFileSystem, map_synchronously, why_not_dax
 from kvfs.units import MIB, PAGE
@@ -152,7 +152,7 @@ def test_with_dax_segments_are_mapped(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(opening, "why_not_dax", lambda root: why_not_dax(root, _native.Arena))
     monkeypatch.setattr(
         opening, "PmemFileSystem",
-        lambda root, create: PmemFileSystem(root, create=create, mapper=_native.Arena),
+        lambda root, **options: PmemFileSystem(root, mapper=_native.Arena, **options),
     )  # fmt: skip
     url = parse_device_url(f"pmem:{tmp_path}/kv?size=32MiB")
     device = open_device(url, index=0, uuid=UUID(int=1), capacity_bytes=32 * MIB,
