@@ -4,6 +4,7 @@
 
 #include "copy.h"
 #include "fileio.h"
+#include "memory.h"
 
 #define PAD_MAX ((uint64_t)1 << 40)
 
