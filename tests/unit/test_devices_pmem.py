@@ -15,8 +15,8 @@ from kvfs.devices import open as opening
 from kvfs.devices import pmem
 from kvfs.devices.base import SegmentName
 from kvfs.devices.directory import DirectoryDevice
-from kvfs.devices.osfile import OSFile
 from kvfs.devices.open import open_device
+from kvfs.devices.osfile import OSFile
 from kvfs.devices.pmem import PmemFile, PmemFileSystem, map_synchronously, why_not_dax
 from kvfs.engine.log import is_unborn
 from kvfs.units import MIB, PAGE
