@@ -212,6 +212,8 @@ void kvfs_io_queue_abandon(struct kvfs_io_queue *queue)
         queue->places[i].is_abandoned = queue->places[i].is_running;
     queue->stalled += queue->running;
     queue->running = 0;
+    if (queue->threads != NULL) /* what has not begun would find another file by its descriptor */
+        kvfs_io_threads_cancel(queue->threads);
 }
 
 void kvfs_io_queue_close(struct kvfs_io_queue *queue)
