@@ -244,7 +244,7 @@ class RemoteReader:
             (device << 56 | slot << 32 | generation, positions)
             for device, slot, generation, positions in group_by_segment(records)
         ]
-        with contextlib.suppress(UnavailableError):  # without an owner what is mapped must do
+        with contextlib.suppress(UnavailableError):  # no owner, no room: what is mapped must do
             attached.find_segments(lease.namespace_id, [place for place, _ in groups])
         fetched = [lease.fetched]
         for place, positions in groups:
