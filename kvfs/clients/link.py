@@ -40,15 +40,15 @@ class Line:
     Attributes:
         staging: Where blocks are copied to before they are put; None until the first put.
         region: The staging memory's number at the owner.
-        shared: Numbers at the owner of memory the caller has shared, by the caller's number; None
-            for what it refuses.
+        shared: Numbers at the owner of memory the caller has shared, by the caller's number; 0 for
+            what it refuses.
         tray: What the owner copies blocks to; None until the first is fetched.
     """
 
     connection: socket.socket
     staging: _native.Arena | None = None
     region: int = 0
-    shared: dict[int, int | None] = field(default_factory=dict)
+    shared: dict[int, int] = field(default_factory=dict)
     tray: _native.Arena | None = None
 
     def ask(self, request: msg.Request, fd: int | None = None) -> tuple[Any, list[int]]:
@@ -79,6 +79,7 @@ class Line:
             os.fchmod(fd, 0o666)  # an owner of another user may look which pages are there
             arena = _native.Arena(fd, size)
             if self.staging is not None:
+                self.staging = None
                 self.ask(msg.Unshare(self.region))
             answer, _ = self.ask(msg.Share(size), fd)
         finally:

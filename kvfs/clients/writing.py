@@ -25,6 +25,7 @@ from kvfs.errors import RefusedError, UsageError
 from kvfs.keys import KeyArray
 
 _log = logging.getLogger("kvfs.client")
+_REFUSED = 0  # no number of the owner's
 _ALIGNMENT = 64  # of blocks in staging memory: what the owner's copies like best
 
 
@@ -104,7 +105,7 @@ def ranges(
     pieces = memory.pieces()
     homes = memory.find(addresses, lengths) if pieces else np.full(len(addresses), -1, np.int64)
     for position in np.unique(homes[homes >= 0]):
-        if not _share(line, pieces[int(position)]):
+        if _share(line, pieces[int(position)]) == _REFUSED:
             homes[homes == position] = -1
     padded = (lengths + np.uint64(_ALIGNMENT - 1)) & ~np.uint64(_ALIGNMENT - 1)
     padded[homes >= 0] = 0
@@ -132,17 +133,17 @@ def ranges(
         start = stop
 
 
-def _share(line: Line, one: Shared) -> bool:
-    """Have the owner map a piece, once for each connection; False where it never will."""
+def _share(line: Line, one: Shared) -> int:
+    """Have the owner map a piece, once for each connection; return its number there."""
     if one.number not in line.shared:
         try:
             answer, _ = line.ask(msg.Share(one.nbytes), one.fd)
         except RefusedError as error:
-            line.shared[one.number] = None
+            line.shared[one.number] = _REFUSED
             _log.warning("%s; puts from it copy once more", error)
         else:
             line.shared[one.number] = answer.region
-    return line.shared[one.number] is not None
+    return line.shared[one.number]
 
 
 def put_message(

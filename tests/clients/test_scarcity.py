@@ -1,4 +1,4 @@
-"""Clients that run out of descriptors or memory: misses as long as it lasts, and hits again after."""
+"""Clients that run out of descriptors or memory: misses as long as it lasts, hits again after."""
 
 import errno
 import socket
