@@ -147,6 +147,34 @@ def test_a_tray_cannot_be_written(tmp_path: Path) -> None:
         tray.close()
 
 
+@pytest.mark.parametrize("nbytes", [5 * MIB, 9 * MIB])
+def test_a_block_that_changes_between_two_trays(
+    tmp_path: Path, monkeypatch: Any, nbytes: int
+) -> None:
+    """It is dropped, and other bytes are put by its key: those or these are read, never some."""
+    layout = replace(LAYOUT, token_shape=(nbytes // 4,))
+    url = device_url(tmp_path, segment="32MiB")
+    with served(tmp_path, url) as (pool, _), client(tmp_path) as remote:
+        space = remote.namespace("n", layout)
+        keys, _ = space.keys(tokens(2, 1))
+        space.put(keys, np.full((2, nbytes), 1, np.uint8))
+        local = pool.namespace("n")
+        fetch, fetched = Line.fetch, []
+
+        def fetch_another(line: Line, request: msg.Fetch) -> Any:
+            fetched.append(request)
+            if len(fetched) == 2:
+                pool.store.state.forget(local.info.namespace_id, local.lookup(keys))
+                local.put(keys, np.full((2, nbytes), 2, np.uint8))
+            return fetch(line, request)
+
+        monkeypatch.setattr(Line, "fetch", fetch_another)
+        out = np.zeros((2, nbytes), np.uint8)
+        assert space.read_into(keys, out).all()
+        assert len(fetched) > 2 or nbytes < msg.TRAY_BYTES
+        assert [len(np.unique(block)) for block in out] == [1, 1]
+
+
 def test_nobody_keeps_the_memory_of_a_tray(tmp_path: Path) -> None:
     with served(tmp_path, device_url(tmp_path)) as (_, server), client(tmp_path) as remote:
         space = remote.namespace("n", LAYOUT)
