@@ -248,21 +248,15 @@ class Reader:
         What names nothing of its namespaces is passed over; a phase that is none is UNKNOWN.
         """
         now_ns = self._state.clock.monotonic_ns()
-        phases = np.where(events["phase"] < len(Phase), events["phase"], Phase.UNKNOWN)
         places = events["device"].astype(np.uint64) << np.uint64(32) | events["segment"]
-        with self._state.lock:
-            for place in np.unique(places):
-                segment = self._state.segment_at(int(place) >> 32, int(place) & 0xFFFFFFFF)
-                if segment is None or segment.namespace_id not in namespaces:
-                    continue
-                here = (places == place) & (events["entry"] < segment.entry_count)
-                accesses = self._state.counters[segment.namespace_id].accesses
-                for phase in np.unique(phases[here]).tolist():
-                    entries = events["entry"][here & (phases == phase)]
-                    accesses[phase] += len(entries)
-                    if phase != Phase.BACKGROUND:
-                        segment.last_access_ns = now_ns
-                        segment.accessed_ns[entries] = now_ns
+        order = np.argsort(places, kind="stable")
+        events, places = events[order], places[order]
+        starts = np.flatnonzero(np.append(True, places[1:] != places[:-1])).tolist()
+        stops = [*starts[1:], len(places)]
+        for start, stop, place in zip(starts, stops, places[starts].tolist(), strict=True):
+            segment = self._state.segment_at(place >> 32, place & 0xFFFFFFFF)
+            if segment is not None and segment.namespace_id in namespaces:
+                self._stamp(segment, events[start:stop], now_ns)
 
     def verified(self, records: RecordArray) -> Mask:
         """Verify the payloads that were not verified yet; drop bad ones. Misses are False.
@@ -320,6 +314,19 @@ class Reader:
         for part in lease.parts:
             part.segment.last_access_ns = now_ns
             part.segment.accessed_ns[lease.records["entry"][part.positions]] = now_ns
+
+    def _stamp(self, segment: SegmentState, events: EventArray, now_ns: int) -> None:
+        """Note accesses to a segment that a client reports."""
+        with self._state.lock:
+            events = events[events["entry"] < segment.entry_count]
+            phases = np.where(events["phase"] < len(Phase), events["phase"], Phase.UNKNOWN)
+            accesses = self._state.counters[segment.namespace_id].accesses
+            for phase in np.unique(phases).tolist():
+                entries = events["entry"][phases == phase]
+                accesses[phase] += len(entries)
+                if phase != Phase.BACKGROUND:
+                    segment.last_access_ns = now_ns
+                    segment.accessed_ns[entries] = now_ns
 
     def _parts(self, records: RecordArray) -> list[Part]:
         parts = []
