@@ -323,17 +323,29 @@ class Device(ABC):
         Returns how many failed; see kvfs._native for statuses. An OSError means: all did.
         """
         del uncached
-        bases = np.array([segment.address for segment in segments], np.uint64)
-        for segment in segments:
-            assert segment.address, "a device without addresses reads by itself"
-        short = offsets + lengths > np.array([s.nbytes for s in segments], np.uint64)[which]
-        within = np.where(short, np.uint64(0), lengths)
-        sources = bases[which] + np.where(short, np.uint64(0), offsets)
-        failed = _native.copy_verify(targets, sources, within, digests, statuses)
-        if short.any():
-            statuses[short] = SHORT_READ
-            failed = int(np.count_nonzero(statuses))
-        return failed
+        bases = np.array([segment.address for segment in segments], np.uint64)[which]
+        fds = np.array([segment.fd for segment in segments], np.int32)[which]
+        sizes = np.array([segment.nbytes for segment in segments], np.uint64)[which]
+        short = offsets + lengths > sizes
+        statuses[short] = SHORT_READ
+        for chosen, is_mapped in (
+            (np.flatnonzero(~short & (bases > 0)), True),
+            (np.flatnonzero(~short & (bases == 0)), False),
+        ):
+            if not len(chosen):
+                continue
+            part = np.zeros(len(chosen), np.int32)
+            wanted = None if digests is None else np.ascontiguousarray(digests[chosen])
+            if is_mapped:
+                _native.copy_verify(
+                    targets[chosen], bases[chosen] + offsets[chosen], lengths[chosen], wanted, part
+                )
+            else:
+                _native.pread_verify(
+                    fds[chosen], offsets[chosen], lengths[chosen], targets[chosen], wanted, part
+                )
+            statuses[chosen] = part
+        return int(np.count_nonzero(statuses))
 
     def assemble(self, extents: Sequence[Extent], nbytes: int) -> int:
         """Make a file that shares extents of segments; return a descriptor that only reads.

@@ -75,6 +75,21 @@ class FileSuite:
         with pytest.raises(AssertionError):
             put(device, segment, (0, b"x"))
 
+    @pytest.mark.parametrize("uncached", [False, True])
+    def test_ranges_of_file_segments_are_read(self, device: Device, uncached: bool) -> None:
+        data = [random_bytes(100_001, seed) for seed in (1, 2)]
+        segments = [make_file(device, each, slot, 1, b"sidecar") for slot, each in enumerate(data)]
+        offsets = np.array([PAGE, 7, 100_000], np.uint64)
+        lengths = np.array([50_000, 100, 2], np.uint64)
+        target, statuses = np.zeros(60_000, np.uint8), np.full(3, 99, np.int32)
+        failed = device.read_payloads(
+            segments, np.array([1, 0, 1], np.intp), offsets, lengths,
+            np.cumsum(lengths) - lengths + np.uint64(target.ctypes.data), None, statuses,
+            uncached=uncached,
+        )  # fmt: skip
+        assert (failed, list(statuses)) == (1, [0, 0, 2])
+        assert target[:50_100].tobytes() == data[1][PAGE : PAGE + 50_000] + data[0][7:107]
+
     def test_adopt_consumes_the_staging_handle(self, device: Device) -> None:
         staging = device.create_staging("once")
         device.write_staging(staging, 0, b"data")
