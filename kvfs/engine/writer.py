@@ -18,7 +18,6 @@ Locks: the log's lock, then its persist lock, then the state's lock.
 import contextlib
 from collections.abc import Callable
 from functools import partial
-from statistics import median_low
 
 import numpy as np
 import numpy.typing as npt
@@ -202,19 +201,15 @@ class Writer:
             if done == len(batch):
                 return made
             batch = batch.take(slice(done, len(batch)))
-        for device in sorted(able, key=self._usual_use_ns) if len(able) > 1 else able:
+        with self._state.lock:
+            able.sort(key=DeviceState.usual_use_ns)
+        for device in able:
             try:
                 return made + self.append(device, namespace, batch, settle=settle)
             except (NoSpaceError, UnavailableError, PoisonedError) as error:
                 failure = error
         assert failure is not None, "there is a device, or it was refused before"
         raise failure
-
-    def _usual_use_ns(self, device: DeviceState) -> int:
-        """Return before when half of a device's segments were last used: pinned ones weigh little."""
-        with self._state.lock:
-            times = [segment.last_access_ns for segment in device.segments.values()]
-        return median_low(times) if times else 0
 
     def _publish(self, segment: SegmentState, indices: npt.NDArray[np.int64]) -> RecordArray:
         return self._state.publish(segment, indices, verified=True)

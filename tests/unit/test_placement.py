@@ -7,6 +7,7 @@ import pytest
 
 import kvfs
 from kvfs import device_changes as changes
+from kvfs.tree import Tree
 from kvfs.units import MIB
 from tests.unit.small_pools import BLOCK, BLOCK_TOKENS, NEVER_MS, payloads, small_namespace
 
@@ -102,3 +103,20 @@ def test_evacuation_evicts_nothing_while_there_is_room(tmp_path: Path) -> None:
             pass
         assert [known(pool, seed) for seed in range(6)] == [240] * 6
         assert block_counts(pool)["a"] == 0
+
+
+def test_large_files_lie_on_all_directories(tmp_path: Path) -> None:
+    urls = [url("dir", "a", tmp_path), url("dir", "b", tmp_path)]
+    with made(tmp_path, urls) as pool:
+        nodes = []
+        for number in range(8):  # 80 MiB of 128
+            node = Tree(pool).create_file(1, f"f{number}", 0o644, 0, 0)
+            handle = pool.files.open_write(node, truncate=True)
+            pool.files.write(handle, 0, bytes([number]) * (10 * MIB))
+            pool.files.close_write(handle)
+            nodes.append(node)
+        for number, node in enumerate(nodes):
+            reader = pool.files.open_read(node)
+            assert bytes(pool.files.read(reader, 0, 1 << 30)) == bytes([number]) * (10 * MIB)
+            pool.files.close_read(reader)
+        assert min(block_counts(pool).values()) > 0
