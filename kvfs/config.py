@@ -85,7 +85,8 @@ def parse_device_url(text: str) -> DeviceURL:
     scheme, separator, rest = inner.partition(":")
     if not separator or scheme not in SCHEMES:
         known = ", ".join(f"{name}:" for name in SCHEMES)
-        raise UsageError(f"unknown device {inner!r}: expected one of {known}")
+        remedy = f"; for a directory write 'dir:{inner}'" if inner.startswith("/") else ""
+        raise UsageError(f"unknown device {inner!r}: expected one of {known}{remedy}")
     location, _, query = rest.partition("?")
     try:
         options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))

@@ -90,6 +90,8 @@ def create_pool(
 
     Durability: persist.
     """
+    if isinstance(devices, str):
+        raise UsageError(f"devices: expected a list of URLs, found {devices!r}; put it in a list")
     root = Path(path).absolute()
     clock = clock or SystemClock()
     urls = [parse_device_url(text) for text in devices]
@@ -132,7 +134,9 @@ def require_free(root: Path, plan: Sequence[tuple[DeviceRow, DeviceURL]]) -> Non
     if (root / CATALOG_NAME).exists():
         raise ExistsError(f"a pool is there already: {root}; 'kvfs-admin pool destroy' removes it")
     if root.is_dir() and any(root.iterdir()):
-        raise ExistsError(f"directory is not empty: {root}")
+        raise ExistsError(
+            f"directory is not empty: {root}; give the pool one of its own, made if missing"
+        )
     require_unused(plan)
 
 

@@ -130,7 +130,8 @@ class StagingArea:
         devices = self._store.file_devices(0)
         if not devices:
             return self.budget.limit_bytes
-        return self._store.staging_device(devices[0]).info.segment_bytes // _QUARTER
+        stores = [self._store.staging_device(device) for device in devices]
+        return min(store.info.segment_bytes for store in stores) // _QUARTER
 
     def log_limit(self, staged: Staged) -> int:
         """Return the size up to which a staged file goes into the log."""

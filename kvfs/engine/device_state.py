@@ -16,6 +16,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from statistics import median_low
 from typing import Final
 
 from kvfs.clock import Clock
@@ -136,6 +137,14 @@ class DeviceState:
         segments = 2 if keep_reserve and self.has_reserve else 1
         free = self.info.capacity_bytes - self.device.used_bytes
         return free >= segments * self.info.segment_bytes
+
+    def usual_use_ns(self) -> int:
+        """Return before when half of the segments were last used; 0 for none. REQUIRES: `lock`.
+
+        Says where to evict: a few segments that are pinned weigh little in it.
+        """
+        times = [segment.last_access_ns for segment in self.segments.values()]
+        return median_low(times) if times else 0
 
     @property
     def has_reserve(self) -> bool:

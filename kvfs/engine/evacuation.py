@@ -204,10 +204,10 @@ class Evacuation:
         chosen = indices[good]
         batch = Batch.of_entries(segment.entries[chosen], addresses[good], lengths[good])
         failure: Exception | None = None
-        for target in self._targets(device):
+        for targets in self._targets(device):
             move = Move(state)
             try:
-                runs = self._writer.append(target, namespace, batch, settle=move.hold)
+                runs = self._writer.append_to_some(targets, namespace, batch, settle=move.hold)
                 self._writer.persist_holding(runs)
                 move.replace(segment, chosen)
                 return len(chosen), int(lengths[good].sum())
@@ -232,9 +232,8 @@ class Evacuation:
             indices = indices[self._is_elsewhere(device, segment, indices)]
             state.forget(segment.namespace_id, segment.records(indices))
 
-    def _targets(self, device: DeviceState) -> list[DeviceState]:
-        """Return the devices in service that are as lasting, fastest tier first."""
+    def _targets(self, device: DeviceState) -> list[list[DeviceState]]:
+        """Return the devices in service that are as lasting, by durability; memory first."""
         lasting = self._state.tiers(persistent=True)
-        if device.info.is_persistent:
-            return lasting
-        return [*self._state.tiers(persistent=False), *lasting]
+        memory = [] if device.info.is_persistent else self._state.tiers(persistent=False)
+        return [group for group in (memory, lasting) if group]

@@ -34,7 +34,10 @@ class StoreFiles:
         self._writer = writer
 
     def file_devices(self, nbytes: int) -> list[int]:
-        """Return the devices in service that could hold a file of this size, fastest tier first.
+        """Return the devices in service that could hold a file of this size, best first.
+
+        Those that have room for it, and for a segment, the fastest tier first; then the full ones,
+        by how long ago they were used, since there something is evicted for it.
 
         Volatile ones only in a pool that has no others. None in a pool whose devices take no files:
         there all that fits into staging memory goes into the log.
@@ -45,11 +48,12 @@ class StoreFiles:
         tiers = self.state.lasting_tiers()
         if not tiers:
             raise UnavailableError("no device in service takes files; see 'pool status'")
-        return [
-            tier.info.index
-            for tier in tiers
-            if tier.info.takes_files and nbytes <= _file_bytes_max(tier)
-        ]
+        able = [t for t in tiers if t.info.takes_files and nbytes <= _file_bytes_max(t)]
+        roomy = [t for t in able if _has_room(t, max(nbytes, t.info.segment_bytes))]
+        full = [t for t in able if t not in roomy]
+        with self.state.lock:
+            full.sort(key=DeviceState.usual_use_ns)
+        return [device.info.index for device in (*roomy, *full)]
 
     def create_staging(self, device_index: int, name: str, namespace_id: int) -> Staging:
         """Make a staging file on one of `file_devices`."""
@@ -182,9 +186,14 @@ def _file_bytes_max(device: DeviceState) -> int:
     return device.info.capacity_bytes - kept_bytes
 
 
+def _has_room(device: DeviceState, nbytes: int) -> bool:
+    """Say whether a file may take as much."""
+    return device.device.used_bytes + nbytes <= _file_bytes_max(device)
+
+
 def _require_room(device: DeviceState, nbytes: int) -> None:
     """Raise NoSpaceError unless a file may take as much. REQUIRES: `open_lock`."""
-    if device.device.used_bytes + nbytes > _file_bytes_max(device):
+    if not _has_room(device, nbytes):
         raise NoSpaceError(
             f"device is full: {device.info.name}: {format_bytes(device.device.used_bytes)} of "
             f"{format_bytes(device.info.capacity_bytes)} used, {format_bytes(nbytes)} more needed "

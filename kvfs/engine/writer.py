@@ -117,6 +117,7 @@ class Writer:
         batch: Batch,
         *,
         keep_reserve: bool = True,
+        is_evicting: bool = True,
         settle: Settle | None = None,
     ) -> list[Run]:
         """Append blocks to the device's log of a namespace; return where they are.
@@ -126,6 +127,8 @@ class Writer:
             namespace: Whose.
             batch: The blocks.
             keep_reserve: Leave a segment free for relocation.
+            is_evicting: Make room by eviction; else it ends where there is none, and what it
+                returns has the leading blocks that found some.
             settle: What to do with each run of entries, under the engine's lock; publishes them
                 when missing.
 
@@ -139,7 +142,11 @@ class Writer:
         made: list[Run] = []
         done = failures = 0
         while done < len(batch):
-            log = self._log_with_room(device, namespace, batch.lengths[done:], keep_reserve)
+            log = self._log_with_room(
+                device, namespace, batch.lengths[done:], keep_reserve, is_evicting=is_evicting
+            )
+            if log is None:
+                break
             with log.lock:
                 fits = log.fitting(batch.lengths[done:])
                 if not fits or log.state.status is not SegmentStatus.OPEN:
@@ -164,6 +171,45 @@ class Writer:
                     continue
             done += fits
         return made
+
+    def append_to_some(
+        self,
+        devices: list[DeviceState],
+        namespace: NamespaceSpec,
+        batch: Batch,
+        *,
+        settle: Settle | None = None,
+    ) -> list[Run]:
+        """Append to the first devices that have room; only when all are full, evict on one.
+
+        That is where half of the segments were not used for longest, so that devices as lasting as
+        each other are one cache. Arguments, durability and errors are those of `append`; errors
+        are raised when no device takes the blocks.
+        """
+        made: list[Run] = []
+        failure: KvfsError | None = None
+        able = list(devices)
+        for device in devices if len(devices) > 1 else []:
+            try:
+                runs = self.append(device, namespace, batch, is_evicting=False, settle=settle)
+            except (NoSpaceError, UnavailableError, PoisonedError) as error:
+                failure = error
+                able.remove(device)
+                continue
+            made += runs
+            done = sum(len(entries) for _, entries in runs)
+            if done == len(batch):
+                return made
+            batch = batch.take(slice(done, len(batch)))
+        with self._state.lock:
+            able.sort(key=DeviceState.usual_use_ns)
+        for device in able:
+            try:
+                return made + self.append(device, namespace, batch, settle=settle)
+            except (NoSpaceError, UnavailableError, PoisonedError) as error:
+                failure = error
+        assert failure is not None, "there is a device, or it was refused before"
+        raise failure
 
     def _publish(self, segment: SegmentState, indices: npt.NDArray[np.int64]) -> RecordArray:
         return self._state.publish(segment, indices, verified=True)
@@ -273,11 +319,14 @@ class Writer:
         return runs, missing
 
     def _store(self, namespace: NamespaceSpec, batch: Batch, homes: list[DeviceState]) -> list[Run]:
-        """Append to the first home that takes the batch."""
+        """Append to the first homes that take the batch: memory before what lasts, if both may."""
         failure: KvfsError | None = None
-        for device in homes:
+        for is_persistent in (False, True):
+            group = [device for device in homes if device.info.is_persistent == is_persistent]
+            if not group:
+                continue
             try:
-                return self.append(device, namespace, batch)
+                return self.append_to_some(group, namespace, batch)
             except (NoSpaceError, UnavailableError, PoisonedError) as error:
                 failure = error
         assert failure is not None, "there is a home, or it was refused before"
@@ -297,15 +346,15 @@ class Writer:
         """Add a copy on a volatile tier; a full or failing one is no reason to fail."""
         if not (self._state.options.copy_to_dram and homes[0].info.is_persistent):
             return
+        memory = self._state.tiers(persistent=False)
         index = self._state.index(namespace.namespace_id)
-        for device in self._state.tiers(persistent=False):
-            there = index.lookup(batch.keys, device.info.index)["length"] > 0
-            part = batch.take(np.flatnonzero(~there))
-            try:
-                self.append(device, namespace, part)
-            except (NoSpaceError, UnavailableError, PoisonedError):
-                continue
+        is_there = np.zeros(len(batch), np.bool_)
+        for device in memory:
+            is_there |= index.lookup(batch.keys, device.info.index)["length"] > 0
+        if not memory or is_there.all():
             return
+        with contextlib.suppress(NoSpaceError, UnavailableError, PoisonedError):
+            self.append_to_some(memory, namespace, batch.take(np.flatnonzero(~is_there)))
 
     def _log_with_room(
         self,
@@ -313,8 +362,13 @@ class Writer:
         namespace: NamespaceSpec,
         lengths: npt.NDArray[np.uint64],
         keep_reserve: bool,
-    ) -> SegmentLog:
-        """Return the open log if the first payload fits, else a new one."""
+        *,
+        is_evicting: bool,
+    ) -> SegmentLog | None:
+        """Return the open log if the first payload fits, else a new one.
+
+        None if there is no room and none is to be made.
+        """
         state = self._state
         if align_up(int(lengths[0]), PAGE) > device.info.segment_bytes // 2:
             raise UsageError(
@@ -334,6 +388,8 @@ class Writer:
                 log = self._open_log(device, namespace) if has_room else None
             if log is not None:
                 return log
+            if not is_evicting:
+                return None
             if not self._make_room(device, device.info.segment_bytes):
                 break
         raise NoSpaceError(

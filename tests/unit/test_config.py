@@ -46,6 +46,7 @@ def test_a_directory() -> None:
     [
         ("", "expected one of dram:, cxl:, dax:, pmem:, dir:"),
         ("/mnt/kv", "expected one of dram:, cxl:, dax:, pmem:, dir:"),
+        ("/mnt/kv?size=1GiB", "for a directory write 'dir:/mnt/kv?size=1GiB'"),
         ("nvme:/x", "unknown device 'nvme:/x'"),
         ("dir:relative", "needs an absolute path"),
         ("dir:", "needs an absolute path"),

@@ -92,8 +92,10 @@ def test_nothing_is_made_twice(place: Place, pool: kvfs.Pool) -> None:
     assert not (place.root / "second").exists()
     (place.root / "full").mkdir()
     (place.root / "full" / "something").touch()
-    with pytest.raises(ExistsError, match="directory is not empty"):
+    with pytest.raises(ExistsError, match=r"directory is not empty: .*; give the pool one of its"):
         create_pool(place.root / "full", place.urls)
+    with pytest.raises(UsageError, match="expected a list of URLs, found 'dram:"):
+        create_pool(place.root / "second", "dram:?size=64MiB")
     place.open().close()
 
 
