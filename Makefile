@@ -28,6 +28,7 @@ SEED ?= 1
 WERROR ?= OFF
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PYTEST_ARGS ?=
+PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 PEER ?=
 INTEROP_ARGS ?=
 LAB_ARGS ?=
@@ -92,13 +93,13 @@ lint: setup ## ruff, mypy, layers, house rules, FORMAT.md
 
 .PHONY: test test-all test-fuse test-crash test-asan test-tsan check ci
 test: lint ## the gate: lint and every test that takes no minutes
-	$(BIN)/pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-all: lint ## the gate and the slow tests
 	$(BIN)/pytest --slow $(PYTEST_ARGS)
 
 test-fuse: setup ## only the tests of the mount; fails where FUSE is missing
-	KVFS_REQUIRE_FUSE=1 $(BIN)/pytest -n $(JOBS) --dist loadfile -m fuse $(PYTEST_ARGS)
+	KVFS_REQUIRE_FUSE=1 $(PYTEST) -m fuse $(PYTEST_ARGS)
 
 test-crash: setup ## enumerate crash points: make test-crash SEED=7
 	$(BIN)/python -m tests.crash.run --seed $(SEED)

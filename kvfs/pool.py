@@ -421,9 +421,11 @@ class Pool:
 
     def client_figures(self) -> tuple[int, int, int, int]:
         """Return clients, segments they hold; revocations and failed requests since open."""
-        holds = self.store.state.holds
-        with self.store.state.lock:
-            return holds.count, len(holds.snapshot()), holds.revoked, holds.failures
+        state = self.store.state
+        holds = state.holds
+        with state.lock:
+            segments = [one for device in state.devices for one in device.segments.values()]
+            return holds.count, len(holds.snapshot(segments)), holds.revoked, holds.failures
 
     def close(self) -> None:
         """Publish, flush, close; idempotent.

@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 struct place {
     struct kvfs_io_op op; /* what is left to do */
@@ -25,6 +26,7 @@ struct kvfs_io_queue {
     int *free_places;
     unsigned depth, free_count, running, stalled, pushed;
     bool is_registered, is_broken;
+    pid_t owner;
 };
 
 static int open_way(struct kvfs_io_queue *queue, enum kvfs_io_kind kind)
@@ -43,6 +45,7 @@ int kvfs_io_queue_open(unsigned depth, enum kvfs_io_kind kind, struct kvfs_io_qu
     if (queue == NULL)
         return -ENOMEM;
     queue->depth = depth;
+    queue->owner = getpid();
     queue->buffers_bytes = (size_t)depth * KVFS_IO_PIECE;
     queue->buffers = mmap(NULL, queue->buffers_bytes, PROT_READ | PROT_WRITE,
                           MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -209,10 +212,14 @@ void kvfs_io_queue_abandon(struct kvfs_io_queue *queue)
         queue->places[i].is_abandoned = queue->places[i].is_running;
     queue->stalled += queue->running;
     queue->running = 0;
+    if (queue->threads != NULL) /* what has not begun would find another file by its descriptor */
+        kvfs_io_threads_cancel(queue->threads);
 }
 
 void kvfs_io_queue_close(struct kvfs_io_queue *queue)
 {
+    if (queue->owner != getpid())
+        return; /* a fork has no threads to join, and shares the ring with who has */
     bool is_idle = kvfs_io_queue_stalled(queue) == 0 && queue->running == 0;
     if (queue->ring != NULL)
         kvfs_uring_close(queue->ring);

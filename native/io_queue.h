@@ -52,7 +52,8 @@ int kvfs_io_queue_wait(struct kvfs_io_queue *queue, int timeout_ms, int32_t *sta
 /* Stop waiting for all that is under way. REQUIRES: it is all in buffers of the queue. */
 void kvfs_io_queue_abandon(struct kvfs_io_queue *queue);
 
-/* Close. What is still under way keeps the memory that it uses, to the end of the process. */
+/* Close. What is still under way keeps the memory that it uses, to the end of the process. In a
+ * fork of the process that opened it nothing is done. */
 void kvfs_io_queue_close(struct kvfs_io_queue *queue);
 
 #endif

@@ -147,6 +147,17 @@ bool kvfs_io_threads_pop(struct kvfs_io_threads *threads, uint64_t *tag, int32_t
     return is_done;
 }
 
+void kvfs_io_threads_cancel(struct kvfs_io_threads *threads)
+{
+    pthread_mutex_lock(&threads->lock);
+    while (threads->task_head != threads->task_tail) {
+        struct task task = threads->tasks[threads->task_head++ % threads->depth];
+        task.result = -ECANCELED;
+        threads->done[threads->done_tail++ % threads->depth] = task;
+    }
+    pthread_mutex_unlock(&threads->lock);
+}
+
 void kvfs_io_threads_close(struct kvfs_io_threads *threads)
 {
     pthread_mutex_lock(&threads->lock);

@@ -24,6 +24,9 @@ int kvfs_io_threads_wait(struct kvfs_io_threads *threads, int timeout_ms);
 /* Take the tag and the result (bytes or -errno) of one that is done; false: none is. */
 bool kvfs_io_threads_pop(struct kvfs_io_threads *threads, uint64_t *tag, int32_t *result);
 
+/* Let what no thread has begun end with -ECANCELED. */
+void kvfs_io_threads_cancel(struct kvfs_io_threads *threads);
+
 /* End the threads and free all. REQUIRES: nothing is under way; else leave it as it is. */
 void kvfs_io_threads_close(struct kvfs_io_threads *threads);
 

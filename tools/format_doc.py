@@ -69,7 +69,7 @@ All of /dev/daxX.Y, or of a file of a multiple of 2 MiB, is divided so:
 | ---: | ---: | --- |
 | 0 | {copies} * {copy_bytes} | copies of the superblock |
 | {labels} | {places} * {label_bytes} | labels, one for each place |
-| {bad} | {bad_bytes} | the table of bad ranges |
+| {bad} | {bad_copies} * {bad_bytes} | copies of the table of bad ranges |
 | {header} + p * `segment_bytes` | `segment_bytes` | place p: one log segment, as above |
 
 There are at most {places} places. A segment has a place from its creation until it is freed,
@@ -90,8 +90,9 @@ persisted, and gets its next label after the zeros were.
 
 The **table of bad ranges** begins with `KVFSBAD1` and a count (u64); pairs of offset on the device
 and length in bytes (u64 each) follow, then an XXH3-64 of all before it. A place that such a range
-touches is given to no segment. The table is a memory of faults met, no more: one that does not hold
-counts as empty. `dax_layout.py` has these structures in code.
+touches is given to no segment. The copies are written one after the other; what any of them says
+counts. The table is a memory of faults met, no more: a copy that does not hold counts as empty.
+`dax_layout.py` has these structures in code.
 
 What was stored is persistent after non-temporal stores, or after the lines were written back, and a
 store fence on the same thread; in a file after fdatasync. A power cut may tear what was not, to
@@ -294,6 +295,7 @@ def render_format_doc() -> str:
             label_bytes=dax.LABEL_BYTES,
             bad=dax.BAD_OFFSET,
             bad_bytes=dax.BAD_BYTES,
+            bad_copies=dax.BAD_COPIES,
             header=dax.HEADER_BYTES,
             write=dax.WRITE_QUORUM,
             read=dax.READ_QUORUM,

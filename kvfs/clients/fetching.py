@@ -4,6 +4,8 @@ Layer: L4.
 
 - Memory of a DAX device lies behind one descriptor for all tenants, which clients are not given.
 - The owner verifies each block before it copies any of it.
+- A part comes in one answer if it fits in a tray. Of a larger one the pieces may be of different
+  copies, and of other bytes, if the block was dropped and put again meanwhile: the caller looks.
 """
 
 from collections.abc import Iterator
@@ -75,7 +77,8 @@ def _trays(lengths: Addresses) -> Iterator[_Pieces]:
     for number, length in enumerate(lengths.tolist()):
         start = 0
         while start < length:
-            if at >= msg.TRAY_BYTES or len(pieces) == msg.KEYS_MAX:
+            least = 1 if length > msg.TRAY_BYTES else length
+            if msg.TRAY_BYTES - at < least or len(pieces) == msg.KEYS_MAX:
                 yield _columns(pieces)
                 pieces, at = [], 0
             size = min(length - start, msg.TRAY_BYTES - at)

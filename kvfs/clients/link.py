@@ -40,7 +40,8 @@ class Line:
     Attributes:
         staging: Where blocks are copied to before they are put; None until the first put.
         region: The staging memory's number at the owner.
-        shared: Numbers at the owner of memory the caller has shared, by the caller's number.
+        shared: Numbers at the owner of memory the caller has shared, by the caller's number; 0 for
+            what it refuses.
         tray: What the owner copies blocks to; None until the first is fetched.
     """
 
@@ -75,8 +76,10 @@ class Line:
         size = max(STAGING_BYTES, nbytes)
         fd = _native.memfd("kvfs-staging", size)
         try:
+            os.fchmod(fd, 0o666)  # an owner of another user may look which pages are there
             arena = _native.Arena(fd, size)
             if self.staging is not None:
+                self.staging = None
                 self.ask(msg.Unshare(self.region))
             answer, _ = self.ask(msg.Share(size), fd)
         finally:
@@ -121,11 +124,13 @@ class Link:
                 page, notice, ring = fds
                 self.page = _native.LeasePage.attach(page, notice)
                 self.ring = _native.AccessRing.attach(ring)
+                self.page.beat(self.welcome.heartbeat_ms)
             except ValueError as error:
                 raise FormatVersionError(f"answer of the pool's owner: {error}") from error
+            except OSError as error:
+                raise UnavailableError(f"this process has no room to attach: {error}") from error
             finally:
                 channel.close_all(fds)
-            self.page.beat(self.welcome.heartbeat_ms)
         except BaseException:
             self._main.close()
             raise
@@ -216,7 +221,10 @@ class Link:
 
 
 def _connect(path: Path) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    except OSError as error:
+        raise UnavailableError(f"this process has no descriptor left: {error}") from error
     connection.settimeout(CONNECT_TIMEOUT_S)
     try:
         with channel.socket_address(path) as address:

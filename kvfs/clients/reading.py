@@ -244,7 +244,7 @@ class RemoteReader:
             (device << 56 | slot << 32 | generation, positions)
             for device, slot, generation, positions in group_by_segment(records)
         ]
-        with contextlib.suppress(UnavailableError):  # without an owner what is mapped must do
+        with contextlib.suppress(UnavailableError):  # no owner, no room: what is mapped must do
             attached.find_segments(lease.namespace_id, [place for place, _ in groups])
         fetched = [lease.fetched]
         for place, positions in groups:
@@ -347,7 +347,15 @@ class RemoteReader:
             return np.zeros(0, np.bool_)
         keys = np.ascontiguousarray(lease.records["key"][positions])
         fetcher = Fetcher(lease.attached.link, lease.namespace_id, lease.phase)
-        return fetcher.fetch(keys, offsets, lengths, addresses)
+        good = fetcher.fetch(keys, offsets, lengths, addresses)
+        split = np.flatnonzero(good & (lengths > msg.TRAY_BYTES))  # in several answers
+        if len(split):  # of one copy, if the one that is held was found all the time
+            now = self.lookup(lease.namespace_id, np.ascontiguousarray(keys[split]))
+            held = lease.records[positions[split]]
+            for name in ("device", "segment", "generation", "page"):
+                good[split] &= now[name] == held[name]
+            good[split] &= now["length"] > 0
+        return good
 
     def _report(self, attached: Attached, namespace_id: int, keys: KeyArray) -> None:
         """Tell the owner of blocks that did not hold, so that it drops them."""

@@ -208,7 +208,7 @@ class RemotePool:
             while self._attached is attached and not self._closing.is_set():
                 try:
                     self._renew(attached)
-                except KvfsError:
+                except (KvfsError, OSError, MemoryError):  # later there may be room
                     self._closing.wait(wait_s)
                     wait_s = min(_RETRY_S_MAX, 2 * wait_s)
             attached.link.dispose()

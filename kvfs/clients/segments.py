@@ -183,7 +183,11 @@ class Attached:
                 self.fetched.discard(place)
 
     def find_segments(self, namespace_id: int, places: list[int]) -> None:
-        """Map the segments that are not mapped yet; those that are gone stay away."""
+        """Map the segments that are not mapped yet; those that are gone stay away.
+
+        Raises:
+            UnavailableError: The owner is gone, or this process is out of memory or maps.
+        """
         missing = [p for p in places if p not in self.segments and p not in self.fetched]
         while missing:
             part = missing[: msg.PLACES_MAX]
@@ -198,6 +202,8 @@ class Attached:
             try:
                 for one in answer.segments:
                     fresh[one.place] = MappedSegment(one, fds.pop())
+            except OSError as error:
+                raise UnavailableError(f"no room to map a segment: {error}") from error
             finally:
                 channel.close_all(fds)
             self._forget(answer.gone)

@@ -240,9 +240,13 @@ class ClientServer:
                 connection.close()
 
     def _end_dead(self, pidfds: set[int]) -> None:
-        """End the sessions whose processes have ended: of those among the descriptors."""
+        """End the sessions whose processes have ended: of those among the descriptors.
+
+        A number may be another process's by now.
+        """
         with self._lock:
-            for session in [self._processes[fd] for fd in pidfds if fd in self._processes]:
+            ended = [fd for fd in pidfds if fd in self._processes and _has_ended(fd)]
+            for session in [self._processes[fd] for fd in ended]:
                 _log.info("client has ended: %s", session.name)
                 self._forget_process(session)
                 self._shut(session)
@@ -429,6 +433,12 @@ class ClientServer:
             self._shut(session)
         with contextlib.suppress(ClosedError):
             session.end(is_told=is_told)
+
+
+def _has_ended(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _is_bounded(uid: int) -> bool:

@@ -4,9 +4,13 @@ Layer: L5.
 
 - A tray belongs to one connection: the owner writes it, its client reads it, one request at a time.
   What is in it, its client was allowed to read; nobody else sees it.
+- When the connection ends its memory is taken from under whoever keeps the descriptor. A client
+  that still copies from it meets a fault, which is a miss.
 """
 
+import fcntl
 import os
+from typing import Final
 
 import numpy as np
 
@@ -19,6 +23,9 @@ from kvfs.engine.store import Store
 from kvfs.keys import KeyArray
 from kvfs.phase import Phase
 
+_F_SEAL_FUTURE_WRITE: Final = 0x0010
+_SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | _F_SEAL_FUTURE_WRITE
+
 
 class Tray:
     """One connection's tray, made at its first use."""
@@ -27,7 +34,7 @@ class Tray:
         self._fd = _native.memfd("kvfs-tray", TRAY_BYTES, is_final=False)
         try:
             self._arena = _native.Arena(self._fd, TRAY_BYTES)
-            _native.seal_memfd(self._fd)
+            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)  # it will be cut off
         except BaseException:
             os.close(self._fd)
             raise
@@ -68,6 +75,7 @@ class Tray:
     def close(self) -> None:
         """Give the memory back. To be called once."""
         self._arena.close()
+        os.ftruncate(self._fd, 0)
         os.close(self._fd)
 
 

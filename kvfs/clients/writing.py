@@ -3,10 +3,11 @@
 Layer: L4.
 
 - What lies in memory that the caller has shared is not copied here; the rest is copied into staging
-  memory, a message's worth at a time.
+  memory, a message's worth at a time. So is what the owner refuses to map.
 - A put is a message per 64 MiB or 65,536 blocks, each answered when it is done.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -20,9 +21,11 @@ from kvfs.buffers import Addresses
 from kvfs.clients import messages as msg
 from kvfs.clients.link import STAGING_BYTES, Line
 from kvfs.durability import PutResult
-from kvfs.errors import UsageError
+from kvfs.errors import RefusedError, UsageError
 from kvfs.keys import KeyArray
 
+_log = logging.getLogger("kvfs.client")
+_REFUSED = 0  # no number of the owner's
 _ALIGNMENT = 64  # of blocks in staging memory: what the owner's copies like best
 
 
@@ -101,6 +104,9 @@ def ranges(
     """
     pieces = memory.pieces()
     homes = memory.find(addresses, lengths) if pieces else np.full(len(addresses), -1, np.int64)
+    for position in np.unique(homes[homes >= 0]):
+        if _share(line, pieces[int(position)]) == _REFUSED:
+            homes[homes == position] = -1
     padded = (lengths + np.uint64(_ALIGNMENT - 1)) & ~np.uint64(_ALIGNMENT - 1)
     padded[homes >= 0] = 0
     ends = np.cumsum(padded)
@@ -121,13 +127,23 @@ def ranges(
         for position in np.unique(homes[part][~staged]):
             one = pieces[int(position)]
             chosen = homes[part] == position
-            if one.number not in line.shared:
-                answer, _ = line.ask(msg.Share(one.nbytes), one.fd)
-                line.shared[one.number] = answer.region
             regions[chosen] = line.shared[one.number]
             offsets[chosen] = addresses[part][chosen] - np.uint64(one.address)
         yield Ranges(start, stop, regions, offsets)
         start = stop
+
+
+def _share(line: Line, one: Shared) -> int:
+    """Have the owner map a piece, once for each connection; return its number there."""
+    if one.number not in line.shared:
+        try:
+            answer, _ = line.ask(msg.Share(one.nbytes), one.fd)
+        except RefusedError as error:
+            line.shared[one.number] = _REFUSED
+            _log.warning("%s; puts from it copy once more", error)
+        else:
+            line.shared[one.number] = answer.region
+    return line.shared[one.number]
 
 
 def put_message(

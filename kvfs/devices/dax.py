@@ -52,6 +52,7 @@ _log = logging.getLogger("kvfs.devices")
 _STORE_BYTES = 8  # an aligned store of so many never tears
 _SECTOR_BYTES = 512  # neither does a file's sector
 _LABELS_PER_PAGE = PAGE // layout.LABEL_BYTES
+_BAD_OFFSETS = range(layout.BAD_OFFSET, layout.HEADER_BYTES, layout.BAD_BYTES)
 
 
 class DaxDevice(FilelessDevice):
@@ -120,8 +121,9 @@ class DaxDevice(FilelessDevice):
             self._read_labels(memory, first, min(places, first + _LABELS_PER_PAGE))
         self._free.reverse()  # taken from the end: the first place first
         known: list[Range] = []
-        with contextlib.suppress(OSError):  # what it would say is found again
-            known = layout.decode_bad(memory.read(layout.BAD_OFFSET, layout.BAD_BYTES))
+        for offset in _BAD_OFFSETS:
+            with contextlib.suppress(OSError):  # what it would say is found again
+                known += layout.decode_bad(memory.read(offset, layout.BAD_BYTES))
         self._bad = layout.merged([*known, *source.bad])
         self._retire()
 
@@ -191,6 +193,10 @@ class DaxDevice(FilelessDevice):
         try:
             while True:
                 place = self._take_place()
+                if memory.faults(_label_offset(place), layout.LABEL_BYTES):
+                    self._lose(place)
+                    place = -1
+                    continue
                 memory.persist()
                 try:
                     memory.zero(self._start(place), nbytes)
@@ -394,17 +400,24 @@ class DaxDevice(FilelessDevice):
         else:
             self._free.append(place)
 
+    def _lose(self, place: int) -> None:
+        """Take a place that was free out of use: its label cannot be kept."""
+        self._ledger.put(_bad_key(place), self.info.segment_bytes)
+        _log.warning("a place of %s is lost: its label cannot be read", self.info.name)
+
     def _note(self, ranges: list[Range], place: int) -> None:
         """Remember bad ranges of a place that is in use, or taken."""
         if not ranges:
             return
         with self._lock:
             self._bad = layout.merged([*self._bad, *ranges])
-            try:
-                self._opened().store(layout.BAD_OFFSET, layout.encode_bad(self._bad))
-                self._opened().persist()
-            except OSError as error:
-                _log.warning("bad ranges of %s are not kept: %s", self.info.name, error)
+            raw = layout.encode_bad(self._bad)
+            for offset in _BAD_OFFSETS:
+                try:
+                    self._opened().store(offset, raw)
+                    self._opened().persist()
+                except OSError as error:
+                    _log.warning("bad ranges of %s are not kept: %s", self.info.name, error)
             if place not in self._segments.values():  # else once it is freed
                 self._ledger.put(_bad_key(place), self.info.segment_bytes)
                 if place in self._free:

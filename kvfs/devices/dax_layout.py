@@ -14,7 +14,7 @@ Layer: L1, pure.
   have the newest among them, however old the others are. Where less than three were ever begun, no
   write was ever finished.
 - The table of bad ranges: what could not be read or written. A place with such a range is given to
-  no segment any more.
+  no segment any more. There are two copies, written one after the other; what either says counts.
 - All integers are little-endian; checksums are XXH3 (see kvfs.engine.format).
 """
 
@@ -33,7 +33,8 @@ WRITE_QUORUM: Final = 3
 READ_QUORUM: Final = 2
 LABELS_OFFSET: Final = COPIES * COPY_BYTES
 BAD_OFFSET: Final = HEADER_BYTES - 64 * KIB
-BAD_BYTES: Final = HEADER_BYTES - BAD_OFFSET
+BAD_COPIES: Final = 2
+BAD_BYTES: Final = (HEADER_BYTES - BAD_OFFSET) // BAD_COPIES
 SUPERBLOCK_BYTES_MAX: Final = COPY_BYTES - PAGE
 LABEL_BYTES: Final = 64
 PLACES_MAX: Final = (BAD_OFFSET - LABELS_OFFSET) // LABEL_BYTES

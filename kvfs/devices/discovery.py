@@ -160,11 +160,11 @@ def _nvme(sysfs: Path) -> Iterator[Found]:
 
 def _directories(mounts: Path, release: str) -> Iterator[Found]:
     seen: set[tuple[int, str]] = set()
-    for line in mounts.read_text().splitlines():
+    for line in mounts.read_text(errors="replace").splitlines():  # a name may be of any bytes
         fields = line.split()
         tail = fields.index("-")
         point = _OCTAL.sub(lambda match: chr(int(match[1], 8)), fields[4])
-        is_readonly = "ro" in fields[5].split(",") or "ro" in fields[tail + 3].split(",")
+        is_readonly = "ro" in fields[5].split(",") or "ro" in fields[-1].split(",")
         if is_readonly or (point.startswith(_NO_HOMES) and point != "/dev/shm"):
             continue
         with contextlib.suppress(OSError):

@@ -140,7 +140,11 @@ class FileSystem(ABC):
             return _native.pread_verify(fds, offsets, lengths, targets, digests, statuses)
         for i, number in enumerate(which.tolist()):
             nbytes = int(lengths[i])
-            raw = self.read_uncached(files[number][0], int(offsets[i]), nbytes)
+            try:
+                raw = self.read_uncached(files[number][0], int(offsets[i]), nbytes)
+            except OSError as error:
+                statuses[i] = -(error.errno or errno.EIO)
+                continue
             source = np.frombuffer(raw or b"\0", np.uint8)
             address = np.array([source.ctypes.data], np.uint64)
             one = slice(i, i + 1)

@@ -69,7 +69,7 @@ def bind(fd: int, nbytes: int, node: Node, name: str) -> None:
     """Take the pages of a device's memfd from a node, whoever touches them first.
 
     Raises:
-        RefusedError: This process may not ask for that.
+        RefusedError: This process may not ask for that, or not use the node.
     """
     try:
         _native.bind_memfd(fd, nbytes, node.number)
@@ -77,6 +77,11 @@ def bind(fd: int, nbytes: int, node: Node, name: str) -> None:
         raise RefusedError(
             f"memory cannot be taken from node {node.number}: {name}: mbind is forbidden to this "
             "process; a container needs CAP_SYS_NICE for it"
+        ) from error
+    except OSError as error:
+        raise RefusedError(
+            f"memory cannot be taken from node {node.number}: {name}: {error.strerror}; this "
+            "process may be kept from it, see Mems_allowed in /proc/self/status"
         ) from error
 
 

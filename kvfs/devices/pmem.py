@@ -152,10 +152,11 @@ class PmemFileSystem(OSFileSystem):
     def open(self, path: str, *, writable: bool = False) -> OSFile:
         """Open an existing file; a segment that may be written is mapped."""
         file = super().open(path, writable=writable)
-        if not (writable and _is_segment(path)):
+        nbytes = os.fstat(file.fd).st_size
+        if not (writable and _is_segment(path) and nbytes):  # empty: a crash ended its making
             return file
         try:
-            return PmemFile(file.fd, self._mapper(file.fd, os.fstat(file.fd).st_size))
+            return PmemFile(file.fd, self._mapper(file.fd, nbytes))
         except BaseException:
             file.close()
             raise

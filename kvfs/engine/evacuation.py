@@ -4,7 +4,8 @@ Layer: L3.
 
 - What lies on the device is copied, persisted, published, and only then forgotten here: a crash
   leaves two copies, never none.
-- What another device in service has already, as lasting as this one, is not copied.
+- What another device in service has already, verified and as lasting as this one, is not copied.
+- What could not be read for want of time or descriptors stays, for another step.
 - One step moves some segments; who wants all of it asks again. Nothing of it is remembered, so that
   it goes on after a crash where it was.
 
@@ -21,7 +22,7 @@ from kvfs.engine.device_state import DeviceState
 from kvfs.engine.evictor import Evictor, Move
 from kvfs.engine.log import Batch
 from kvfs.engine.reader import Reader
-from kvfs.engine.segment_table import SegmentState, SegmentStatus
+from kvfs.engine.segment_table import SegmentState, SegmentStatus, is_verified
 from kvfs.engine.state import EngineState
 from kvfs.engine.writer import Writer
 from kvfs.errors import (
@@ -79,9 +80,7 @@ class Evacuation:
                 done = self._move(device, segment)
                 if device.info.is_persistent:
                     self._writer.flush()  # copies that others made, too
-                with state.lock:
-                    leftover = segment.live_indices()
-                    state.forget(segment.namespace_id, segment.records(leftover))
+                self._forget_moved(device, segment)
                 blocks, moved = blocks + done[0], moved + done[1]
             finally:
                 state.release(segment)
@@ -122,10 +121,12 @@ class Evacuation:
         return lost_count
 
     def would_lose(self, device: DeviceState) -> int:
-        """Return how many blocks have no copy on another device."""
+        """Return how many blocks have no copy on another device that is as lasting."""
         lost = 0
         with self._state.lock:
             for segment in device.segments.values():
+                if segment.status is SegmentStatus.DRAINING:
+                    continue  # its blocks have left the index, perhaps with their namespace
                 indices = segment.live_indices()
                 there = self._is_elsewhere(device, segment, indices, is_any=True)
                 lost += int(np.count_nonzero(~there))
@@ -168,7 +169,10 @@ class Evacuation:
         self, device: DeviceState, segment: SegmentState, indices: npt.NDArray[np.intp],
         *, is_any: bool = False,
     ) -> npt.NDArray[np.bool_]:  # fmt: skip
-        """Which blocks another device has, in service and as lasting, or any. REQUIRES: `lock`."""
+        """Which blocks another device has that is as lasting. REQUIRES: `lock`.
+
+        Verified, and in service; with `is_any` neither need be.
+        """
         found = np.zeros(len(indices), np.bool_)
         if not len(indices):
             return found
@@ -176,8 +180,10 @@ class Evacuation:
         index = self._state.index(segment.namespace_id)
         for other in self._state.devices:
             is_enough = other.info.is_persistent or not device.info.is_persistent
-            if other is not device and (is_any or (is_enough and not other.is_offline)):
-                found |= index.lookup(keys, other.info.index)["length"] > 0
+            if other is device or not is_enough or (other.is_offline and not is_any):
+                continue
+            records = index.lookup(keys, other.info.index)
+            found |= (records["length"] > 0) & (is_any | is_verified(records))
         return found
 
     def _move(self, device: DeviceState, segment: SegmentState) -> tuple[int, int]:
@@ -185,9 +191,11 @@ class Evacuation:
         state = self._state
         namespace = state.namespaces.get(segment.namespace_id)
         with state.lock:
+            if namespace is None or segment.status is not SegmentStatus.SEALED:
+                return 0, 0
             indices = segment.live_indices()
             indices = indices[~self._is_elsewhere(device, segment, indices)]
-        if namespace is None or not len(indices):
+        if not len(indices):
             return 0, 0
         lengths = segment.entries["stored_bytes"][indices].astype(np.uint64)
         scratch = np.empty(int(lengths.sum()), np.uint8)
@@ -213,6 +221,16 @@ class Evacuation:
             f"no other device could take what lies on {device.info.name}: none in service is "
             f"{'persistent' if device.info.is_persistent else 'there'}; 'kvfs-admin device add' one"
         )
+
+    def _forget_moved(self, device: DeviceState, segment: SegmentState) -> None:
+        """Forget what others have by now."""
+        state = self._state
+        with state.lock:
+            if segment.status is not SegmentStatus.SEALED:
+                return  # its namespace was destroyed meanwhile
+            indices = segment.live_indices()
+            indices = indices[self._is_elsewhere(device, segment, indices)]
+            state.forget(segment.namespace_id, segment.records(indices))
 
     def _targets(self, device: DeviceState) -> list[DeviceState]:
         """Return the devices in service that are as lasting, fastest tier first."""

@@ -265,7 +265,7 @@ class Evictor:
                 for segment in device.segments.values()
                 if segment.status is SegmentStatus.SEALED
             ]
-            clients = self._state.holds.snapshot()
+            clients = self._state.holds.snapshot(sealed)
             for limit in (warm_ns, _NEVER_NS) if is_sparing else (None,):
                 plans = [self._plan(device, s, standings[s.handle.slot], limit, held, clients)
                          for s in sealed]  # fmt: skip
@@ -281,7 +281,7 @@ class Evictor:
 
     def _plan(
         self, device: DeviceState, segment: SegmentState, standing: Standing, warm_ns: int | None,
-        held: HeldKeys, clients: set[tuple[int, int]],
+        held: HeldKeys, clients: set[int],
     ) -> _Victim:  # fmt: skip
         lengths = standing.lengths
         keys = segment.keys(standing.indices)
@@ -303,7 +303,7 @@ class Evictor:
             recency_ns=int((standing.recency_ns * (lengths / total)).sum()),
             kept_bytes=int(lengths[survives].sum()),
             reachable_bytes=int(lengths[standing.reachable].sum()),
-            is_held=(segment.namespace_id, place_of(segment)) in clients,
+            is_held=place_of(segment) in clients,
         )
 
     def _close_idle_log(self, device: DeviceState) -> bool:

@@ -13,6 +13,7 @@ Locks: the engine's lock, for everything.
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -100,13 +101,16 @@ class Holds:
                 if segment.namespace_id in holder.namespaces:
                     holder.page.note_freed()
 
-    def snapshot(self) -> set[tuple[int, int]]:
-        """Return (namespace, place) of what is held just now, for choosing."""
+    def snapshot(self, segments: Iterable[SegmentState]) -> set[int]:
+        """Return the places of those segments that are held just now, for choosing."""
+        if not self._holders:
+            return set()
+        namespace_of = {place_of(segment): segment.namespace_id for segment in segments}
         return {
-            (namespace_id, place)
+            place
             for holder in self._holders
             for place in holder.places()
-            for namespace_id in holder.namespaces
+            if namespace_of.get(place) in holder.namespaces
         }
 
     def relieve(self, segments: list[SegmentState], capacity_bytes: int, now_ns: int) -> bool:

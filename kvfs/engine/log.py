@@ -13,6 +13,7 @@ Concurrency: `SegmentLog.lock` admits one appender; `persist_lock` one persister
 that arrive while another runs find their entries covered by the next round (group commit).
 """
 
+import errno
 import threading
 from dataclasses import dataclass
 
@@ -131,8 +132,10 @@ class SegmentLog:
                 state.handle, offsets, batch.addresses, batch.lengths, digests, statuses
             )
         if failed:
-            # Bytes beyond the last entry mean nothing: the next batch is written over them.
-            _require_readable(batch)
+            # Bytes beyond the last entry mean nothing: the next batch is written over them. Not so
+            # after a deadline: what is under way still may come later than that batch.
+            if not (statuses == -errno.ETIMEDOUT).any():
+                _require_readable(batch)
             with self._poisoning("write"):
                 status = int(statuses[np.flatnonzero(statuses)[0]])
                 raise OSError(-status if status < 0 else 5, f"payload write failed ({status})")

@@ -3,7 +3,7 @@
 Layer: L3.
 
 - A block that cannot be read back is dropped from the index and counted; the caller sees a miss.
-  Another copy is tried first.
+  Another copy is tried first. It is not dropped if time, descriptors or memory ran out.
 - Payloads of segments without a seal header (and of poisoned ones) are verified from the medium,
   past the page cache, before they are first served; others at the first read of this process
   (`PoolOptions.verify_reads`).
@@ -31,6 +31,10 @@ _SCRATCH_BYTES = 32 << 20
 Mask = npt.NDArray[np.bool_]
 EventArray = npt.NDArray[np.void]
 _FAULT = 3  # a status of native batches: memory cannot be read
+# What says nothing of the blocks: a device that stalls, a process without descriptors or memory.
+_TRANSIENT = [-code for code in (
+    errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR,
+)]  # fmt: skip
 EVENT = np.dtype([
     ("device", "<u2"), ("phase", "u1"), ("flags", "u1"), ("segment", "<u4"), ("entry", "<u4"),
     ("tag", "<u4"),
@@ -244,21 +248,15 @@ class Reader:
         What names nothing of its namespaces is passed over; a phase that is none is UNKNOWN.
         """
         now_ns = self._state.clock.monotonic_ns()
-        phases = np.where(events["phase"] < len(Phase), events["phase"], Phase.UNKNOWN)
         places = events["device"].astype(np.uint64) << np.uint64(32) | events["segment"]
-        with self._state.lock:
-            for place in np.unique(places):
-                segment = self._state.segment_at(int(place) >> 32, int(place) & 0xFFFFFFFF)
-                if segment is None or segment.namespace_id not in namespaces:
-                    continue
-                here = (places == place) & (events["entry"] < segment.entry_count)
-                accesses = self._state.counters[segment.namespace_id].accesses
-                for phase in np.unique(phases[here]).tolist():
-                    entries = events["entry"][here & (phases == phase)]
-                    accesses[phase] += len(entries)
-                    if phase != Phase.BACKGROUND:
-                        segment.last_access_ns = now_ns
-                        segment.accessed_ns[entries] = now_ns
+        order = np.argsort(places, kind="stable")
+        events, places = events[order], places[order]
+        starts = np.flatnonzero(np.append(True, places[1:] != places[:-1])).tolist()
+        stops = [*starts[1:], len(places)]
+        for start, stop, place in zip(starts, stops, places[starts].tolist(), strict=True):
+            segment = self._state.segment_at(place >> 32, place & 0xFFFFFFFF)
+            if segment is not None and segment.namespace_id in namespaces:
+                self._stamp(segment, events[start:stop], now_ns)
 
     def verified(self, records: RecordArray) -> Mask:
         """Verify the payloads that were not verified yet; drop bad ones. Misses are False.
@@ -316,6 +314,19 @@ class Reader:
         for part in lease.parts:
             part.segment.last_access_ns = now_ns
             part.segment.accessed_ns[lease.records["entry"][part.positions]] = now_ns
+
+    def _stamp(self, segment: SegmentState, events: EventArray, now_ns: int) -> None:
+        """Note accesses to a segment that a client reports."""
+        with self._state.lock:
+            events = events[events["entry"] < segment.entry_count]
+            phases = np.where(events["phase"] < len(Phase), events["phase"], Phase.UNKNOWN)
+            accesses = self._state.counters[segment.namespace_id].accesses
+            for phase in np.unique(phases).tolist():
+                entries = events["entry"][phases == phase]
+                accesses[phase] += len(entries)
+                if phase != Phase.BACKGROUND:
+                    segment.last_access_ns = now_ns
+                    segment.accessed_ns[entries] = now_ns
 
     def _parts(self, records: RecordArray) -> list[Part]:
         parts = []
@@ -503,8 +514,8 @@ class Reader:
         tally = self._state.counters[namespace_id]
         for device, status in zip(records["device"].tolist(), statuses.tolist(), strict=True):
             (tally.bad_checksums if status == 1 else tally.bad_reads)[device] += 1
-        records = records[statuses != -errno.ETIMEDOUT]  # a device that stalls has them still
-        statuses = statuses[statuses != -errno.ETIMEDOUT]
+        is_gone = ~np.isin(statuses, _TRANSIENT)
+        records, statuses = records[is_gone], statuses[is_gone]
         if not len(records):
             return
         self._state.note_faults(records[statuses == _FAULT])

@@ -83,13 +83,18 @@ class FileOperations(Opening):
             self.names.close()
             self.names = None
 
-    def close(self) -> None:
+    def close(self, *, is_left: bool = False) -> None:
         """Close what is still open; files that were not closed by their writers are given up.
 
-        REQUIRES: the core, if there is one, has ended.
+        What a core that `is_left` reads stays where it is: clients may put until the pool closes.
+
+        REQUIRES: the core, if there is one, has ended, or was left.
         """
         if self.lanes is not None:
-            self.lanes.stop()
+            if is_left:
+                self.lanes.leave()
+            else:
+                self.lanes.stop()
         self._do_late()
         for number, handle in self._handles.drain():
             try:

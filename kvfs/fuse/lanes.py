@@ -200,6 +200,14 @@ class Lanes(LanePlans):
         self._drop_segments(_EVER_NS)
         self.views.sweep(_EVER_NS)
 
+    def leave(self) -> None:
+        """Forget all without giving it back: the core reads on, so it is held until the end."""
+        self._store.state.on_pressure = None
+        self._client.note_end()
+        with self._lock:
+            for known in (self._installed, self._stuck, self._closing, self._answers):
+                known.clear()
+
     # --- internals
 
     def _pass_through(self, fh: int, inode: int, plan: Plan) -> bool:

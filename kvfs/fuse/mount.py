@@ -372,7 +372,7 @@ class _Session:
             assert self._core is not None
             pyfuse3.close(unmount=False)
             self._core.leave()
-            operations.close()
+            operations.close(is_left=True)
             _log.info("left mounted: %s", self.mountpoint)
             return
         if self._core is not None and not self._core.has_ended:

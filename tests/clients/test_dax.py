@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,13 @@ import pytest
 
 import kvfs
 from kvfs.clients import messages as msg
-from kvfs.clients.link import u64
+from kvfs.clients.link import Line, ask, u64
 from kvfs.clients.tray import Tray
 from kvfs.errors import UsageError
 from kvfs.units import MIB
-from tests.clients.support import LAYOUT, client, payloads, served, tokens
+from tests.clients.support import BLOCK, LAYOUT, client, payloads, served, tokens
+from tests.clients.test_hostile import connect
+from tests.fuse.mounting import wait_until
 
 
 def device_url(path: Path, segment: str = "16MiB") -> str:
@@ -136,12 +139,85 @@ def test_a_tray_cannot_be_written(tmp_path: Path) -> None:
             with pytest.raises(OSError, match=r"Bad file|not permitted"):
                 os.pwrite(path, b"x", 0)
             with pytest.raises(OSError, match=r"Invalid|not permitted"):
-                os.ftruncate(path, 0)
+                os.ftruncate(path, 2 * msg.TRAY_BYTES)
             if path != fd:
                 os.close(path)
     finally:
         os.close(fd)
         tray.close()
+
+
+@pytest.mark.parametrize("nbytes", [5 * MIB, 9 * MIB])
+def test_a_block_that_changes_between_two_trays(
+    tmp_path: Path, monkeypatch: Any, nbytes: int
+) -> None:
+    """It is dropped, and other bytes are put by its key: those or these are read, never some."""
+    layout = replace(LAYOUT, token_shape=(nbytes // 4,))
+    url = device_url(tmp_path, segment="32MiB")
+    with served(tmp_path, url) as (pool, _), client(tmp_path) as remote:
+        space = remote.namespace("n", layout)
+        keys, _ = space.keys(tokens(2, 1))
+        space.put(keys, np.full((2, nbytes), 1, np.uint8))
+        local = pool.namespace("n")
+        fetch, fetched = Line.fetch, []
+
+        def fetch_another(line: Line, request: msg.Fetch) -> Any:
+            fetched.append(request)
+            if len(fetched) == 2:
+                pool.store.state.forget(local.info.namespace_id, local.lookup(keys))
+                local.put(keys, np.full((2, nbytes), 2, np.uint8))
+            return fetch(line, request)
+
+        monkeypatch.setattr(Line, "fetch", fetch_another)
+        out = np.zeros((2, nbytes), np.uint8)
+        assert space.read_into(keys, out).all()
+        assert len(fetched) > 2 or nbytes < msg.TRAY_BYTES
+        assert [len(np.unique(block)) for block in out] == [1, 1]
+
+
+def test_nobody_keeps_the_memory_of_a_tray(tmp_path: Path) -> None:
+    with served(tmp_path, device_url(tmp_path)) as (_, server), client(tmp_path) as remote:
+        space = remote.namespace("n", LAYOUT)
+        keys, _ = space.keys(tokens(5, 1))
+        space.put(keys, payloads(5, 1))
+        assert space.read_into(keys, payloads(5, 2)).all()
+        request = msg.Fetch(space.info.namespace_id, keys[0].tobytes(), u64([0]), u64([BLOCK]))
+        kept = []
+        for _ in range(3):
+            with contextlib.closing(connect(server._pool)) as connection:
+                ask(connection, msg.Join(remote.attached().link.welcome.token))
+                kept += ask(connection, request)[1]
+        try:
+            wait_until(
+                lambda: [os.fstat(fd).st_blocks for fd in kept] == [0, 0, 0], "all is given back"
+            )
+        finally:
+            for fd in kept:
+                os.close(fd)
+
+
+def test_a_tray_that_goes_while_it_is_copied_from(tmp_path: Path, monkeypatch: Any) -> None:
+    """The connection ends between the answer and the copy: a miss, not zeros."""
+    with served(tmp_path, device_url(tmp_path)) as (_, server), client(tmp_path) as remote:
+        space = remote.namespace("n", LAYOUT)
+        keys, _ = space.keys(tokens(5, 1))
+        data = payloads(5, 1)
+        space.put(keys, data)
+        fetch = Line.fetch
+
+        def fetch_and_lose(line: Line, request: msg.Fetch) -> Any:
+            found = fetch(line, request)
+            before = len(server._connections)
+            line.connection.shutdown(socket.SHUT_RDWR)
+            wait_until(lambda: len(server._connections) < before, "the owner has noticed")
+            return found
+
+        out = np.zeros_like(data)
+        with monkeypatch.context() as patch:
+            patch.setattr(Line, "fetch", fetch_and_lose)
+            assert not space.read_into(keys, out).any()
+        wait_until(lambda: bool(space.read_into(keys, out).all()), "it reads again")
+        assert (out == data).all()
 
 
 def test_copies_in_memory_beside_it_are_read(tmp_path: Path) -> None:

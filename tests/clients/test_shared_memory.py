@@ -284,6 +284,49 @@ def test_memory_that_the_owner_may_not_look_at_is_refused() -> None:
         os.close(fd)
 
 
+PUTTER = """
+import mmap, os, sys
+import numpy as np
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from tests.clients.support import BLOCK, client, payloads, tokens
+fd = os.memfd_create("own")
+os.ftruncate(fd, 3 * BLOCK)
+os.fchmod(fd, 0o600)
+memory = mmap.mmap(fd, 3 * BLOCK)
+memory[:] = payloads(3, 2).tobytes()
+with client(Path(sys.argv[1])) as remote:
+    space = remote.namespace("n")
+    remote.share(fd, memory)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for seed, data in ((1, payloads(3, 1)), (2, np.frombuffer(memory, np.uint8).reshape(3, BLOCK))):
+        print(space.put(space.keys(tokens(3, seed))[0], data).blocks_stored, flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_an_owner_of_another_user_takes_what_is_put(place) -> None:
+    """The owner is no superuser: it may write what a client has staged, not what it shares."""
+    pool, _ = place
+    space = pool.namespace("n")
+    with child(PUTTER, str(pool.path.parent), str(ROOT)) as process:
+        assert process.stdout.readline() == "ready\n"
+        os.seteuid(NOBODY)
+        try:
+            print(file=process.stdin, flush=True)
+            found = [process.stdout.readline(), process.stdout.readline()]
+        finally:
+            os.seteuid(0)
+        process.communicate("end\n")
+    assert found == ["3\n", "3\n"]
+    for seed in (1, 2):
+        out = np.zeros((3, BLOCK), np.uint8)
+        assert space.read_into(space.keys(tokens(3, seed))[0], out).all()
+        assert (out == payloads(3, seed)).all()
+
+
 def test_no_connection_is_left(place) -> None:
     pool, server = place
     with connect(pool) as connection:

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -247,6 +248,22 @@ def test_closing_leaves_what_stalls() -> None:
         queue.stalled()
     os.close(reader)
     os.close(writer)
+
+
+def test_a_fork_leaves_the_queue_alone(queue: _native.IOQueue, fd: int) -> None:
+    """It has none of its threads, and would take the results of the ring away."""
+    os.pwrite(fd, b"z" * 100, 0)
+    target, status = np.zeros(100, np.uint8), statuses(1)
+    args = i32(fd), u64(0), u64(100), u64(address(target)), None, status
+    assert queue.read_verify(*args) == 0
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)  # ends a child that waits for threads it does not have
+        queue.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert queue.read_verify(*args) == 0
 
 
 def test_one_batch_at_a_time() -> None:

@@ -238,7 +238,11 @@ def test_processor_time_is_that_of_the_process_asked_about() -> None:
 
 def test_every_bench_has_a_name_and_those_of_the_mount_have_one_together() -> None:
     assert set(run.NAMES) == set(run._benches()) == set(EXPECTED)
-    assert {"mount": tuple(n for n in EXPECTED if n.startswith("mount-"))} == run.GROUPS
+    together = {
+        group: tuple(name for name in EXPECTED if name.startswith(f"{group}-"))
+        for group in ("devices", "mount")
+    }
+    assert together == run.GROUPS
 
 
 def test_names_and_amounts_are_checked() -> None:

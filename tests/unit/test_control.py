@@ -236,17 +236,19 @@ def test_silent_connection_is_ended(pool):
         assert ask(pool, msg.Hello())
 
 
-def test_unexpected_error_is_an_answer(pool, server, monkeypatch, expected_warnings):
+def test_unexpected_error_is_an_answer(pool, expected_warnings):
     expected_warnings.append("control question failed")
-    monkeypatch.setattr(control, "answer", lambda *_: 1 / 0)
-    with pytest.raises(KvfsError, match="ZeroDivisionError"):
+    with (
+        ControlServer(pool, answers=lambda *_: 1 / 0),
+        pytest.raises(KvfsError, match="ZeroDivisionError"),
+    ):
         ask(pool, msg.Hello())
 
 
-def test_client_gives_up_on_an_owner_that_hangs(pool, monkeypatch):
+def test_client_gives_up_on_an_owner_that_hangs(pool):
     release = threading.Event()
-    monkeypatch.setattr(control, "answer", lambda *_: release.wait(10))
-    with ControlServer(pool), ControlClient.connect(pool.path, timeout_s=0.05) as client:
+    server = ControlServer(pool, answers=lambda *_: release.wait(10))
+    with server, ControlClient.connect(pool.path, timeout_s=0.05) as client:
         with pytest.raises(UnavailableError, match="no answer"):
             client.ask(msg.Hello())
         release.set()

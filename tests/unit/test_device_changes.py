@@ -13,6 +13,7 @@ from kvfs import device_changes as changes
 from kvfs.devices import numa
 from kvfs.devices import open as opening
 from kvfs.devices.dax_layout import HEADER_BYTES
+from kvfs.devices.wrappers import Fault, FaultyDevice, Verb
 from kvfs.engine.catalog_schema import ROOT_NODE_ID
 from kvfs.engine.checker import check_pool
 from kvfs.errors import (
@@ -186,6 +187,60 @@ def test_memory_does_not_do_for_what_must_last(tmp_path: Path, url: MakeURL) -> 
         with pytest.raises(RefusedError, match="none in service is persistent"):
             changes.evacuate(pool, "old", MIB)
         assert readable(pool) == 300
+
+
+def test_memory_is_no_copy_of_what_must_last(tmp_path: Path, url: MakeURL) -> None:
+    """What lies in DRAM too would be lost with the next restart."""
+    with kvfs.create_pool(tmp_path / "pool", [url("dram", "fast"), url("dir", "old")]) as pool:
+        fill(pool, "sync")
+        changes.add_device(pool, url("dir", "new"))
+        assert changes.would_remove(pool, "old").lost_blocks == 300
+        with pytest.raises(RefusedError, match=r"300 blocks; run .*device evacuate old"):
+            changes.remove(pool, "old")
+        assert evacuate_all(pool, "old") == 300
+        changes.remove(pool, "old")
+    with kvfs.open_pool(tmp_path / "pool") as pool:
+        assert readable(pool) == 300
+
+
+def test_a_block_that_cannot_be_read_in_time_stays(tmp_path: Path, url: MakeURL) -> None:
+    with kvfs.create_pool(tmp_path / "pool", [url("dir", "old"), url("dir", "new")]) as pool:
+        fill(pool, "sync")
+        state = pool.store.state.devices[0]
+        fault = Fault(Verb.READ, operation="read_payloads", code=errno.ETIMEDOUT)
+        state.device = FaultyDevice(state.device, [fault])
+        done = changes.evacuate(pool, "old", GIB)
+        assert (done.moved_blocks, done.left_segments) == (299, 1)
+        assert evacuate_all(pool, "old") == 1
+        assert readable(pool) == 300
+
+
+def test_a_copy_elsewhere_counts_once_it_is_verified(tmp_path: Path, url: MakeURL) -> None:
+    with kvfs.create_pool(tmp_path / "pool", [url("dir", "old"), url("dir", "new")]) as pool:
+        fill(pool, "sync")
+        changes.set_online(pool, "old", is_online=False)
+        fill(pool, "sync")
+        assert [device.block_count for device in pool.statistics().devices] == [300, 300]
+    for path in (tmp_path / "new/segments").iterdir():
+        with path.open("r+b") as file:
+            file.write(b"rotten")
+    with kvfs.open_pool(tmp_path / "pool") as pool:
+        assert evacuate_all(pool, "old") == 300
+        assert readable(pool) == 300
+
+
+def test_what_a_destroyed_namespace_left_is_no_loss(tmp_path: Path, url: MakeURL) -> None:
+    """Somebody still looks at it, so its segment is there."""
+    with kvfs.create_pool(tmp_path / "pool", [url("dir", "old"), url("dir", "new")]) as pool:
+        space = fill(pool, "sync")
+        view = space.view(space.keys(TOKENS)[0][:3])
+        pool.drop_namespace("m")
+        assert changes.would_remove(pool, "old").lost_blocks == 0
+        assert changes.evacuate(pool, "old", MIB).held_segments == 1
+        with pytest.raises(BusyError, match="being read"):
+            changes.remove(pool, "old")
+        view.close()
+        changes.remove(pool, "old")
 
 
 def test_a_full_pool_does_not_lose_what_is_pinned(tmp_path: Path, url: MakeURL) -> None:

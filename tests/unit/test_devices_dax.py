@@ -79,6 +79,26 @@ def test_bad_ranges_come_back(ranges: list[layout.Range]) -> None:
     assert layout.decode_bad(bytes(layout.BAD_BYTES)) == []
 
 
+@pytest.mark.parametrize("number", range(layout.BAD_COPIES))
+def test_a_torn_table_of_bad_ranges_is_not_the_only_one(
+    path: Path, number: int, expected_warnings: list[str]
+) -> None:
+    """A power cut while a range is added takes none of those that were known."""
+    expected_warnings.append("memory is bad")
+    device = opened(path)
+    segment = device.create(0, 1, b"a")
+    bad = [(layout.HEADER_BYTES, PAGE)]
+    with mock.patch.object(DaxMemory, "faults", return_value=bad):
+        device.note_bad(segment, 0, PAGE)
+    device.close()
+    with path.open("r+b") as file:
+        file.seek(layout.BAD_OFFSET + number * layout.BAD_BYTES)
+        file.write(layout.encode_bad([*bad, (layout.HEADER_BYTES + MIB, PAGE)])[:16])
+    device = opened(path)
+    assert device.bad_ranges == bad
+    device.close()
+
+
 def test_the_header_has_room_for_what_is_in_it() -> None:
     assert layout.COPIES * layout.COPY_BYTES == layout.LABELS_OFFSET
     assert layout.LABELS_OFFSET + layout.PLACES_MAX * layout.LABEL_BYTES <= layout.BAD_OFFSET
@@ -447,6 +467,26 @@ def test_labels_that_cannot_be_read_cost_their_places(
     with pytest.raises(NoSpaceError):
         device.create(1, 2, b"a")
     device.close()
+
+
+def test_a_place_whose_label_went_bad_is_passed_by(expected_warnings: list[str]) -> None:
+    """One page has the labels of 64 places: the next ones are used, until there are none."""
+    expected_warnings += ["is lost: its label cannot be read"]
+    fd = os.memfd_create("kvfs-dax")
+    os.truncate(fd, layout.HEADER_BYTES + 66 * MIB)
+    device = DaxDevice(
+        open_source(f"/proc/self/fd/{fd}"), index=1, uuid=_DEVICE, capacity_bytes=66 * MIB,
+        segment_bytes=MIB, name="pm0",
+    )  # fmt: skip
+    first = device.create(0, 1, b"a")
+    poison_or_skip(first.address - layout.HEADER_BYTES + layout.LABELS_OFFSET)
+    for slot in (1, 2):
+        assert put(device, device.create(slot, 1, b"a"), 0, b"data") == 0
+    assert device.used_bytes == 66 * MIB
+    with pytest.raises(NoSpaceError):
+        device.create(3, 1, b"a")
+    device.close()
+    os.close(fd)
 
 
 # --- a file whose sync fails

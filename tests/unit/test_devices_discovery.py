@@ -178,6 +178,17 @@ def test_what_is_mounted_twice_is_one(sysfs: Path, tmp_path: Path, roomy: Path) 
     assert len(found(sysfs, tmp_path, mount(roomy) + mount(roomy / "again"))) == 1
 
 
+def test_a_table_of_mounts_with_odd_names(sysfs: Path, tmp_path: Path, roomy: Path) -> None:
+    """A mount's source may be empty, and names are bytes."""
+    table = tmp_path / "odd"
+    table.write_bytes(
+        b"46 27 0:43 / /nowhere rw,relatime - tmpfs  rw\n"
+        b"47 27 0:44 / /no\xff\xfewhere rw,relatime - tmpfs a\xff rw\n" + mount(roomy).encode()
+    )
+    (directory,) = scan(sysfs=sysfs, mounts=table)
+    assert directory.name == str(roomy)
+
+
 def test_directories_that_cannot_hold_a_device(
     sysfs: Path, tmp_path: Path, roomy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

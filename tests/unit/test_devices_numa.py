@@ -127,6 +127,8 @@ def test_a_node_that_is_not_there_cannot_be_bound_to() -> None:
     for node in (1023, 9999, 10_000, 4_000_000_000):
         with pytest.raises(OSError, match="Invalid argument"):
             _native.bind_memfd(fd, MIB, node)
+    with pytest.raises(RefusedError, match="from node 1023: cxl0: Invalid argument"):
+        numa.bind(fd, MIB, numa.Node(1023, True, 16 * GIB, 16 * GIB, UNKNOWN), "cxl0")
     os.close(fd)
 
 

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from kvfs.devices.filesystem import READ_BYTES_MAX, is_own_name
+from kvfs.devices.filesystem import READ_BYTES_MAX, FileSystem, is_own_name
 from kvfs.devices.osfs import (
     REMOTE_FILESYSTEMS,
     OSFileSystem,
@@ -19,6 +20,7 @@ from kvfs.devices.osfs import (
     refuse_remote,
 )
 from kvfs.errors import BusyError, CorruptionError, NotFoundError, RefusedError
+from kvfs.units import PAGE
 
 
 @pytest.fixture
@@ -177,6 +179,24 @@ def test_uncached_reads(tmp_path: Path, kind: type[OSFileSystem]) -> None:
             assert read == data[offset : offset + nbytes]
     with pytest.raises(FileNotFoundError):
         files.read_uncached("none", 0, 1)
+    files.close()
+
+
+def test_one_unreadable_range_is_no_other_ones_loss(tmp_path: Path) -> None:
+    """Where a filesystem has no O_DIRECT, ranges are read one by one."""
+    files = NoDirect(str(tmp_path))
+    data = np.frombuffer(os.urandom(PAGE), np.uint8)
+    (tmp_path / "file").write_bytes(data.tobytes())
+    file = files.open("file")
+    target, statuses = np.zeros((3, PAGE), np.uint8), np.full(3, 99, np.int32)
+    failed = FileSystem.read_payloads(
+        files, [("file", file), ("none", file)], np.array([0, 1, 0]), np.zeros(3, np.uint64),
+        np.full(3, PAGE, np.uint64), np.array([row.ctypes.data for row in target], np.uint64),
+        None, statuses, uncached=True,
+    )  # fmt: skip
+    assert (failed, statuses.tolist()) == (1, [0, -errno.ENOENT, 0])
+    assert (target[[0, 2]] == data).all()
+    file.close()
     files.close()
 
 

@@ -15,9 +15,10 @@ from kvfs.devices import open as opening
 from kvfs.devices import pmem
 from kvfs.devices.base import SegmentName
 from kvfs.devices.directory import DirectoryDevice
-from kvfs.devices.filesystem import OSFile
 from kvfs.devices.open import open_device
+from kvfs.devices.osfile import OSFile
 from kvfs.devices.pmem import PmemFile, PmemFileSystem, map_synchronously, why_not_dax
+from kvfs.engine.log import is_unborn
 from kvfs.units import MIB, PAGE
 from tests.unit.made_up_sysfs import link, write
 
@@ -71,6 +72,19 @@ def test_a_segment_goes_on_after_it_was_opened_again(tmp_path: Path, syncs: list
     assert isinstance(segment.state.file, PmemFile)
     assert device.read_tail(segment, 4096)[:4] == b"more"
     assert not syncs
+    device.close()
+
+
+def test_a_segment_that_a_crash_left_empty_is_freed(tmp_path: Path) -> None:
+    """Its name may come before its space: then there is nothing to map."""
+    opened(tmp_path).close()
+    path = tmp_path / "segments/00000000-00000001.seg"
+    path.touch()
+    device = opened(tmp_path)
+    segment = device.attach(*device.segments())
+    assert is_unborn(device, segment)
+    device.free(segment)
+    assert not path.exists()
     device.close()
 
 
@@ -152,7 +166,7 @@ def test_with_dax_segments_are_mapped(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(opening, "why_not_dax", lambda root: why_not_dax(root, _native.Arena))
     monkeypatch.setattr(
         opening, "PmemFileSystem",
-        lambda root, create: PmemFileSystem(root, create=create, mapper=_native.Arena),
+        lambda root, **options: PmemFileSystem(root, mapper=_native.Arena, **options),
     )  # fmt: skip
     url = parse_device_url(f"pmem:{tmp_path}/kv?size=32MiB")
     device = open_device(url, index=0, uuid=UUID(int=1), capacity_bytes=32 * MIB,

@@ -269,6 +269,45 @@ def test_a_device_that_stalls(tmp_path: Path, way: str) -> None:
         device.close()
 
 
+_CROWDED = """
+import fcntl, os, resource, sys
+import numpy as np
+from kvfs import _native
+queue, data = _native.IOQueue(2, "threads"), np.full(4096, 7, np.uint8)
+fd = os.open(sys.argv[1] + "/file", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+
+def write(count):
+    return queue.write_hash(
+        fd, np.arange(count, dtype=np.uint64) * np.uint64(4096),
+        np.full(count, data.ctypes.data, np.uint64), np.full(count, 4096, np.uint64),
+        np.zeros((count, 16), np.uint8), np.zeros(count, np.int32), 4096, timeout_ms=200)
+
+assert write(1) == 0  # one thread is there, and no room for a second
+used = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), -1))
+root = os.open(sys.argv[1], os.O_RDONLY)
+fcntl.ioctl(root, 0xC0045877, 0)
+try:
+    assert write(2) == 2
+    os.close(fd)
+    assert os.open(sys.argv[2], os.O_RDWR) == fd
+finally:
+    fcntl.ioctl(root, 0xC0045878, 0)
+while queue.stalled():
+    pass
+assert os.pread(fd, 8192, 0) == b"v" * 8192
+"""
+
+
+def test_what_has_not_begun_is_not_done_after_the_deadline(tmp_path: Path) -> None:
+    """By then its descriptor may be another file's."""
+    (tmp_path / "victim").write_bytes(b"v" * 2 * PAGE)
+    with loop_ext4(tmp_path) as root:
+        command = [sys.executable, "-c", _CROWDED, str(root), str(tmp_path / "victim")]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 @WAYS
 def test_closing_a_device_that_stalls(tmp_path: Path, way: str) -> None:
     with loop_ext4(tmp_path) as root:
@@ -279,9 +318,10 @@ def test_closing_a_device_that_stalls(tmp_path: Path, way: str) -> None:
             device.close()
 
 
-def test_a_stalled_read_keeps_the_blocks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [errno.ETIMEDOUT, errno.EMFILE, errno.ENOMEM])
+def test_a_read_that_could_not_be_made_keeps_the_blocks(tmp_path: Path, code: int) -> None:
     """It is a miss, after three tries; the device has them still."""
-    faults = [Fault(Verb.READ, operation="read_payloads", code=errno.ETIMEDOUT, times=3)]
+    faults = [Fault(Verb.READ, operation="read_payloads", code=code, times=3)]
     pool = create_pool(tmp_path / "pool", [f"dir:{tmp_path / 'kv'}?size=64MiB&segment=16MiB"],
                        options=PoolOptions(copy_to_dram=False))  # fmt: skip
     space = pool.namespace("test", Layout(token_shape=(4 * KIB,), block_tokens=1))

@@ -1,5 +1,7 @@
 """The log of one segment: appending, persisting, sealing, poison, and reading it all back."""
 
+import errno
+import mmap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -203,6 +205,25 @@ def test_failed_append_poisons(tmp_path: Path, operation: str) -> None:
         bench.append(1, 200)
     bench.log.persist()  # nothing new to persist
     assert as_bytes(kept) == bench.keys()[:2]
+    bench.device.close()
+
+
+def test_a_write_that_stalls_poisons_whatever_else_is_wrong(tmp_path: Path) -> None:
+    """What is under way still may come after whatever would be written over it."""
+    bench = with_faults(tmp_path, Fault(Verb.WRITE, operation="write_payloads",
+                                        code=errno.ETIMEDOUT))  # fmt: skip
+    victim = int(np.random.default_rng(0).integers(2))  # as the fault chooses
+    keys, parents = chain(2, 0)
+    addresses, lengths = addresses_of([content_of(key.tobytes(), 4096) for key in keys], 2)
+    with (tmp_path / "gone").open("w+b") as file:
+        file.truncate(PAGE)
+        gone = np.frombuffer(mmap.mmap(file.fileno(), PAGE), np.uint8)
+        file.truncate(0)
+    addresses[1 - victim] = gone.ctypes.data
+    batch = Batch(keys, parents, addresses, lengths, np.zeros(2, np.uint32), np.zeros(2, np.uint8))
+    with pytest.raises(DeviceError, match="write failed"):
+        bench.log.append(batch)
+    assert bench.log.state.is_poisoned
     bench.device.close()
 
 
