@@ -20,7 +20,7 @@ from kvfs.devices.dax_source import ALIGNMENT, domain_of
 from kvfs.devices.osfs import MEMORY_FILESYSTEMS, REMOTE_FILESYSTEMS, filesystem_type
 from kvfs.devices.pmem import why_not_dax
 from kvfs.emulation import UNKNOWN, LinkFigures
-from kvfs.units import GIB
+from kvfs.units import GIB, MIB
 
 SYSFS: Final = Path("/sys")
 MOUNTS: Final = Path("/proc/self/mountinfo")
@@ -29,6 +29,7 @@ _OCTAL: Final = re.compile(r"\\([0-7]{3})")
 _NO_HOMES: Final = ("/boot", "/dev", "/proc", "/sys", "/run")
 _PASSTHROUGH_SINCE: Final = (6, 9)
 _FREE_BYTES_MIN: Final = GIB
+_NODE_STEP: Final = 64 * MIB
 _REGION_KINDS: Final = {"ram": "volatile", "pmem": "persistent"}
 
 
@@ -76,13 +77,15 @@ def _nodes(sysfs: Path) -> Iterator[Found]:
     found = numa.nodes(sysfs)
     for node in found:
         if not node.has_processors and len(found) > 1:
-            size = node.available_bytes * 9 // 10 // GIB
+            size = node.available_bytes * 9 // 10
+            steps = size // _NODE_STEP * _NODE_STEP
+            text = f"{size // GIB}GiB" if size >= GIB else f"{steps // MIB}MiB"
             yield Found(
                 "node", f"node{node.number}",
-                f"cxl:node={node.number}?size={size}GiB" if size else "",
+                f"cxl:node={node.number}?size={text}" if steps else "",
                 node.available_bytes,
                 ("files", "views"),
-                "" if size else "less than 1 GiB is free",
+                "" if steps else "less than 64 MiB is free",
                 node.figures,
             )  # fmt: skip
 

@@ -1,6 +1,9 @@
 """The device suite over devices that the caller names, all of which it overwrites.
 
-    KVFS_TEST_DEVICES='dax:/dev/dax0.0 dir:/mnt/pmem' pytest tests/conformance/test_given_devices.py
+    export KVFS_TEST_DEVICES='dax:/dev/dax0.0 pmem:/mnt/pmem dir:/mnt/nvme'
+    pytest tests/conformance/test_given_devices.py
+
+A `pmem:` device that is served like a directory on disk, since its files are no memory, fails.
 
 Without the variable there are no tests here: a device of a developer's machine is never wiped.
 """
@@ -13,7 +16,7 @@ from typing import ClassVar
 
 import pytest
 
-from kvfs.config import parse_device_url
+from kvfs.config import VOLATILE_SCHEMES, parse_device_url
 from kvfs.devices.base import Device
 from kvfs.devices.dax_layout import HEADER_BYTES
 from kvfs.devices.dax_memory import DaxMemory
@@ -22,12 +25,12 @@ from kvfs.devices.open import open_device
 from tests.conformance.device_suite import DeviceSuite, FilelessSuite
 from tests.conformance.helpers import CAPACITY_BYTES, DEVICE_UUID, SEGMENT_BYTES, Opener
 
-_FILELESS = ("dax", "cxl")
+_FILELESS = ("dax",)
 _DIRECTORY = "kvfs-conformance"
 
 
 def _open(url: str, capacity_bytes: int = CAPACITY_BYTES) -> Device:
-    return open_device(
+    device = open_device(
         parse_device_url(url),
         index=3,
         uuid=DEVICE_UUID,
@@ -35,6 +38,8 @@ def _open(url: str, capacity_bytes: int = CAPACITY_BYTES) -> Device:
         segment_bytes=SEGMENT_BYTES,
         name="subject",
     )
+    assert url.partition(":")[0] != "pmem" or device.info.persistence, "its files are no memory"
+    return device
 
 
 class _Given:
@@ -46,6 +51,7 @@ class _Given:
         location, _, options = rest.partition("?")
         if scheme in _FILELESS:
             _wipe(location)
+        if scheme in (*_FILELESS, *VOLATILE_SCHEMES):
             yield lambda **wanted: _open(self.url, **wanted)
             return
         root = Path(location) / _DIRECTORY

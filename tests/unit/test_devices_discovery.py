@@ -55,9 +55,11 @@ def test_a_node_without_processors(sysfs: Path, tmp_path: Path) -> None:
     assert (node.kind, node.name, node.url) == ("node", "node1", "cxl:node=1?size=57GiB")
     assert node.figures == LinkFigures(1000 * MIB, 0, 300, 0)
     assert parse_device_url(node.url).node == 1
+    add_node(sysfs, 1, cpus="", total=256 * MIB, free=240 * MIB, cache=0)
+    assert found(sysfs, tmp_path)[0].url == "cxl:node=1?size=192MiB"
     add_node(sysfs, 1, cpus="", total=64 * GIB, free=MIB, cache=0)
     assert (found(sysfs, tmp_path)[0].url, found(sysfs, tmp_path)[0].note) == (
-        "", "less than 1 GiB is free",
+        "", "less than 64 MiB is free",
     )  # fmt: skip
 
 

@@ -29,12 +29,17 @@ from lab.rows import Result, Row
 # DAX device away: the kernel's memory is not given back.
 _DEVICES: Final = (
     ("conformance", "nvdimm", 600), ("conformance", "cxl volatile", 900),
+    ("conformance", "pmem", 600), ("conformance", "nvme", 600),
+    ("device scan", "dax", 180), ("device show", "nvme", 120),
     ("restore after kill -9", "dax", 300), ("restore after kill -9", "dax and dir", 300),
-    ("view without a copy", "nvdimm", 120), ("mount, mapped file", "fsdax, passthrough", 400),
+    ("restore after kill -9", "pmem", 300),
+    ("view without a copy", "nvdimm", 120), ("mount, mapped file", "pmem, passthrough", 400),
+    ("devices of a running pool", "dir, dax, pmem", 400),
     ("poison list", "cxl persistent", 120),
     ("poison", "nvdimm", 180), ("conformance", "cxl persistent", 900),
-    ("conformance", "fsdax", 600), ("conformance", "nvme", 600),
-    ("memory of a NUMA node", "cxl volatile", 180),
+    ("memory of a NUMA node", "cxl volatile", 180), ("device scan", "cxl node", 180),
+    ("pool on a NUMA node", "cxl volatile", 180),
+    ("devices of a running pool", "dir, cxl node", 300),
 )  # fmt: skip
 _OLD_KERNEL: Final = (("mount, mapped file", "nvme, native", 400),)
 _BOOT_S: Final = 180.0
@@ -74,8 +79,9 @@ def _arguments() -> argparse.Namespace:
         help=f"parts to run, with commas, of {', '.join(names)} (default: all)",
     )  # fmt: skip
     parser.add_argument(
-        "--step", metavar="WORD", default="", help="of the part devices, steps with this word"
-    )
+        "--step", metavar="WORDS", default="",
+        help="of the part devices, steps with one of these words, with commas",
+    )  # fmt: skip
     parser.add_argument("--cuts", type=int, default=5, help="power cuts (default: 5)")
     parser.add_argument("--seed", type=int, default=1, help="of the moments of the cuts")
     parser.add_argument(
@@ -91,7 +97,9 @@ def _arguments() -> argparse.Namespace:
 
 def _parts(arguments: argparse.Namespace) -> dict[str, Callable[[Path], Iterator[Row]]]:
     def devices(directory: Path) -> Iterator[Row]:
-        steps = [step for step in _DEVICES if arguments.step in f"{step[0]}, {step[1]}"]
+        words = arguments.step.split(",")
+        steps = [step for step in _DEVICES
+                 if any(word in f"{step[0]} {step[1]}" for word in words)]  # fmt: skip
         return _steps(directory, MAIN, steps)
 
     return {

@@ -21,7 +21,7 @@ from lab.paths import LabError
 from lab.progress import say
 from lab.rows import Result, Row
 
-KINDS: Final = ("nvdimm", "cxl", "fsdax", "disk")
+KINDS: Final = ("nvdimm", "cxl", "pmem", "disk")
 _BOOT_S: Final = 600.0
 _VERIFY_S: Final = 300.0
 # A cut comes so many seconds after so many acknowledgements, both at random: also on a slow machine

@@ -22,9 +22,10 @@ from lab.paths import PYTHON, REPOSITORY, LabError
 
 MIB: Final = 1 << 20
 LABEL_BYTES: Final = 128 << 10
-# Files of a run's directory. CXL memory comes in multiples of 256 MiB; XFS wants at least 300.
+# Files of a run's directory. CXL memory comes in multiples of 256 MiB; `device scan`
+# lists directories with 1 GiB free.
 BACKING: Final = {
-    "nvdimm0": 256 * MIB + LABEL_BYTES, "nvdimm1": 768 * MIB + LABEL_BYTES,
+    "nvdimm0": 256 * MIB + LABEL_BYTES, "nvdimm1": 1536 * MIB + LABEL_BYTES,
     "cxl-persistent": 256 * MIB, "cxl-labels": MIB, "cxl-volatile": 256 * MIB,
     "disk": 2048 * MIB,
 }  # fmt: skip
@@ -132,10 +133,12 @@ def qemu_command(machine: Machine, *, is_interactive: bool = False) -> list[str]
         "-L", str(programs.root / "usr/share/qemu"), "-L", str(programs.root / "usr/share/seabios"),
         "-nodefaults", "-no-reboot", "-display", "none", "-accel", "tcg,thread=multi",
         # A guest that knows that it is one does not flush caches for CXL regions, and makes none.
-        "-cpu", "max,-hypervisor,vendor=GenuineIntel",
+        # Without fast string operations memory is not cleared byte by byte, each a call of the
+        # device model if it is CXL's.
+        "-cpu", "max,-hypervisor,-erms,-fsrm,vendor=GenuineIntel",
         # On two emulated processors Linux now and then dies while it patches its own code.
         "-smp", "1", "-m", f"{MEMORY_MIB}M,slots=4,maxmem=16G",
-        "-machine", f"q35,cxl=on,nvdimm=on,nvdimm-persistence=mem-ctrl,{_CXL_WINDOW}",
+        "-machine", f"q35,cxl=on,nvdimm=on,nvdimm-persistence=mem-ctrl,hmat=on,{_CXL_WINDOW}",
         "-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng",
         "-kernel", str(machine.tree.kernel), "-initrd", str(machine.directory / "initramfs"),
         "-append", _kernel_line(machine),
@@ -151,7 +154,7 @@ def qemu_command(machine: Machine, *, is_interactive: bool = False) -> list[str]
         "-drive", f"if=none,id=disk,format=raw,file=nbd+unix:///?socket={machine.disk_socket}",
         "-device", _DISKS[machine.disk],
     ]  # fmt: skip
-    return command + _nvdimms(machine) + _cxl(machine)
+    return command + _nodes() + _nvdimms(machine) + _cxl(machine)
 
 
 def shown(command: Sequence[str]) -> str:
@@ -172,6 +175,20 @@ def _memory(name: str, path: Path) -> list[str]:
     size = BACKING[name]
     value = f"memory-backend-file,id={name},share=on,mem-path={path},size={size}"
     return ["-object", value]
+
+
+def _nodes() -> list[str]:
+    """Return the node of processor and memory, and that of the CXL host bridge, with their speed.
+
+    From the bridge's and from what each CXL device says of itself Linux knows how fast that is.
+    """
+    words = ["-object", f"memory-backend-ram,id=memory,size={MEMORY_MIB}M",
+             "-numa", "node,nodeid=0,cpus=0,memdev=memory", "-numa", "node,nodeid=1",
+             "-object", "acpi-generic-port,id=bridge,pci-bus=cxl.0,node=1"]  # fmt: skip
+    for target in range(2):
+        path = f"hmat-lb,initiator=0,target={target},hierarchy=memory,data-type=access"
+        words += ["-numa", f"{path}-latency,latency=10", "-numa", f"{path}-bandwidth,bandwidth=10G"]
+    return words
 
 
 def _nvdimms(machine: Machine) -> list[str]:

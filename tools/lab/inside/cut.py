@@ -29,7 +29,7 @@ def pools() -> dict[str, tuple[Path, str]]:
     return {
         "nvdimm": (disk / "pool-nvdimm", f"dax:{devices.nvdimm()}?{_SIZE}"),
         "cxl": (disk / "pool-cxl", f"dax:{devices.cxl_persistent()}?{_SIZE}"),
-        "fsdax": (fsdax / "pool", f"dir:{fsdax}/device?{_SIZE}"),
+        "pmem": (fsdax / "pool", f"pmem:{fsdax}/device?{_SIZE}"),
         "disk": (disk / "pool", f"dir:{disk}/device?{_SIZE}"),
     }
 
@@ -59,6 +59,7 @@ def run(port: Port, tallies: Mapping[str, Mapping[str, Any]], *, is_last: bool) 
             with kvfs.create_pool(root, [url]) as pool:
                 pool.namespace(SPACE, LAYOUT, retention="durable")
         opened[kind] = kvfs.open_pool(root, options=options)
+    devices.require_pmem(opened["pmem"])
     lock = threading.Lock()
 
     def write(kind: str, first: int) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+import kvfs
 from lab.inside.tools import StepError, call, listed
 
 # Sizes of machine.BACKING tell the NVDIMMs apart, serial numbers the CXL devices.
@@ -60,6 +61,18 @@ def fsdax() -> Path:
         space = _namespace("fsdax", "-b ACPI.NFIT", lambda region: region["size"] > _SMALL_BYTES)
         _mount(f"/dev/{space['blockdev']}", FSDAX, "-o dax=always")
     return FSDAX
+
+
+def require_pmem(pool: kvfs.Pool | kvfs.RemotePool) -> None:
+    """See that the `pmem:` devices of an open pool are memory, and not served like directories.
+
+    Raises:
+        StepError: One is not, or there is none.
+    """
+    assert isinstance(pool, kvfs.Pool)
+    found = [one for one in pool.store.device_statistics() if one.kind == "pmem"]
+    if not found or not all(one.persistence for one in found):
+        raise StepError(f"not served as persistent memory: {[one.url for one in found]}")
 
 
 def disk() -> str:

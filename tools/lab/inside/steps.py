@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import kvfs
-from lab.inside import devices, memory, poison, views
+from lab.inside import changes, devices, discovery, memory, poison, views
 from lab.inside.tools import Port, StepError, call
 from lab.inside.verify import examine
 from tests.crash.victim import LAYOUT, SPACE, expected, perform
@@ -29,7 +29,7 @@ _SUITE: Final = "tests/conformance/test_given_devices.py"
 _SUITE_S: Final = 540
 _STORED_OPERATIONS: Final = 24
 _FILE_BYTES: Final = 24 << 20
-_DAX_SIZE: Final = "size=160MiB&segment=16MiB"
+_SIZE: Final = "size=160MiB&segment=16MiB"
 
 
 def conformance(where: str, _port: Port) -> Figures:
@@ -53,7 +53,7 @@ def _urls() -> Mapping[str, Callable[[], str]]:
     """Return what makes each device's URL; devices are brought up when first asked for."""
     return {
         "nvdimm": lambda: f"dax:{devices.nvdimm()}",
-        "fsdax": lambda: f"dir:{devices.fsdax()}",
+        "pmem": lambda: f"pmem:{devices.fsdax()}",
         "cxl persistent": lambda: f"dax:{devices.cxl_persistent()}",
         "cxl volatile": lambda: f"dax:{devices.cxl_volatile()}",
         "nvme": lambda: f"dir:{devices.nvme()}",
@@ -62,9 +62,10 @@ def _urls() -> Mapping[str, Callable[[], str]]:
 
 def restore(where: str, _port: Port) -> Figures:
     """Store blocks, contexts and files in another process, kill it, and find all of it again."""
-    root = devices.nvme() / f"restore-{where.replace(' ', '-')}"
+    base = devices.fsdax() if where == "pmem" else devices.nvme()
+    root = base / f"restore-{where.replace(' ', '-')}"
     root.mkdir()
-    urls = [f"dax:{devices.nvdimm()}?{_DAX_SIZE}"]
+    urls = [f"pmem:{root}/device?{_SIZE}" if where == "pmem" else f"dax:{devices.nvdimm()}?{_SIZE}"]
     if "dir" in where:
         urls.append(f"dir:{root}/device?size=192MiB&segment=16MiB")
     command = [sys.executable, "-m", "lab.inside.steps", str(root / "pool"), *urls]
@@ -85,6 +86,8 @@ def restore(where: str, _port: Port) -> Figures:
 def store(root: Path, urls: list[str]) -> None:
     """Be the process that is killed: store, say so, and wait."""
     with kvfs.create_pool(root, urls) as pool:
+        if urls[0].startswith("pmem:"):
+            devices.require_pmem(pool)
         pool.namespace(SPACE, LAYOUT, retention="durable")
         for number in range(_STORED_OPERATIONS):
             perform(pool, expected(number))
@@ -96,11 +99,12 @@ def store(root: Path, urls: list[str]) -> None:
 def mount(where: str, _port: Port) -> Figures:
     """Mount a pool, write a file, and read it through a map; `where` names device and lane."""
     place, lane = where.split(", ")
-    base = (devices.fsdax() if place == "fsdax" else devices.nvme()) / "mounted"
+    scheme, base = ("pmem", devices.fsdax()) if place == "pmem" else ("dir", devices.nvme())
+    base /= "mounted"
     point = Path("/mnt/kvfs")
     point.mkdir(exist_ok=True)
     base.mkdir()
-    device = f"dir:{base}/device?size=256MiB&segment=32MiB"
+    device = f"{scheme}:{base}/device?size=256MiB&segment=32MiB"
     call(f"kvfs-admin --pool {base}/pool pool create {device}")
     call(f"kvfs mount {base}/pool {point} --log {base}/log")
     try:
@@ -113,10 +117,13 @@ def mount(where: str, _port: Port) -> Figures:
         call(f"kvfs mount {base}/pool {point} --log {base}/log")
         with path.open("rb") as file:
             found = os.getxattr(path, "user.kvfs.lane").decode()
+            listed = json.loads(call(f"kvfs-admin --pool {base}/pool device list --json"))
             with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
                 same = bytes(view) == content
         if not same:
             raise StepError("the map shows other bytes than were written")
+        if scheme == "pmem" and not listed["devices"][0]["persistence"]:
+            raise StepError("the device is served like a directory on disk")
         if found != lane:
             raise StepError(f"expected the {lane} lane, found {found}")
     finally:
@@ -136,6 +143,11 @@ def numa(_where: str, _port: Port) -> Figures:
     """Make a NUMA node of the volatile CXL memory, and use pages of it."""
     node = devices.online_volatile()
     return {"node": node, **memory.probe(node)}
+
+
+def node_pool(_where: str, _port: Port) -> Figures:
+    """Have a pool take its memory from that node."""
+    return memory.pool(devices.online_volatile(), devices.nvme() / "pool-node")
 
 
 def write_cache(_where: str, port: Port) -> Figures:
@@ -160,6 +172,10 @@ STEPS: Final[Mapping[str, Callable[[str, Port], Figures]]] = {
     "restore after kill -9": restore,
     "mount, mapped file": mount,
     "memory of a NUMA node": numa,
+    "pool on a NUMA node": node_pool,
+    "device scan": lambda where, _port: discovery.scan(where),
+    "device show": lambda _where, _port: discovery.show(),
+    "devices of a running pool": lambda where, _port: changes.change(where),
     "view without a copy": lambda _where, _port: dict(views.view()),
     "poison": poison.nvdimm,
     "poison list": poison.cxl,
