@@ -44,7 +44,8 @@ def test_what_the_core_reads_is_held_to_the_end(tmp_path, expected_warnings) -> 
     options = MountOptions(timeouts=Timeouts(60, 60))
     data = np.random.default_rng(1).integers(0, 256, 2 * MIB, np.uint8).tobytes()
     with kvfs.create_pool(tmp_path / "pool", ["dram:?size=128MiB&segment=16MiB"]) as pool:
-        mounted = Mount(_Session(pool, point, options, None, None, passing))
+        session = _Session(pool, point, options, None, None, passing)
+        mounted = Mount(session)
         file = point / "default" / "file"
         write(file, data)
         for number in range(10):  # until its segment is sealed
@@ -65,3 +66,5 @@ def test_what_the_core_reads_is_held_to_the_end(tmp_path, expected_warnings) -> 
             os.close(fd)
             os.close(doors[-1])
         wait_until(lambda: entry_at(point) is None, "the core takes the mount away")
+        assert session._core is not None
+        session._core.close()  # an owner that leaves goes; a test must not leave a child
