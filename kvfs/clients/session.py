@@ -25,6 +25,7 @@ from kvfs.clients import messages as msg
 from kvfs.clients.peer import READ, WRITE, Peer
 from kvfs.clients.regions import Regions
 from kvfs.clients.tray import Tray
+from kvfs.devices.descriptors import read_only
 from kvfs.durability import as_durability
 from kvfs.engine.catalog_schema import (
     ROOT_NODE_ID,
@@ -92,7 +93,7 @@ class Session:
     def welcome(self, connection: Connection) -> msg.Welcome:
         """Answer Hello."""
         page = self.holder.page
-        connection.outgoing += [os.dup(page.fd), _read_only(page.notice_fd), os.dup(self._ring.fd)]
+        connection.outgoing += [os.dup(page.fd), read_only(page.notice_fd), os.dup(self._ring.fd)]
         state = self.pool.store.state
         return msg.Welcome(
             version=msg.VERSION, kvfs_version=__version__, owner_pid=os.getpid(),
@@ -162,7 +163,7 @@ class Session:
         state = self.pool.store.state
         with state.activity.during(info.namespace_id), state.lock:
             self.holder.namespaces.add(info.namespace_id)  # before it sees where blocks are
-            connection.outgoing.append(_read_only(state.index(info.namespace_id).fd))
+            connection.outgoing.append(read_only(state.index(info.namespace_id).fd))
         return msg.from_info(info)
 
     # --- blocks
@@ -186,7 +187,7 @@ class Session:
                 else:
                     answers.append(_describe(place, segment))
                     nbytes += len(answers[-1].digests)
-                    connection.outgoing.append(_read_only(segment.handle.fd))
+                    connection.outgoing.append(read_only(segment.handle.fd))
                     segment.handle.is_shared = True
                 done += 1
                 if nbytes > _DIGESTS_BYTES_MAX:
@@ -230,13 +231,13 @@ class Session:
         lengths = _array(request.lengths, np.uint64, "lengths")
         if not len(offsets) == len(lengths) == len(keys):
             raise UsageError(f"{len(keys)} keys need as many offsets and lengths")
-        msg.tray_places(lengths)  # they must fit
+        places = msg.tray_places(lengths)
         if connection.tray is None:
             connection.tray = Tray()
             connection.outgoing.append(connection.tray.descriptor())
         phase = Phase(request.phase) if request.phase in set(Phase) else Phase.UNKNOWN
         good = connection.tray.fill(
-            self.pool.store, info.namespace_id, keys, offsets, lengths, phase
+            self.pool.store, info.namespace_id, keys, offsets, lengths, places, phase
         )
         return msg.FetchAnswer(good.astype(np.uint8).tobytes())
 
@@ -401,11 +402,6 @@ class Session:
             raise NotFoundError(f"no such context: node {node_id}")
         self._namespace(node.namespace_id, bits)
         return node
-
-
-def _read_only(fd: int) -> int:
-    """Return a descriptor of the same file that can only read."""
-    return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _describe(place: int, segment: SegmentState) -> msg.SegmentAnswer:

@@ -17,7 +17,8 @@ import numpy as np
 from kvfs import _native
 from kvfs.backend import Mask
 from kvfs.buffers import Addresses
-from kvfs.clients.messages import TRAY_BYTES, tray_places
+from kvfs.clients.messages import TRAY_BYTES
+from kvfs.devices.descriptors import read_only
 from kvfs.engine.reader import Lease
 from kvfs.engine.store import Store
 from kvfs.keys import KeyArray
@@ -41,18 +42,14 @@ class Tray:
 
     def descriptor(self) -> int:
         """Return a descriptor that can only read; the caller closes it."""
-        return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+        return read_only(self._fd)
 
     def fill(
         self, store: Store, namespace_id: int, keys: KeyArray, offsets: Addresses,
-        lengths: Addresses, phase: Phase,
+        lengths: Addresses, places: Addresses, phase: Phase,
     ) -> Mask:  # fmt: skip
-        """Copy parts of blocks, see `messages.Fetch`; return which were.
-
-        Raises:
-            UsageError: They do not fit.
-        """
-        addresses = tray_places(lengths) + np.uint64(self._arena.address)
+        """Copy parts of blocks to their `places`, see `messages.tray_places`; return which were."""
+        addresses = places + np.uint64(self._arena.address)
         good = np.zeros(len(keys), np.bool_)
         have = store.state.index(namespace_id).lookup(keys)["length"]
         is_whole = (offsets == 0) & (lengths == have) & (have > 0)

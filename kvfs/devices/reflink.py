@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from kvfs.devices.descriptors import read_only
+
 XFS: Final = 0x58465342  # f_type of statfs(2)
 _FICLONERANGE: Final = 0x4020940D
 _RANGE: Final = struct.Struct("<qQQQ")
@@ -90,7 +92,7 @@ def assemble(directory_fd: int, extents: Sequence[Extent], nbytes: int) -> int:
         for extent in extents:
             clone(fd, extent)
         os.ftruncate(fd, nbytes)
-        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        return read_only(fd)
     finally:
         os.close(fd)
 

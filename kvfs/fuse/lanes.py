@@ -36,6 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfs.clock import Clock
+from kvfs.devices.descriptors import read_only
 from kvfs.engine.reader import Lease
 from kvfs.engine.segment_table import is_verified
 from kvfs.engine.store import Store
@@ -215,7 +216,7 @@ class Lanes(LanePlans):
         source = plan.lease.parts[0].segment.handle.fd if view is None else view.fd
         try:
             # The descriptor of a file adopted by this process could be written through.
-            fd = os.open(f"/proc/self/fd/{source}", os.O_RDONLY | os.O_CLOEXEC)
+            fd = read_only(source)
             try:
                 self._client.install_backing(fh, inode, fd)
             finally:
